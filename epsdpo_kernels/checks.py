@@ -1,0 +1,113 @@
+"""What bad input gets: an error that names the argument, what came and what is taken, before any work."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_scalars(beta: float | Tensor, epsilon: float, label_smoothing: float) -> None:
+    """Raises ValueError for a β, ε or smoothing outside its range; a tensor β is checked by shape only."""
+    if isinstance(beta, Tensor):
+        if beta.numel() != 1 or not beta.is_floating_point():
+            raise ValueError(f"beta: got a {beta.dtype} tensor of shape {tuple(beta.shape)}, takes one float")
+    elif not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta: got {beta}, takes a positive finite number")
+    if not 0 <= epsilon < 1:
+        raise ValueError(f"epsilon: got {epsilon}, takes a number in (0, 1), or 0 for plain DPO")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, takes a number in [0, 0.5)")
+
+
+def check_transforms(scale: float, softcap: float | None, prefix: str = "") -> None:
+    if not (math.isfinite(scale) and scale != 0):
+        raise ValueError(f"{prefix}logit_scale: got {scale}, takes a finite number other than 0")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"{prefix}softcap: got {softcap}, takes a positive finite number or None")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Raises TypeError or ValueError where hidden (…, H), weight (V, H) and bias (V,) do not fit each other."""
+    names = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
+    for name, tensor in names.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: got {getattr(tensor, 'dtype', type(tensor))}, takes float32, bfloat16, float16 or float64"
+            )
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name}: got {tensor.dtype}, takes {prefix}hidden's dtype, {hidden.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, takes {prefix}hidden's device, {hidden.device}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+        raise ValueError(f"{prefix}weight: got shape {tuple(weight.shape)}, takes (V, {hidden.shape[-1]})")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{prefix}bias: got shape {tuple(bias.shape)}, takes ({weight.shape[0]},)")
+
+
+def check_tokens(hidden: Tensor, labels: Tensor, ref_hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raises where the padded (2B, T, H) or packed (N, H) tensors do not fit each other."""
+    dims, form = (3, "(2B, T, H)") if cu_seqlens is None else (2, "(N, H)")
+    for name, tensor in (("hidden", hidden), ("ref_hidden", ref_hidden)):
+        if tensor.dim() != dims:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, takes {form}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: got {labels.dtype}, takes int64")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, takes {tuple(hidden.shape[:-1])}")
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden: got shape {tuple(ref_hidden.shape)}, takes {tuple(hidden.shape[:-1])} and its own H"
+        )
+    for name, tensor in (("labels", labels), ("ref_hidden", ref_hidden), ("cu_seqlens", cu_seqlens)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, takes hidden's device, {hidden.device}")
+    if cu_seqlens is None:
+        if hidden.shape[0] % 2:
+            raise ValueError(f"hidden: got {hidden.shape[0]} rows, takes an even number, chosen then rejected")
+    elif cu_seqlens.dim() != 1 or cu_seqlens.numel() % 2 == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens: got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, takes int32 or int64 (2B+1,)"
+        )
+    if (hidden.dtype == torch.float64) != (ref_hidden.dtype == torch.float64):
+        raise TypeError(
+            f"ref_hidden: got {ref_hidden.dtype} with hidden {hidden.dtype}, takes float64 with float64 only"
+        )
+
+
+def scored_lengths(labels: Tensor, cu_seqlens: Tensor, vocabulary: int, beta: Tensor) -> list[int]:
+    """Scored tokens of each completion, read together with all checks on values: the call's one host read.
+
+    Raises:
+        ValueError: a label outside [0, V), cu_seqlens that do not partition the tokens, a β that is not positive and
+            finite, or a pair with an empty completion (unless nothing at all is scored).
+    """
+    scored = labels != -100
+    counts = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
+    inside = cu_seqlens.clamp(0, labels.numel())
+    broken = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != labels.numel()) | (cu_seqlens.diff() < 0).any()
+    outside = torch.where(scored & ((labels < 0) | (labels >= vocabulary)), labels, -100)
+    worst = torch.stack((outside.amax(), outside.amin())) if labels.numel() else outside.new_full((2,), -100)
+    beta_bad = ~(torch.isfinite(beta) & (beta > 0)).to(labels.device)
+    facts = torch.cat((broken[None], beta_bad.reshape(1), worst, counts[inside].diff())).tolist()
+    if facts[0]:
+        raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()}, takes increasing bounds from 0 to {labels.numel()}")
+    if facts[1]:
+        raise ValueError(f"beta: got {beta.item()}, takes a positive finite number")
+    for label in facts[2:4]:
+        if label != -100:
+            raise ValueError(f"labels: got {label}, takes [0, {vocabulary}) or -100")
+    lengths = facts[4:]
+    pairs = len(lengths) // 2
+    if sum(lengths) == 0:
+        return lengths
+    for i in range(pairs):
+        for name, length in (("chosen", lengths[i]), ("rejected", lengths[pairs + i])):
+            if length == 0:
+                raise ValueError(f"labels: the {name} completion of pair {i} has no scored token, takes at least one")
+    return lengths

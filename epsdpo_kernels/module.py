@@ -1,0 +1,69 @@
+"""The module that owns the running β and the counts of an optimizer step's decisions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .linear import EpsilonDPOOutput, linear_epsilon_dpo
+
+BETA_UPDATES = ("mean-step", "mean-beta", "none")
+
+
+class EpsilonDPOLoss(nn.Module):
+    """ε-DPO with its running β.
+
+    Call it with the tensors of :func:`linear_epsilon_dpo`, and :meth:`update_beta` once per optimizer step. Decisions
+    are counted in training mode only. β and the counts are persistent buffers, so a resumed run goes on with them.
+
+    Args:
+        beta: β at the start.
+        epsilon: size of the perturbation.
+        beta_update: "mean-step", β ← β/(1 + ε·mean step), the authors' code; "mean-beta", β ← mean of the pairs' β, the
+            paper's text; "none" keeps it.
+    """
+
+    beta: Tensor  # () fp32
+    counts: Tensor  # (3,) int64: relaxed, kept, tightened pairs since the last update
+
+    def __init__(self, beta: float = 0.1, epsilon: float = 0.01, beta_update: str = "mean-step"):
+        super().__init__()
+        checks.check_scalars(beta, epsilon, 0.0)
+        if beta_update not in BETA_UPDATES:
+            raise ValueError(f"beta_update: got {beta_update!r}, takes one of {BETA_UPDATES}")
+        self.epsilon, self.beta_update = epsilon, beta_update
+        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float32))
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.int64))
+
+    def _apply(self, fn, recurse=True):
+        # β is a running product of factors near 1: a module cast to bf16 must not round it away.
+        beta = self.beta
+        super()._apply(fn, recurse)
+        self.beta = beta.to(self.beta.device)
+        return self
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, ref_hidden: Tensor, ref_weight: Tensor, **kwargs
+    ) -> EpsilonDPOOutput:
+        out = linear_epsilon_dpo(
+            hidden, weight, labels, ref_hidden, ref_weight, beta=self.beta.clone(), epsilon=self.epsilon, **kwargs
+        )  # fmt: skip
+        if self.training:
+            self.counts += torch.stack([(out.step == s).sum() for s in (1, 0, -1)])
+        return out
+
+    @torch.no_grad()
+    def update_beta(self) -> None:
+        """Moves β by all pairs since the last call, over all ranks of the default process group, without a host read."""
+        counts = self.counts.clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        relaxed, kept, tightened = counts.double()
+        total = (relaxed + kept + tightened).clamp_min(1)
+        if self.beta_update == "mean-step":
+            self.beta.div_(1 + self.epsilon * (relaxed - tightened) / total)
+        elif self.beta_update == "mean-beta":
+            mean = (relaxed / (1 + self.epsilon) + kept + tightened / (1 - self.epsilon)) / total
+            self.beta.mul_(torch.where(counts.sum() > 0, mean, 1))
+        self.counts.zero_()

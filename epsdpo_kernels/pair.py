@@ -1,0 +1,68 @@
+"""The mathematics of a preference pair: the check, the pair's β, the loss, the rewards.
+
+Everything here works on vectors of length B, one entry a pair, and is the only place where ε-DPO is written down. The
+reference, the single pass and every integration call it; none of them repeats it. Sources: "KL Penalty Control via
+Perturbation for Direct Preference Optimization" (Lee et al., 2025, arXiv 2502.13177), Algorithm 1; "Direct Preference
+Optimization" (Rafailov et al., 2023, arXiv 2305.18290), equation 7.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def perturbation_step(relaxed_shift: Tensor, tightened_shift: Tensor) -> Tensor:
+    """Which way the monotonicity check moves a pair's β (Algorithm 1).
+
+    Args:
+        relaxed_shift: (B,) z_relaxed − z, how the log-likelihood ratio moves under the smaller β/(1+ε), nats.
+        tightened_shift: (B,) z_tightened − z, the same under the larger β/(1−ε), nats.
+
+    Returns:
+        (B,) int8: +1 relax the KL penalty, −1 tighten it, 0 keep it (also wherever a shift is not finite).
+    """
+    relax = (relaxed_shift > 0) & (tightened_shift < 0)
+    tighten = (relaxed_shift < 0) & (tightened_shift > 0)
+    finite = torch.isfinite(relaxed_shift) & torch.isfinite(tightened_shift)
+    return (relax.to(torch.int8) - tighten.to(torch.int8)) * finite.to(torch.int8)
+
+
+def pair_beta(step: Tensor, beta: float | Tensor, epsilon: float) -> Tensor:
+    """The β a pair uses, β / (1 + ε·step). (B,) int8 -> (B,), float32 unless β is a float64 tensor."""
+    dtype = beta.dtype if isinstance(beta, Tensor) else torch.float32
+    return beta / (1 + epsilon * step.to(dtype))
+
+
+def preference_losses(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: Tensor,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """−(1−s)·logsigmoid(β_i·margin_i) − s·logsigmoid(−β_i·margin_i) of every pair; all (B,).
+
+    The log-probs are sums over a completion's tokens, in nats. ``beta`` is a constant of the loss. A margin that is not
+    finite gives NaN: an infinity must stop a run, not look like a pair that is perfectly learnt.
+    """
+    margin = (chosen_logps - rejected_logps) - (ref_chosen_logps - ref_rejected_logps)
+    margin = torch.where(torch.isfinite(margin), margin, torch.nan)
+    logit = beta.detach() * margin
+    return -(1 - label_smoothing) * logsigmoid(logit) - label_smoothing * logsigmoid(-logit)
+
+
+def losses_and_coefficients(
+    logps: tuple[Tensor, Tensor, Tensor, Tensor], beta: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The losses and c_i = −∂loss_i/∂chosen_logps_i = +∂loss_i/∂rejected_logps_i; both (B,), detached.
+
+    One number per pair is the whole gradient, because the loss reads the margin alone.
+    """
+    with torch.enable_grad():
+        chosen = logps[0].detach().requires_grad_()
+        losses = preference_losses(chosen, *logps[1:], beta, label_smoothing)
+        (gradient,) = torch.autograd.grad(losses.sum(), chosen)
+    return losses.detach(), -gradient

@@ -1,0 +1,54 @@
+"""What one sweep over the vocabulary keeps of a token, and what follows from it.
+
+With a, b the logits of policy and reference, p = softmax(a), d = a − b and u = ε·d, the sweep keeps ten numbers a token.
+They are sums relative to a maximum, so two slices of a vocabulary merge by rescaling and adding. The perturbed log-probs
+are differences from the start: E_p[e^u − 1] and E_p[e^−u − 1] are of order ε, where subtracting two log-softmaxes of
+order 10² would leave rounding to decide the check.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows of the (SWEPT, N) tensor of sums that a sweep writes.
+MAX, SUM, REF_MAX, REF_SUM, DIFFERENCE, RELAXED, TIGHTENED, CENTRED, LABEL, REF_LABEL = range(SWEPT := 10)
+# Rows of the (TOKEN, N) tensor of per-token statistics, all in nats.
+LOGP, REF_LOGP, RELAXED_SHIFT, TIGHTENED_SHIFT, KL, ENTROPY = range(TOKEN := 6)
+
+
+def merge(parts: Tensor) -> Tensor:
+    """Joins the sums of several vocabulary slices: (slices, SWEPT, N) -> (SWEPT, N).
+
+    CENTRED is relative to its slice's maximum, so moving to the common one adds (old − new)·SUM. Labels are owned by one
+    slice and −inf on the others.
+    """
+    out = torch.empty_like(parts[0])
+    torch.amax(parts[:, MAX], 0, out=out[MAX])
+    torch.amax(parts[:, REF_MAX], 0, out=out[REF_MAX])
+    shift = parts[:, MAX] - out[MAX]
+    rescale = shift.exp()
+    out[SUM] = (parts[:, SUM] * rescale).sum(0)
+    out[REF_SUM] = (parts[:, REF_SUM] * (parts[:, REF_MAX] - out[REF_MAX]).exp()).sum(0)
+    for row in (DIFFERENCE, RELAXED, TIGHTENED):
+        out[row] = (parts[:, row] * rescale).sum(0)
+    moved = torch.where(rescale > 0, parts[:, CENTRED] + shift * parts[:, SUM], 0)
+    out[CENTRED] = (moved * rescale).sum(0)
+    torch.amax(parts[:, LABEL], 0, out=out[LABEL])
+    torch.amax(parts[:, REF_LABEL], 0, out=out[REF_LABEL])
+    return out
+
+
+def token_statistics(swept: Tensor, epsilon: float) -> Tensor:
+    """(SWEPT, N) sums of whole vocabularies -> (TOKEN, N) statistics of the tokens."""
+    log_sum, ref_log_sum = swept[SUM].log(), swept[REF_SUM].log()
+    u = epsilon * (swept[LABEL] - swept[REF_LABEL])
+    out = swept.new_empty(TOKEN, swept.shape[1])
+    out[LOGP] = swept[LABEL] - swept[MAX] - log_sum
+    out[REF_LOGP] = swept[REF_LABEL] - swept[REF_MAX] - ref_log_sum
+    out[RELAXED_SHIFT] = u - torch.log1p(swept[RELAXED] / swept[SUM])
+    out[TIGHTENED_SHIFT] = -u - torch.log1p(swept[TIGHTENED] / swept[SUM])
+    # The two lse separately would cancel: their maxima differ exactly, their logs are small.
+    out[KL] = swept[DIFFERENCE] / swept[SUM] - (swept[MAX] - swept[REF_MAX]) - (log_sum - ref_log_sum)
+    out[ENTROPY] = log_sum - swept[CENTRED] / swept[SUM]
+    return out
