@@ -26,7 +26,10 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """logits = softcap·tanh(scale·(x·Wᵀ + bias) / softcap), the order that transformers' models apply them in."""
+    """logits = softcap·tanh(scale·(x·Wᵀ + bias) / softcap), the order that transformers' models apply them in.
+
+    Here are the products; what comes after x·Wᵀ belongs to the tile operations, which read a tile anyway.
+    """
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
@@ -34,12 +37,14 @@ class Head:
     softcap: float | None
 
     @property
-    def _products_in_place(self) -> bool:
-        return self.weight.dtype in (torch.float32, torch.float64)
+    def gradient_dtype(self) -> torch.dtype:
+        """What :meth:`backward` takes its gradient tile in: 16 bits only where a product of them gives fp32."""
+        weight = self.weight
+        return weight.dtype if weight.dtype == torch.float64 or weight.is_cuda else torch.float32
 
-    def logits(self, x: Tensor, out: Tensor) -> None:
-        """(rows, H) -> out (rows, V), overwritten."""
-        if self._products_in_place:
+    def project(self, x: Tensor, out: Tensor) -> None:
+        """x·Wᵀ: (rows, H) -> out (rows, V) in the compute dtype, overwritten."""
+        if self.weight.dtype == out.dtype:
             torch.mm(x, self.weight.t(), out=out)
         elif x.is_cuda:
             torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
@@ -48,47 +53,35 @@ class Head:
             for start in range(0, self.weight.shape[0], CAST_ROWS):
                 block = slice(start, start + CAST_ROWS)
                 out[:, block] = x @ self.weight[block].to(out.dtype).t()
-        if self.bias is not None:
-            out.add_(self.bias)
-        if self.scale != 1.0:
-            out.mul_(self.scale)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def backward(self, g: Tensor, x: Tensor, rows: Tensor, into: Gradients, scratch: Tensor, accumulate: bool) -> None:
-        """Adds the gradients that follow from g (rows, V), the gradient of x·Wᵀ + bias.
+    def backward(self, g: Tensor, x: Tensor, rows: Tensor, into: Gradients, accumulate: bool) -> None:
+        """Adds the gradients that follow from g, the gradient of x·Wᵀ + bias.
 
         Args:
-            g: (rows, V) in the compute dtype.
+            g: (rows, V) in ``gradient_dtype``; its rows may lie apart.
             x: (rows, H) the hidden states that were projected.
             rows: (rows,) their indices in ``into.hidden``, which is overwritten there.
-            scratch: (rows, V) in the compute dtype, free to be overwritten.
             accumulate: False overwrites ``into.weight`` and ``into.bias`` (which may be uninitialised).
         """
         beta = 1 if accumulate else 0
         if into.bias is not None:
-            torch.add(g.sum(0), into.bias, out=into.bias) if accumulate else torch.sum(g, 0, out=into.bias)
-        if self._products_in_place:
+            total = g.sum(0, dtype=into.bias.dtype)
+            into.bias.add_(total) if accumulate else into.bias.copy_(total)
+        if self.weight.dtype == g.dtype:
+            wide = {} if g.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
             if into.hidden is not None:
-                into.hidden.index_copy_(0, rows, torch.mm(g, self.weight))
+                into.hidden.index_copy_(0, rows, torch.mm(g, self.weight, **wide))
             if into.weight is not None:
-                torch.addmm(into.weight, g.t(), x, beta=beta, out=into.weight)
-        elif x.is_cuda:
-            # The dead reference tile holds the gradient in the weight's dtype, so no third tile is needed.
-            g16 = scratch.view(-1).view(x.dtype)[: g.numel()].view_as(g).copy_(g)
+                torch.addmm(into.weight, g.t(), x, beta=beta, out=into.weight, **wide)
+            return
+        x = x.to(g.dtype)
+        dx = g.new_zeros(x.shape)
+        for start in range(0, self.weight.shape[0], CAST_ROWS):
+            block = slice(start, start + CAST_ROWS)
             if into.hidden is not None:
-                into.hidden.index_copy_(0, rows, torch.mm(g16, self.weight, out_dtype=g.dtype))
+                dx.addmm_(g[:, block], self.weight[block].to(g.dtype))
             if into.weight is not None:
-                torch.addmm(into.weight, g16.t(), x, beta=beta, out_dtype=g.dtype, out=into.weight)
-        else:
-            x = x.to(g.dtype)
-            dx = g.new_zeros(x.shape)
-            for start in range(0, self.weight.shape[0], CAST_ROWS):
-                block = slice(start, start + CAST_ROWS)
-                if into.hidden is not None:
-                    dx.addmm_(g[:, block], self.weight[block].to(g.dtype))
-                if into.weight is not None:
-                    dw = into.weight[block]
-                    torch.addmm(dw, g[:, block].t(), x, beta=beta, out=dw)
-            if into.hidden is not None:
-                into.hidden.index_copy_(0, rows, dx)
+                dw = into.weight[block]
+                torch.addmm(dw, g[:, block].t(), x, beta=beta, out=dw)
+        if into.hidden is not None:
+            into.hidden.index_copy_(0, rows, dx)

@@ -6,12 +6,13 @@ References in docstrings are to "KL Penalty Control via Perturbation for Direct 
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, plan
+from . import checks, plan, tiles_torch
 from . import statistics as st
 from .head import Gradients, Head
 
@@ -100,24 +101,20 @@ def linear_epsilon_dpo(
 
     Returns:
         EpsilonDPOOutput. Its loss is differentiable in hidden, weight and bias; the reference gets no gradient. Under
-        autocast, hidden states and heads are taken in the autocast dtype. Where nothing at all is scored the loss is 0
-        and its gradients are zeros.
+        autocast, hidden states and heads are taken in the autocast dtype. Where nothing at all is scored the loss and
+        its gradients are zeros, and so is every vector, β included.
 
     Raises:
         TypeError, ValueError: name the argument, what came and what is taken.
     """
     checks.check_scalars(beta, epsilon, label_smoothing)
-    run, ref = _heads(
+    heads, engine = _heads(
         hidden, weight, labels, ref_hidden, ref_weight, bias, ref_bias, logit_scale, softcap, ref_logit_scale,
         ref_softcap, engine, max_tile_bytes, cu_seqlens,
     )  # fmt: skip
-    x, head_weight, head_bias, labels, bounds, scale, cap = run
-    needs = tuple(t is not None and torch.is_grad_enabled() and t.requires_grad for t in (x, head_weight, head_bias))
-    double = x.dtype == torch.float64
-    beta = torch.as_tensor(beta, dtype=torch.float64 if double else torch.float32).detach().to(x.device).reshape(())
-    loss, r = _SinglePass.apply(
-        x, head_weight, head_bias, ref, labels, bounds, beta, epsilon, scale, cap, label_smoothing, max_tile_bytes, needs
-    )  # fmt: skip
+    double = hidden.dtype == torch.float64
+    beta = torch.as_tensor(beta, dtype=torch.float64 if double else torch.float32).detach().to(hidden.device)
+    loss, r = _SinglePass.apply(*heads, beta.reshape(()), epsilon, label_smoothing, engine, max_tile_bytes)
     return output(
         loss, r[plan.LOSS], r[plan.STEP].to(torch.int8), r[plan.BETA],
         tuple(r[plan.CHOSEN_LOGP : plan.CHOSEN_KL]), r[plan.CHOSEN_KL : plan.CHOSEN_ENTROPY],
@@ -149,22 +146,24 @@ def linear_pair_stats(
     log-probs are. Arguments and errors as for :func:`linear_epsilon_dpo`.
     """
     checks.check_scalars(1.0, epsilon, 0.0)
-    run, ref = _heads(
+    heads, engine = _heads(
         hidden, weight, labels, ref_hidden, ref_weight, bias, ref_bias, logit_scale, softcap, ref_logit_scale,
         ref_softcap, engine, max_tile_bytes, cu_seqlens,
     )  # fmt: skip
-    x, head_weight, head_bias, labels, bounds, scale, cap = run
-    chosen, rejected, r = _TwoPass.apply(
-        x, head_weight, head_bias, ref, labels, bounds, epsilon, scale, cap, max_tile_bytes
-    )
-    return PairStatistics(chosen, rejected, *r)
+    chosen, rejected, results = _TwoPass.apply(*heads, epsilon, engine, max_tile_bytes)
+    return PairStatistics(chosen, rejected, *results)
 
 
 def _heads(
     hidden, weight, labels, ref_hidden, ref_weight, bias, ref_bias, scale, softcap, ref_scale, ref_softcap, engine,
     max_tile_bytes, cu_seqlens,
 ):  # fmt: skip
-    """Checks by shape and dtype, autocast, and the packed form that the plan works on."""
+    """Checks by shape and dtype, autocast, and the packed form that the plan works on.
+
+    Returns:
+        (x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap), the
+        leading arguments of both autograd functions, and the engine's name.
+    """
     if engine not in ENGINES:
         raise ValueError(f"engine: got {engine!r}, takes one of {ENGINES}")
     if max_tile_bytes is not None and max_tile_bytes <= 0:
@@ -191,28 +190,29 @@ def _heads(
         cu_seqlens = torch.arange(0, rows * length + 1, max(length, 1), device=labels.device)[: rows + 1]
         if length == 0:
             cu_seqlens = torch.zeros(rows + 1, dtype=torch.int64, device=labels.device)
-    ref = (
-        ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
-        Head(ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), ref_scale, ref_softcap),
-    )
-    x = hidden.reshape(-1, hidden.shape[-1])
-    return (x, weight, bias, labels.reshape(-1), cu_seqlens.long(), scale, softcap), ref
+    x, ref_x = hidden.reshape(-1, hidden.shape[-1]), ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
+    ref_weight, ref_bias = ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
+    transforms = (float(scale), softcap, float(ref_scale), ref_softcap)
+    return (x, weight, bias, labels.reshape(-1), cu_seqlens.long(), ref_x, ref_weight, ref_bias, *transforms), "torch"
 
 
-def _pass(x, weight, bias, ref, labels, bounds, beta, epsilon, scale, softcap, max_tile_bytes) -> plan.Pass:
-    lengths = checks.scored_lengths(labels, bounds, weight.shape[0], beta)
-    if sum(lengths) == 0:
-        lengths = []
+def _pass(
+    x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap, beta,
+    epsilon, engine, max_tile_bytes,
+) -> plan.Pass:  # fmt: skip
+    """Lays the call out. The numbers of scored tokens are read here, once, before any work."""
+    lengths = checks.scored_lengths(labels, cu_seqlens, weight.shape[0], beta)
     itemsize = 8 if x.dtype == torch.float64 else 4
     rows = plan.rows_per_tile(*weight.shape, itemsize, max_tile_bytes)
-    layout = plan.lay_out(labels, bounds, lengths, rows)
-    return plan.Pass(x, ref[0], labels, Head(weight, bias, scale, softcap), ref[1], layout, epsilon)
+    layout = plan.lay_out(labels, cu_seqlens, lengths if any(lengths) else [], rows)
+    policy, reference = Head(weight, bias, scale, softcap), Head(ref_weight, ref_bias, ref_scale, ref_softcap)
+    return plan.Pass(x, ref_x, labels, policy, reference, layout, epsilon, tiles_torch)
 
 
-def _buffers(run: plan.Pass, needs: tuple[bool, bool, bool]) -> Gradients:
+def _buffers(run: plan.Pass, needs: list[bool]) -> Gradients:
     """Accumulators in the compute dtype. Where no tile will overwrite them they start, and stay, at zero."""
     make = torch.empty if run.layout.n_pairs else torch.zeros
-    dtype, device, weight = run.dtype, run.x.device, run.head.weight
+    dtype, device, weight = run.tokens.swept.dtype, run.x.device, run.policy.weight
     return Gradients(
         torch.zeros(run.x.shape, dtype=dtype, device=device) if needs[0] else None,
         make(weight.shape, dtype=dtype, device=device) if needs[1] else None,
@@ -220,73 +220,149 @@ def _buffers(run: plan.Pass, needs: tuple[bool, bool, bool]) -> Gradients:
     )
 
 
+@contextlib.contextmanager
+def _autograd_keys():
+    """Lets torch.autograd work inside a custom op, whose body runs with autograd's dispatch keys excluded."""
+    keys = [
+        getattr(torch._C.DispatchKey, k) for k in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+    ]
+    was = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    for key in keys:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        for key, excluded in zip(keys, was, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+@torch.library.custom_op("epsdpo_kernels::single_pass", mutates_args=())
+def single_pass(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_x: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    ref_scale: float,
+    ref_softcap: float | None,
+    beta: Tensor,
+    epsilon: float,
+    smoothing: float,
+    engine: str,
+    max_tile_bytes: int | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The (PAIR, B) results of a pass and the gradients of x, weight, bias in units of β/B; empty where not needed.
+
+    An op, so that torch.compile sees one node and not the tiles.
+    """
+    with torch.no_grad(), _autograd_keys():
+        run = _pass(
+            x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
+            beta, epsilon, engine, max_tile_bytes,
+        )  # fmt: skip
+        into = _buffers(run, needs)
+        results = plan.single_pass(run, beta, smoothing, into)
+        if not run.layout.n_pairs:
+            results = results.new_zeros(plan.PAIR, len(cu_seqlens) // 2)
+        return results, *(results.new_empty(0) if g is None else g for g in into)
+
+
+@single_pass.register_fake
+def _(x, weight, bias, labels, cu_seqlens, *_, needs):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    gradients = (x.new_empty(s if n else (0,), dtype=dtype) for s, n in zip(shapes, needs, strict=True))
+    return x.new_empty(plan.PAIR, (cu_seqlens.shape[0] - 1) // 2, dtype=dtype), *gradients
+
+
 class _SinglePass(torch.autograd.Function):
     """Loss and gradients in one forward; backward only scales what is there."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, ref, labels, bounds, beta, epsilon, scale, softcap, smoothing, budget, needs):
-        run = _pass(x, weight, bias, ref, labels, bounds, beta, epsilon, scale, softcap, budget)
-        into = _buffers(run, needs)
-        results = plan.single_pass(run, beta, smoothing, into)
+    def forward(
+        ctx, x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
+        beta, epsilon, smoothing, engine, max_tile_bytes,
+    ):  # fmt: skip
+        needs = list(ctx.needs_input_grad[:3])
+        results, *gradients = single_pass(
+            x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
+            beta, epsilon, smoothing, engine, max_tile_bytes, needs=needs,
+        )  # fmt: skip
         pairs = results.shape[1]
-        ctx.save_for_backward(*into)
-        ctx.dtype, ctx.unit = x.dtype, beta / max(pairs, 1)
-        loss = results[plan.LOSS].mean() if pairs else results.new_zeros(())
+        ctx.save_for_backward(*gradients, beta / max(pairs, 1))
+        ctx.needs, ctx.dtype = needs, x.dtype
+        loss = results[plan.LOSS].sum() / max(pairs, 1)
         ctx.mark_non_differentiable(results)
         return loss, results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
+        *buffers, unit = ctx.saved_tensors
         # In units of β/B until here; the factor comes in before the cast, so a loss scaler finds what it needs.
-        factor = grad_loss * ctx.unit
+        factor = grad_loss * unit
         # A graph that is not kept gives its buffers away: no second dX and dW.
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
         gradients = []
-        for g in ctx.saved_tensors:
-            if g is None:
+        for g, needed in zip(buffers, ctx.needs, strict=True):
+            if not needed:
                 gradients.append(None)
-            elif g.dtype != ctx.dtype:
-                gradients.append(torch.mul(g, factor, out=torch.empty_like(g, dtype=ctx.dtype)))
+            elif kept or g.dtype != ctx.dtype:
+                gradients.append(_scaled(g, factor, ctx.dtype))
             else:
-                gradients.append(g * factor if kept else g.mul_(factor))
-        return (*gradients, *[None] * 10)
+                gradients.append(g.mul_(factor))
+        return (*gradients, *[None] * 14)
+
+
+def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """g·factor, rounded once, without a second copy in g's own dtype."""
+    if torch.compiler.is_compiling():
+        return (g * factor).to(dtype)
+    return torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype))
 
 
 class _TwoPass(torch.autograd.Function):
     """Log-probs in forward; backward projects the policy once more, by the same route, when coefficients are known."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, ref, labels, bounds, epsilon, scale, softcap, budget):
-        run = _pass(x, weight, bias, ref, labels, bounds, torch.ones(()), epsilon, scale, softcap, budget)
-        sums = run.swept.new_empty(st.TOKEN, run.layout.n_pairs, 2, dtype=torch.float64)
-        for pairs, tiles in run.layout.series:
+    def forward(
+        ctx, x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
+        epsilon, engine, max_tile_bytes,
+    ):  # fmt: skip
+        run = _pass(
+            x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
+            torch.ones((), device=x.device), epsilon, engine, max_tile_bytes,
+        )  # fmt: skip
+        for _, tiles in run.layout.series:
             for tile in tiles:
-                run.sweep(tile, run.project(tile)[0])
-            sums[:, pairs.start : pairs.stop] = run.completions(pairs)
-        shifts = sums[[st.RELAXED_SHIFT, st.TIGHTENED_SHIFT]].diff(dim=2)[:, :, 0].neg()
-        per_side = sums[[st.REF_LOGP, st.KL, st.ENTROPY]].transpose(1, 2).flatten(0, 1)
-        results = torch.cat((per_side, shifts)).to(run.dtype)
-        ctx.save_for_backward(x, weight, bias, labels, bounds, run.swept)
-        ctx.ref, ctx.scalars, ctx.layout = ref, (epsilon, scale, softcap), run.layout
+                run.forward(tile)
+        run.release()
+        sums = run.tokens.sums
+        if not run.layout.n_pairs:
+            sums = sums.new_zeros(st.TOKEN, len(cu_seqlens) // 2, 2)
+        rows = (*(sums[r, :, k] for r in (st.REF_LOGP, st.KL, st.ENTROPY) for k in (0, 1)), *st.shifts(sums))
+        results = torch.stack(rows).to(run.tokens.swept.dtype)
+        # The tensors that carry gradient are saved as such, so that a change in place before backward is noticed.
+        ctx.save_for_backward(x, weight, bias)
+        ctx.run = run
         ctx.mark_non_differentiable(results)
-        return (*(sums[st.LOGP].t().to(run.dtype)), results)
+        return (*(sums[st.LOGP].t().to(results.dtype)), results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_chosen, grad_rejected, _):
-        x, weight, bias, labels, bounds, swept = ctx.saved_tensors
-        epsilon, scale, softcap = ctx.scalars
-        run = plan.Pass(x, ctx.ref[0], labels, Head(weight, bias, scale, softcap), ctx.ref[1], ctx.layout, epsilon)
-        run.swept = swept
+        run, x = ctx.run, ctx.saved_tensors[0]
         into = _buffers(run, ctx.needs_input_grad[:3])
         accumulate = False
-        for pairs, tiles in ctx.layout.series:
-            part = slice(pairs.start, pairs.stop)
-            coefficient = run.coefficients(pairs, -grad_chosen[part], -grad_rejected[part])
+        for _, tiles in run.layout.series:
             for tile in tiles:
-                a, hidden = run.project(tile)
-                begin = tile.start - tiles[0].start
-                run.gradient(tile, a, hidden, coefficient[begin : begin + a.shape[0]], into, accumulate)
+                run.gradient(tile, *run.project(tile), -grad_chosen, -grad_rejected, into, accumulate)
                 accumulate = True
-        return (*(None if g is None else g.to(x.dtype) for g in into), *[None] * 7)
+        run.release()
+        return (*(None if g is None else g.to(x.dtype) for g in into), *[None] * 12)

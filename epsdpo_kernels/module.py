@@ -50,12 +50,16 @@ class EpsilonDPOLoss(nn.Module):
             hidden, weight, labels, ref_hidden, ref_weight, beta=self.beta.clone(), epsilon=self.epsilon, **kwargs
         )  # fmt: skip
         if self.training:
-            self.counts += torch.stack([(out.step == s).sum() for s in (1, 0, -1)])
+            # A micro-batch in which nothing is scored used no β, and decided nothing.
+            self.counts += torch.stack([((out.step == s) & (out.beta > 0)).sum() for s in (1, 0, -1)])
         return out
 
     @torch.no_grad()
     def update_beta(self) -> None:
-        """Moves β by all pairs since the last call, over all ranks of the default process group, without a host read."""
+        """Moves β by all pairs since the last call, over all ranks of the default process group.
+
+        Nothing is read back to the host.
+        """
         counts = self.counts.clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)

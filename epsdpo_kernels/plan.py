@@ -1,22 +1,23 @@
 """The single pass: how pairs are cut into tiles, and in which order a tile's loss and gradient are formed.
 
 The gradient of the loss in a token's logits is ±c_i·(p − onehot), with one coefficient per pair. So a tile that holds
-whole pairs is projected, swept, reduced, decided and turned into its own gradient while it is in memory, and no logit is
-ever formed twice. A pair longer than a tile writes ±(p − onehot) unscaled, and is scaled when its last tile is done.
+whole pairs is projected, swept, reduced, decided and turned into its own gradient while it is in memory, and no logit
+is ever formed twice. A pair longer than a tile writes ±(p − onehot) unscaled, and is scaled when its last tile is done.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import statistics as st
-from . import tiles_torch
 from .head import Gradients, Head
-from .pair import losses_and_coefficients, pair_beta, perturbation_step
+from .pair import losses_and_coefficients, pair_beta
+from .statistics import Tokens
 
 IGNORE = -100
 # Rows of the (PAIR, B) tensor that a pass returns.
@@ -38,47 +39,53 @@ class Layout:
     """Where the scored tokens are: a pair's chosen tokens, its rejected ones, then the next pair's."""
 
     order: Tensor  # (N,) int64, rows of the flattened input
-    bounds: list[int]  # (2B+1,) completion j of [chosen_0, rejected_0, chosen_1, …] is order[bounds[j]:bounds[j+1]]
+    bounds: Tensor  # (2B+1,) int64, completion j of [chosen_0, rejected_0, chosen_1, …] is order[bounds[j]:bounds[j+1]]
+    edges: list[int]  # the same on the host
     series: list[Series]
     rows: int  # of the largest tile
 
     @property
     def n_pairs(self) -> int:
-        return len(self.bounds) // 2
+        return len(self.edges) // 2
 
 
 def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], max_rows: int) -> Layout:
-    """Cuts scored tokens into tiles of at most ``max_rows``.
+    """Cuts scored tokens into tiles of at most ``max_rows``. What it puts on the device is formed there.
 
     Args:
         labels: (M,) int64, −100 where a row is not scored.
         cu_seqlens: (2B+1,) where completions begin and end in ``labels``, all chosen ones first.
-        lengths: 2B numbers of scored tokens, on the host, in the same order.
+        lengths: 2B numbers of scored tokens, on the host, in the same order; empty where nothing is scored.
     """
     n_pairs = len(lengths) // 2
+    edges = [0]
+    for i in range(n_pairs):
+        edges += [edges[-1] + lengths[i], edges[-1] + lengths[i] + lengths[n_pairs + i]]
     place = torch.arange(2 * n_pairs, device=labels.device)
     place = torch.where(place < n_pairs, 2 * place, 2 * (place - n_pairs) + 1)
-    position = torch.arange(labels.numel(), device=labels.device)
-    key = place[torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True).clamp_max(2 * n_pairs - 1)]
-    key = torch.where(labels == IGNORE, 2 * n_pairs, key)
-    order = torch.sort(key, stable=True).indices[: sum(lengths)]
+    if n_pairs:
+        position = torch.arange(labels.numel(), device=labels.device)
+        key = place[torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)]
+        key = torch.where(labels == IGNORE, 2 * n_pairs, key)
+        key, order = torch.sort(key, stable=True)
+        order = order[: edges[-1]]
+        bounds = torch.searchsorted(key, torch.arange(2 * n_pairs + 1, device=key.device))
+    else:
+        order, bounds = place, place.new_zeros(1)
 
-    bounds = [0]
-    for i in range(n_pairs):
-        bounds += [bounds[-1] + lengths[i], bounds[-1] + lengths[i] + lengths[n_pairs + i]]
     series: list[Series] = []
     first = 0
     while first < n_pairs:
-        start, last = bounds[2 * first], first + 1
-        while last < n_pairs and bounds[2 * last + 2] - start <= max_rows:
+        start, last = edges[2 * first], first + 1
+        while last < n_pairs and edges[2 * last + 2] - start <= max_rows:
             last += 1
-        size = bounds[2 * last] - start
+        size = edges[2 * last] - start
         count = -(-size // max_rows)
         cuts = [start + size * k // count for k in range(count + 1)]
         series.append(Series(range(first, last), [slice(*c) for c in zip(cuts, cuts[1:], strict=False)]))
         first = last
     rows = max((t.stop - t.start for s in series for t in s.tiles), default=0)
-    return Layout(order, bounds, series, rows)
+    return Layout(order, bounds, edges, series, rows)
 
 
 def rows_per_tile(vocabulary: int, hidden: int, itemsize: int, max_tile_bytes: int | None) -> int:
@@ -95,85 +102,82 @@ class Pass:
         x: Tensor,  # (M, H)
         ref_x: Tensor,  # (M, H_ref)
         labels: Tensor,  # (M,)
-        head: Head,
-        ref_head: Head,
+        policy: Head,
+        reference: Head,
         layout: Layout,
         epsilon: float,
+        engine: ModuleType,
     ):
-        self.x, self.ref_x, self.head, self.ref_head = x, ref_x, head, ref_head
-        self.layout, self.epsilon = layout, epsilon
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.labels = labels[layout.order]
-        shape = (layout.rows, head.weight.shape[0])
-        self._a, self._b = (torch.empty(shape, dtype=self.dtype, device=x.device) for _ in range(2))
-        n = len(layout.order)
-        self.swept = torch.empty(st.SWEPT, n, dtype=self.dtype, device=x.device)
+        self.x, self.ref_x, self.policy, self.reference = x, ref_x, policy, reference
+        self.layout, self.epsilon, self.engine = layout, epsilon, engine
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        device, pairs, n = x.device, layout.n_pairs, len(layout.order)
+        self._tiles: dict[str, Tensor] = {}
+        lengths = layout.bounds.diff()
+        self.tokens = Tokens(
+            labels=labels[layout.order],
+            completion=torch.arange(2 * pairs, device=device).repeat_interleave(lengths, output_size=n),
+            bounds=layout.bounds,
+            edges=layout.edges,
+            swept=torch.empty(st.SWEPT, n, dtype=dtype, device=device),
+            sums=torch.empty(st.TOKEN, pairs, 2, dtype=torch.float64, device=device),
+            step=torch.empty(pairs, dtype=torch.int8, device=device),
+            arrived=torch.zeros(pairs, dtype=torch.int32, device=device),
+        )
+
+    def _tile(self, name: str, tile: slice) -> Tensor:
+        """(rows, V) of a buffer that all tiles of a pass share, made when the first of them comes."""
+        if name not in self._tiles:
+            shape = self.layout.rows, len(self.policy.weight)
+            self._tiles[name] = self.tokens.swept.new_empty(shape)
+        return self._tiles[name][: tile.stop - tile.start]
+
+    def release(self) -> None:
+        """Frees the tiles, until a next one is projected."""
+        self._tiles.clear()
 
     def project(self, tile: slice) -> tuple[Tensor, Tensor]:
-        """The policy's logits of a tile and the hidden states they come from."""
-        a = self._a[: tile.stop - tile.start]
+        """The policy's x·Wᵀ of a tile and the hidden states it comes from."""
+        a = self._tile("policy", tile)
         x = self.x.index_select(0, self.layout.order[tile])
-        self.head.logits(x, a)
+        self.policy.project(x, a)
         return a, x
 
-    def sweep(self, tile: slice, a: Tensor) -> None:
-        b = self._b[: a.shape[0]]
-        self.ref_head.logits(self.ref_x.index_select(0, self.layout.order[tile]), b)
-        masked = self.head.bias is not None or self.ref_head.bias is not None
-        tiles_torch.sweep(a, b, self.labels[tile], self.epsilon, masked, self.swept[:, tile])
+    def forward(self, tile: slice) -> tuple[Tensor, Tensor]:
+        """Sweeps a tile; gives what :meth:`gradient` takes."""
+        a, x = self.project(tile)
+        b = self._tile("reference", tile)
+        self.reference.project(self.ref_x.index_select(0, self.layout.order[tile]), b)
+        self.engine.sweep(a, b, tile, self.tokens, self.policy, self.reference, self.epsilon)
+        return a, x
 
     def gradient(
-        self, tile: slice, a: Tensor, x: Tensor, coefficient: Tensor, into: Gradients, accumulate: bool
+        self, tile: slice, a: Tensor, x: Tensor, chosen: Tensor, rejected: Tensor, into: Gradients, accumulate: bool
     ) -> None:
-        """Turns a tile's logits into coefficient·(p − onehot) and adds what follows to ``into``."""
-        swept = self.swept[:, tile]
-        tiles_torch.gradient_(
-            a, self.labels[tile], swept[st.MAX], swept[st.SUM], coefficient, self.head.scale, self.head.softcap
-        )
-        scratch = self._b[: a.shape[0]]
-        self.head.backward(a, x, self.layout.order[tile], into, scratch, accumulate)
-
-    def completions(self, pairs: range) -> Tensor:
-        """Sums over tokens, (TOKEN, pairs, 2) with chosen and rejected in the last dimension; entropy is the mean.
-
-        Each completion is summed by itself in float64, so a pair's figures do not depend on its neighbours.
-        """
-        bounds = self.layout.bounds[2 * pairs.start : 2 * pairs.stop + 1]
-        tokens = st.token_statistics(self.swept[:, bounds[0] : bounds[-1]], self.epsilon)
-        sums = tokens.new_empty(st.TOKEN, 2 * len(pairs), dtype=torch.float64)
-        for j, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            part = tokens[:, start - bounds[0] : stop - bounds[0]]
-            torch.sum(part, 1, dtype=torch.float64, out=sums[:, j])
-            sums[st.ENTROPY, j] /= stop - start
-        return sums.view(st.TOKEN, len(pairs), 2)
-
-    def coefficients(self, pairs: range, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """Two (pairs,) vectors -> one value a token of these pairs."""
-        bounds = self.layout.bounds[2 * pairs.start : 2 * pairs.stop + 1]
-        lengths = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)])
-        both = torch.stack((chosen, rejected), 1).flatten().to(self.dtype)
-        return both.repeat_interleave(lengths.to(both.device), output_size=bounds[-1] - bounds[0])
+        """Adds what follows from the gradient coefficient·(p − onehot), with (B,) coefficients per side of a pair."""
+        both = torch.stack((chosen, rejected), 1).flatten().to(a.dtype)
+        coefficient = both[self.tokens.completion[tile]]
+        g = self.engine.gradient(a, tile, self.tokens, coefficient, self.policy)
+        self.policy.backward(g, x, self.layout.order[tile], into, accumulate)
 
 
-def decide(sums: Tensor, beta: Tensor, epsilon: float, smoothing: float, out: Tensor) -> Tensor:
-    """From (TOKEN, pairs, 2) sums to the rows of a pass's result, and the pairs' coefficients (pairs,)."""
-    dtype = out.dtype
-    shifts = [(sums[r, :, 0] - sums[r, :, 1]).to(dtype) for r in (st.RELAXED_SHIFT, st.TIGHTENED_SHIFT)]
-    step = perturbation_step(*shifts)
+def decide(tokens: Tokens, pairs: range, beta: Tensor, epsilon: float, smoothing: float, out: Tensor) -> Tensor:
+    """Fills the pairs' columns of a pass's result; gives (B,) coefficients ∂loss_i/∂rejected_logps_i of these pairs."""
+    part = slice(pairs.start, pairs.stop)
+    sums, step, out = tokens.sums[:, part], tokens.step[part], out[:, part]
     beta_i = pair_beta(step, beta, epsilon)
     logps = tuple(sums[r, :, k] for r in (st.LOGP, st.REF_LOGP) for k in (0, 1))
     losses, coefficient = losses_and_coefficients(logps, beta_i.double(), smoothing)
+    shifts = st.shifts(sums)
     finite = torch.isfinite(shifts[0]) & torch.isfinite(shifts[1])
     out[LOSS] = torch.where(finite, losses, torch.nan)
     out[STEP], out[BETA] = step, beta_i
-    for row, (r, k) in zip(
-        range(CHOSEN_LOGP, PAIR_RELAXED_SHIFT),
-        [(r, k) for r in (st.LOGP, st.REF_LOGP, st.KL, st.ENTROPY) for k in (0, 1)],
-        strict=True,
-    ):
-        out[row] = sums[r, :, k]
+    out[CHOSEN_LOGP:CHOSEN_KL] = torch.stack(logps)
+    out[CHOSEN_KL:PAIR_RELAXED_SHIFT] = sums[st.KL : st.ENTROPY + 1].transpose(1, 2).flatten(0, 1)
     out[PAIR_RELAXED_SHIFT], out[PAIR_TIGHTENED_SHIFT] = shifts
-    return torch.where(finite, coefficient, torch.nan).to(dtype)
+    everyone = coefficient.new_zeros(len(tokens.step))
+    everyone[part] = torch.where(finite, coefficient, torch.nan)
+    return everyone
 
 
 def single_pass(run: Pass, beta: Tensor, smoothing: float, into: Gradients) -> Tensor:
@@ -182,36 +186,28 @@ def single_pass(run: Pass, beta: Tensor, smoothing: float, into: Gradients) -> T
     The units keep 16-bit gradients of a small β from underflowing: whoever reads them multiplies by β/B once more,
     together with what backward receives.
     """
-    layout = run.layout
-    out = run.swept.new_empty(PAIR, layout.n_pairs)
+    tokens = run.tokens
+    out = tokens.swept.new_empty(PAIR, run.layout.n_pairs)
+    one = out.new_ones(run.layout.n_pairs)
     wanted = any(g is not None for g in into)
     accumulate = False
-    for pairs, tiles in layout.series:
-        part = out[:, pairs.start : pairs.stop]
+    for pairs, tiles in run.layout.series:
         if len(tiles) == 1:
-            a, x = run.project(tiles[0])
-            run.sweep(tiles[0], a)
-            coefficient = decide(run.completions(pairs), beta, run.epsilon, smoothing, part)
+            a, x = run.forward(tiles[0])
+            unit = decide(tokens, pairs, beta, run.epsilon, smoothing, out) / beta
             if wanted:
-                unit = coefficient / beta
-                signed = run.coefficients(pairs, unit, -unit)
-                run.gradient(tiles[0], a, x, signed, into, accumulate)
+                # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
+                run.gradient(tiles[0], a, x, unit, -unit, into, accumulate)
         else:
             own = _own_buffers(into, accumulate)
-            one = run.swept.new_ones(1)
-            sign = run.coefficients(pairs, one, -one)
             for k, tile in enumerate(tiles):
-                a, x = run.project(tile)
-                run.sweep(tile, a)
+                a, x = run.forward(tile)
                 if wanted:
-                    begin = tile.start - tiles[0].start
-                    # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot).
-                    signed = sign[begin : begin + tile.stop - tile.start]
-                    run.gradient(tile, a, x, signed, own, k > 0)
-            coefficient = decide(run.completions(pairs), beta, run.epsilon, smoothing, part)
+                    run.gradient(tile, a, x, one, -one, own, k > 0)
+            unit = decide(tokens, pairs, beta, run.epsilon, smoothing, out) / beta
             if wanted:
-                rows = layout.order[tiles[0].start : tiles[-1].stop]
-                _scale(own, into, rows, (coefficient / beta)[0])
+                rows = run.layout.order[tiles[0].start : tiles[-1].stop]
+                _scale(own, into, rows, unit[pairs.start].to(out.dtype))
         accumulate = True
     return out
 

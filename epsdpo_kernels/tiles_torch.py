@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from . import statistics as st
+from .head import Head
+from .statistics import Tokens
 
-# Elements a chunk of rows may hold. Measured on 2 CPU cores at V 49152: 4 to 8 rows are fastest, 64 take 1.6 times as long.
+# Elements a chunk of rows may hold. Measured on 2 CPU cores at V 49152: 4 to 8 rows are fastest, 64 take 1.6 times
+# as long.
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
@@ -19,23 +22,34 @@ def _chunks(tile: Tensor) -> range:
     return range(0, tile.shape[0], max(1, limit // tile.shape[1]))
 
 
-def sweep(a: Tensor, b: Tensor, labels: Tensor, epsilon: float, masked: bool, out: Tensor) -> None:
-    """The sums of every token of a tile.
+def _transform_(logits: Tensor, head: Head) -> None:
+    if head.bias is not None:
+        logits.add_(head.bias)
+    if head.scale != 1.0:
+        logits.mul_(head.scale)
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, reference: Head, epsilon: float) -> None:
+    """Writes the sums of a tile's tokens, and reduces and decides every pair that they complete.
 
     Args:
-        a: (rows, V) policy logits, kept.
-        b: (rows, V) reference logits, overwritten.
-        labels: (rows,) int64 in [0, V).
-        masked: whether logits may be −inf (by a bias); a word the policy gives no probability then counts for nothing.
-        out: (SWEPT, rows), a view of any strides, written.
+        a: (rows, V) the policy's x·Wᵀ, overwritten by its logits, as :func:`gradient` takes them.
+        b: (rows, V) the reference's, overwritten.
+        tile: the tokens that the rows are.
     """
-    rows = labels[:, None]
-    out[st.LABEL] = a.gather(1, rows)[:, 0]
-    out[st.REF_LABEL] = b.gather(1, rows)[:, 0]
+    labels, out = tokens.labels[tile, None], tokens.swept[:, tile]
+    # A bias may be −inf: a word that the policy gives no probability counts for nothing.
+    masked = policy.bias is not None or reference.bias is not None
     chunks = _chunks(a)
     scratch = a.new_empty(3, min(chunks.step, a.shape[0]), a.shape[1])
     for start in chunks:
-        a_, b_, o = a[start : start + chunks.step], b[start : start + chunks.step], out[:, start : start + chunks.step]
+        part = slice(start, start + chunks.step)
+        a_, b_, o = a[part], b[part], out[:, part]
+        _transform_(a_, policy)
+        _transform_(b_, reference)
+        o[st.LABEL], o[st.REF_LABEL] = a_.gather(1, labels[part])[:, 0], b_.gather(1, labels[part])[:, 0]
         centred, e, u = scratch[:, : a_.shape[0]]
         top, ref_top = a_.amax(1, keepdim=True), b_.amax(1, keepdim=True)
         torch.sub(a_, top, out=centred)
@@ -58,31 +72,37 @@ def sweep(a: Tensor, b: Tensor, labels: Tensor, epsilon: float, masked: bool, ou
         # e^−u − 1 = −w / (1 + w) with w = e^u − 1: a division instead of a second exponential.
         torch.add(grown, 1, out=centred)
         o[st.TIGHTENED] = -torch.linalg.vecdot(e, grown.div_(centred))
+    done = [i for i, end in enumerate(tokens.edges[2::2]) if tile.start < end <= tile.stop]
+    if done:
+        st.reduce_pairs(tokens, range(done[0], done[-1] + 1), epsilon)
 
 
-def gradient_(
-    a: Tensor, labels: Tensor, top: Tensor, total: Tensor, coefficient: Tensor, scale: float, softcap: float | None
-) -> None:
+def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy: Head) -> Tensor:
     """Overwrites policy logits by coefficient·(softmax(a) − onehot(label)), carried back through softcap and scale.
 
     Args:
-        a: (rows, V) policy logits as the sweep saw them, overwritten by the gradient in x·Wᵀ + bias.
-        labels: (rows,) int64.
-        top, total: (rows,) the sweep's MAX and SUM.
+        a: (rows, V) policy logits as :func:`sweep` left them, overwritten.
+        tile: the tokens that the rows are.
         coefficient: (rows,) what multiplies p − onehot, sign included.
+
+    Returns:
+        (rows, V) the gradient of x·Wᵀ + bias in the policy's ``gradient_dtype``, in a's own memory.
     """
-    factor = (coefficient / total * scale)[:, None]
-    rows = labels[:, None]
-    at_label = a.gather(1, rows)
+    swept, labels = tokens.swept[:, tile], tokens.labels[tile, None]
+    top, softcap = swept[st.MAX, :, None], policy.softcap
+    factor = (coefficient / swept[st.SUM] * policy.scale)[:, None]
+    minus = coefficient[:, None] * policy.scale
+    # 16-bit gradients lie in the front half of their row.
+    out = a if policy.gradient_dtype == a.dtype else a.view(policy.gradient_dtype)[:, : a.shape[1]]
     chunks = _chunks(a)
     for start in chunks:
         part = slice(start, start + chunks.step)
-        if softcap is None:
-            a[part].sub_(top[part, None]).exp_().mul_(factor[part])
-        else:
-            slope = (a[part] / softcap).square_().neg_().add_(1)
-            a[part].sub_(top[part, None]).exp_().mul_(factor[part]).mul_(slope)
-    minus = coefficient[:, None] * scale
-    if softcap is not None:
-        minus = minus * (1 - (at_label / softcap).square())
-    a.scatter_add_(1, rows, -minus)
+        g = a[part]
+        slope = None if softcap is None else (g / softcap).square_().neg_().add_(1)
+        g = torch.sub(g, top[part], out=g if out is a else None).exp_().mul_(factor[part])
+        g.scatter_add_(1, labels[part], -minus[part])
+        if slope is not None:
+            g.mul_(slope)
+        if out is not a:
+            out[part] = g
+    return out
