@@ -274,10 +274,10 @@ def single_pass(
 
 
 @single_pass.register_fake
-def _(x, weight, bias, labels, cu_seqlens, *_, needs):
+def _(x, weight, bias, labels, cu_seqlens, *rest):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    gradients = (x.new_empty(s if n else (0,), dtype=dtype) for s, n in zip(shapes, needs, strict=True))
+    gradients = (x.new_empty(s if n else (0,), dtype=dtype) for s, n in zip(shapes, rest[-1], strict=True))
     return x.new_empty(plan.PAIR, (cu_seqlens.shape[0] - 1) // 2, dtype=dtype), *gradients
 
 
@@ -292,7 +292,7 @@ class _SinglePass(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         results, *gradients = single_pass(
             x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
-            beta, epsilon, smoothing, engine, max_tile_bytes, needs=needs,
+            beta, epsilon, smoothing, engine, max_tile_bytes, needs,
         )  # fmt: skip
         pairs = results.shape[1]
         ctx.save_for_backward(*gradients, beta / max(pairs, 1))
