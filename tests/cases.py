@@ -1,0 +1,84 @@
+"""Inputs that the tests share: ragged pairs near a reference, seeded."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from epsdpo_kernels import EpsilonDPOOutput
+
+DISCRETE = ("step",)
+
+
+class Case(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    bias: Tensor | None
+    ref_bias: Tensor | None
+
+    def arguments(self, dtype=None, grad=()) -> tuple[tuple, dict]:
+        """Positional and keyword arguments of the loss; ``grad`` names what requires a gradient."""
+        fields = {}
+        for name, t in self._asdict().items():
+            if t is not None and t.is_floating_point():
+                t = t.detach().to(dtype or t.dtype, copy=True).requires_grad_(name in grad)
+            fields[name] = t
+        return tuple(fields.values())[:5], {"bias": fields["bias"], "ref_bias": fields["ref_bias"]}
+
+
+def make_case(
+    pairs=2, length=7, width=6, vocabulary=103, ref_width=None, bias=False, drift=0.05, spread=1.0, seed=0, masked=True
+) -> Case:
+    """float64 tensors, whose values bf16 holds exactly so that every dtype sees the same inputs.
+
+    ``drift`` is the policy's distance from the reference, ``spread`` about the standard deviation of the logits. Where
+    ``masked``, completions have ragged lengths and some have holes.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, std=1.0):
+        return (torch.randn(*shape, generator=g) * std).bfloat16().double()
+
+    ref_hidden = normal(2 * pairs, length, ref_width or width)
+    ref_weight = normal(vocabulary, ref_width or width, std=spread / (ref_width or width) ** 0.5)
+    if ref_width in (None, width):
+        hidden = (ref_hidden + drift * normal(*ref_hidden.shape)).bfloat16().double()
+        weight = (ref_weight + drift * normal(*ref_weight.shape, std=ref_weight.std().item())).bfloat16().double()
+    else:
+        hidden, weight = normal(2 * pairs, length, width), normal(vocabulary, width, std=spread / width**0.5)
+    labels = torch.randint(0, vocabulary, (2 * pairs, length), generator=g)
+    if masked:
+        for row in labels:
+            start = int(torch.randint(0, length, (), generator=g))
+            row[:start] = -100
+            hole = int(torch.randint(0, length, (), generator=g))
+            if start < hole < length - 1:
+                row[hole] = -100
+    biases = (normal(vocabulary), normal(vocabulary)) if bias else (None, None)
+    return Case(hidden, weight, labels, ref_hidden, ref_weight, *biases)
+
+
+def pack(case: Case) -> tuple[Case, Tensor]:
+    """The same completions one after the other, each cut to its last scored token, and their cu_seqlens."""
+    ends = [int((row != -100).nonzero().max()) + 1 for row in case.labels]
+    cu_seqlens = torch.tensor([0, *ends]).cumsum(0).int()
+    flat = {n: torch.cat([t[i, :e] for i, e in enumerate(ends)]) for n, t in case._asdict().items() if n in PADDED}
+    return case._replace(**flat), cu_seqlens
+
+
+PADDED = ("hidden", "labels", "ref_hidden")
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return ((got.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-30)).item()
+
+
+def worst_error(got: EpsilonDPOOutput, truth: EpsilonDPOOutput) -> float:
+    """Largest relative error over all continuous fields."""
+    return max(relative_error(g, t) for n, g, t in zip(got._fields, got, truth, strict=True) if n not in DISCRETE)

@@ -1,0 +1,151 @@
+"""What a training loop does with the loss: scales, combines, compiles, accumulates, casts."""
+
+import pytest
+import torch
+from cases import make_case, relative_error
+
+from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference, linear, linear_epsilon_dpo, linear_pair_stats
+from epsdpo_kernels.pair import preference_losses
+
+GRADS = ("hidden", "weight", "bias")
+
+
+def leaves(case, dtype=None):
+    args, biases = case.arguments(dtype, GRADS)
+    return args, biases, [t for t in (args[0], args[1], biases["bias"]) if t is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_backward_twice_and_combined(dtype):
+    case = make_case(3, bias=True)
+    args, biases, inputs = leaves(case, dtype)
+    loss = linear_epsilon_dpo(*args, **biases).loss
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs, retain_graph=True)
+    combined = torch.autograd.grad(2 * loss + sum(t.double().square().sum() for t in inputs), inputs)
+    for a, b, c, t in zip(first, second, combined, inputs, strict=True):
+        assert torch.equal(a, b)
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+        assert relative_error(c, 2 * a.double() + 2 * t.detach().double()) < tolerance
+
+
+def test_second_derivative_is_refused():
+    args, _, inputs = leaves(make_case(1))
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (g, _) = torch.autograd.grad(linear_epsilon_dpo(*args).loss * scale, inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_a_loss_scaler_comes_in_before_the_cast():
+    """β 1e-7 with a scale of 2¹⁶: unscaled fp16 gradients would be zero."""
+    case = make_case(2, drift=0.3)
+    args, _, inputs = leaves(case, torch.float16)
+    truth_args, _, truth_inputs = leaves(case)
+    (scaled, _) = torch.autograd.grad(linear_epsilon_dpo(*args, beta=1e-6).loss * 2.0**16, inputs)
+    (truth, _) = torch.autograd.grad(epsilon_dpo_reference(*truth_args, beta=1e-6).loss * 2.0**16, truth_inputs)
+    assert relative_error(scaled, truth) < 2e-3
+
+
+def test_nothing_scored_stays_in_the_graph():
+    case = make_case(2, bias=True)
+    case = case._replace(labels=torch.full_like(case.labels, -100))
+    args, biases, inputs = leaves(case)
+    out = linear_epsilon_dpo(*args, **biases)
+    assert out.loss == 0 and out.loss.requires_grad
+    for g in torch.autograd.grad(out.loss, inputs):
+        assert g.count_nonzero() == 0
+    assert all(v.shape == (2,) and v.count_nonzero() == 0 for v in out[1:])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_not_finite_is_no_decision(bad, budget):
+    case = make_case(3, masked=False)
+    args, _, inputs = leaves(case)
+    good = linear_epsilon_dpo(*args)
+    with torch.no_grad():
+        args[0][1, 2, 0] = bad
+    out = linear_epsilon_dpo(*args, max_tile_bytes=budget)
+    assert out.losses.isnan().tolist() == [False, True, False] and out.loss.isnan()
+    assert out.step[1] == 0 and torch.equal(out.step[[0, 2]], good.step[[0, 2]])
+    assert torch.autograd.grad(out.loss, inputs)[1].isnan().any()
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_compiled_is_eager(bias):
+    case = make_case(2, bias=bias)
+    loss_fn = EpsilonDPOLoss()
+
+    def step(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias):
+        return loss_fn(hidden, weight, labels, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias)
+
+    outputs = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        (x, w, labels, *ref), biases, inputs = leaves(case, torch.float32)
+        out = function(x, w, biases["bias"], labels, *ref, biases["ref_bias"])
+        outputs.append((*out, *torch.autograd.grad(2 * out.loss, inputs)))
+    for eager, compiled in zip(*outputs, strict=True):
+        assert torch.equal(eager, compiled)
+    assert loss_fn.counts.sum() == 4
+
+
+@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]], ids=str)
+def test_opcheck(needs):
+    case = make_case(2, bias=True)
+    args, biases = case.arguments(torch.float32)
+    x, ref_x = args[0].flatten(0, 1), args[3].flatten(0, 1)
+    bounds = torch.arange(0, 29, 7)
+    arguments = (
+        x, args[1], biases["bias"], args[2].flatten(), bounds, ref_x, args[4], biases["ref_bias"],
+        1.0, None, 1.0, 3.0, torch.tensor(0.1), 0.01, 0.0, "torch", None, needs,
+    )  # fmt: skip
+    torch.library.opcheck(linear.single_pass, arguments)
+
+
+def test_autocast_takes_the_autocast_dtype():
+    case = make_case(2)
+    args, _, inputs = leaves(case, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_epsilon_dpo(*args)
+    gradients = torch.autograd.grad(out.loss, inputs)
+    bf16_args, _, bf16_inputs = leaves(case, torch.bfloat16)
+    expected = linear_epsilon_dpo(*bf16_args)
+    assert torch.equal(out.chosen_logps, expected.chosen_logps) and out.chosen_logps.dtype == torch.float32
+    for g, e in zip(gradients, torch.autograd.grad(expected.loss, bf16_inputs), strict=True):
+        assert g.dtype == torch.float32 and torch.equal(g, e.float())
+
+
+@pytest.mark.parametrize("budget", [None, 20 * 103 * 16, 1])
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_pair_stats_carry_any_loss(budget, pairs):
+    case = make_case(pairs, bias=True, drift=0.2)
+    args, biases, inputs = leaves(case)
+    stats = linear_pair_stats(*args, **biases, softcap=3.0, max_tile_bytes=budget)
+    truth_args, truth_biases, truth_inputs = leaves(case)
+    truth = epsilon_dpo_reference(*truth_args, **truth_biases, softcap=3.0, label_smoothing=0.1)
+    for name in stats._fields:
+        assert relative_error(getattr(stats, name), getattr(truth, name)) < 1e-10, name
+    losses = preference_losses(*stats[:4], truth.beta, 0.1)
+    for g, e in zip(
+        torch.autograd.grad(losses.mean(), inputs), torch.autograd.grad(truth.loss, truth_inputs), strict=True
+    ):
+        assert relative_error(g, e) < 1e-10
+    # A loss that reads the sides apart, which the single pass could not serve.
+    stats = linear_pair_stats(*args, **biases, max_tile_bytes=budget)
+    got = torch.autograd.grad((stats.chosen_logps.square() + 3 * stats.rejected_logps).sum(), inputs)
+    logits = (truth_args[0] @ truth_args[1].T + truth_biases["bias"]).log_softmax(-1)
+    logps = logits.gather(-1, case.labels.clamp_min(0)[..., None])[..., 0].masked_fill(case.labels == -100, 0).sum(1)
+    chosen, rejected = logps.chunk(2)
+    expected = torch.autograd.grad((chosen.square() + 3 * rejected).sum(), truth_inputs)
+    for g, e in zip(got, expected, strict=True):
+        assert relative_error(g, e) < 1e-10
+
+
+def test_pair_stats_without_tokens():
+    case = make_case(2)
+    case = case._replace(labels=torch.full_like(case.labels, -100))
+    args, _, inputs = leaves(case)
+    stats = linear_pair_stats(*args)
+    for g in torch.autograd.grad(stats.chosen_logps.sum(), inputs):
+        assert g.count_nonzero() == 0

@@ -1,0 +1,97 @@
+"""Bad input gets an error that names the argument, what came and what is taken."""
+
+import pytest
+import torch
+from cases import make_case, pack
+
+from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference, linear_epsilon_dpo, linear_pair_stats
+
+BAD_SCALARS = [
+    ({"beta": 0.0}, "beta: got 0.0, takes a positive finite number"),
+    ({"beta": float("nan")}, "beta: got nan"),
+    ({"beta": torch.tensor(-1.0)}, "beta: got -1.0"),
+    ({"beta": torch.ones(2)}, r"beta: got a torch.float32 tensor of shape \(2,\), takes one float"),
+    ({"epsilon": 1.0}, "epsilon: got 1.0, takes a number in"),
+    ({"epsilon": -0.1}, "epsilon: got -0.1"),
+    ({"label_smoothing": 0.5}, "label_smoothing: got 0.5, takes a number in"),
+    ({"softcap": 0.0}, "softcap: got 0.0, takes a positive"),
+    ({"ref_softcap": -1.0}, "ref_softcap: got -1.0"),
+    ({"logit_scale": 0.0}, "logit_scale: got 0.0"),
+    ({"engine": "cuda"}, "engine: got 'cuda', takes one of"),
+    ({"max_tile_bytes": 0}, "max_tile_bytes: got 0, takes a positive"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_SCALARS, ids=str)
+def test_scalars(options, message):
+    args, _ = make_case().arguments()
+    with pytest.raises(ValueError, match=message):
+        linear_epsilon_dpo(*args, **options)
+
+
+BAD_TENSORS = [
+    (0, lambda t: t[:3], ValueError, "hidden: got 3 rows, takes an even number|labels: got shape"),
+    (0, lambda t: t[0], ValueError, r"hidden: got shape \(7, 6\), takes \(2B, T, H\)"),
+    (0, lambda t: t.int(), TypeError, "hidden: got torch.int32, takes float32"),
+    (1, lambda t: t[:, :5], ValueError, r"weight: got shape \(103, 5\), takes \(V, 6\)"),
+    (1, lambda t: t.float(), TypeError, "weight: got torch.float32, takes hidden's dtype, torch.float64"),
+    (1, lambda t: t[:0], ValueError, r"weight: got shape \(0, 6\)"),
+    (2, lambda t: t[:, :5], ValueError, r"labels: got shape \(4, 5\), takes \(4, 7\)"),
+    (2, lambda t: t.int(), TypeError, "labels: got torch.int32, takes int64"),
+    (2, lambda t: t.masked_fill(t != -100, 103), ValueError, r"labels: got 103, takes \[0, 103\) or -100"),
+    (2, lambda t: t.masked_fill(t != -100, -1), ValueError, r"labels: got -1, takes"),
+    (3, lambda t: t[:, :5], ValueError, r"ref_hidden: got shape \(4, 5, 6\)"),
+    (3, lambda t: t.float(), TypeError, "ref_hidden: got torch.float32 with hidden torch.float64"),
+    (4, lambda t: t[:99], ValueError, "ref_weight: got a vocabulary of 99, takes the policy's, 103"),
+    (4, lambda t: t[:, :5], ValueError, r"ref_weight: got shape \(103, 5\), takes \(V, 6\)"),
+]
+
+
+@pytest.mark.parametrize("position, change, error, message", BAD_TENSORS, ids=[b[3] for b in BAD_TENSORS])
+@pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats], ids=["loss", "stats"])
+def test_tensors(function, position, change, error, message):
+    args = list(make_case().arguments()[0])
+    args[position] = change(args[position])
+    with pytest.raises(error, match=message):
+        function(*args)
+
+
+def test_odd_rows_are_named():
+    args = [t[:3] if t.dim() == 3 or t.dtype == torch.int64 else t for t in make_case().arguments()[0]]
+    with pytest.raises(ValueError, match="hidden: got 3 rows, takes an even number"):
+        linear_epsilon_dpo(*args)
+
+
+def test_bias_of_another_vocabulary():
+    args, biases = make_case(bias=True).arguments()
+    with pytest.raises(ValueError, match=r"bias: got shape \(99,\), takes \(103,\)"):
+        linear_epsilon_dpo(*args, bias=biases["bias"][:99])
+    with pytest.raises(ValueError, match=r"ref_bias: got shape \(99,\), takes \(103,\)"):
+        linear_epsilon_dpo(*args, ref_bias=biases["bias"][:99])
+
+
+@pytest.mark.parametrize("row, message", [(1, "chosen completion of pair 1"), (2, "rejected completion of pair 0")])
+def test_an_empty_completion_is_named(row, message):
+    case = make_case()
+    case.labels[row] = -100
+    with pytest.raises(ValueError, match=f"labels: the {message} has no scored token"):
+        linear_epsilon_dpo(*case.arguments()[0])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda c: c + 1, lambda c: c.flip(0), lambda c: c[:-1], lambda c: c.float(), lambda c: c[None]]
+)
+def test_cu_seqlens(change):
+    case, cu_seqlens = pack(make_case())
+    with pytest.raises(ValueError, match="cu_seqlens: got"):
+        linear_epsilon_dpo(*case.arguments()[0], cu_seqlens=change(cu_seqlens))
+
+
+def test_reference_and_module_check_too():
+    args, _ = make_case().arguments()
+    with pytest.raises(ValueError, match="epsilon: got 2"):
+        epsilon_dpo_reference(*args, epsilon=2)
+    with pytest.raises(ValueError, match="beta_update: got 'mean'"):
+        EpsilonDPOLoss(beta_update="mean")
+    with pytest.raises(ValueError, match="beta: got -1"):
+        EpsilonDPOLoss(beta=-1)

@@ -1,0 +1,79 @@
+"""The running β."""
+
+import pytest
+import torch
+from cases import make_case
+
+from epsdpo_kernels import EpsilonDPOLoss
+
+EPSILON = 0.05
+
+
+def halves(case):
+    args, _ = case.arguments()
+    for rows in ([0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]):
+        yield [t[rows] if i in (0, 2, 3) else t for i, t in enumerate(args)]
+
+
+def test_mean_step_over_a_window_of_micro_batches():
+    case = make_case(6, drift=0.3, seed=4)
+    loss_fn = EpsilonDPOLoss(0.2, EPSILON)
+    outputs = [loss_fn(*args) for args in halves(case)]
+    assert all((o.beta == 0.2 / (1 + EPSILON * o.step.double())).all() for o in outputs) or outputs[0].beta.dtype
+    step = torch.cat([o.step for o in outputs]).double()
+    assert loss_fn.beta.item() == pytest.approx(0.2)  # the whole step uses the old β
+    loss_fn.update_beta()
+    assert loss_fn.beta.item() == pytest.approx(0.2 / (1 + EPSILON * step.mean().item()), rel=1e-6)
+    assert loss_fn.counts.tolist() == [0, 0, 0]
+
+
+def test_mean_beta_and_none():
+    case = make_case(6, drift=0.3, seed=4)
+    for update in ("mean-beta", "none"):
+        loss_fn = EpsilonDPOLoss(0.2, EPSILON, update)
+        betas = torch.cat([loss_fn(*args).beta for args in halves(case)])
+        loss_fn.update_beta()
+        expected = betas.mean().item() if update == "mean-beta" else 0.2
+        assert loss_fn.beta.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_counts_nothing():
+    loss_fn = EpsilonDPOLoss(0.2, EPSILON).eval()
+    loss_fn(*make_case(3).arguments()[0])
+    assert loss_fn.counts.sum() == 0
+    loss_fn.update_beta()
+    assert loss_fn.beta.item() == pytest.approx(0.2)
+
+
+def test_a_micro_batch_without_tokens_does_not_dilute_the_mean():
+    case = make_case(3, drift=0.3)
+    loss_fn = EpsilonDPOLoss()
+    step = loss_fn(*case.arguments()[0]).step
+    loss_fn(*case._replace(labels=torch.full_like(case.labels, -100)).arguments()[0])
+    assert loss_fn.counts.tolist() == [(step == s).sum() for s in (1, 0, -1)]
+
+
+def test_state_goes_on():
+    args, _ = make_case(3, drift=0.3).arguments()
+    first, second = EpsilonDPOLoss(0.2, EPSILON), EpsilonDPOLoss(0.1, EPSILON)
+    first(*args)
+    second.load_state_dict(first.state_dict())
+    for loss_fn in (first, second):
+        loss_fn(*args)
+        loss_fn.update_beta()
+    assert torch.equal(first.beta, second.beta) and first.beta != 0.2
+
+
+def test_a_cast_module_keeps_beta_in_fp32():
+    loss_fn = EpsilonDPOLoss(0.123456789, EPSILON).to(torch.bfloat16)
+    assert loss_fn.beta.dtype == torch.float32
+    assert loss_fn.beta.item() == pytest.approx(0.123456789, rel=1e-7)
+
+
+def test_an_output_does_not_change_when_beta_does():
+    loss_fn = EpsilonDPOLoss(0.2, 0.3)
+    args, _ = make_case(3, drift=0.3).arguments(grad=("hidden",))
+    out = loss_fn(*args)
+    before = torch.autograd.grad(out.loss, args[0], retain_graph=True)[0]
+    loss_fn.update_beta()
+    assert torch.equal(torch.autograd.grad(out.loss, args[0])[0], before)

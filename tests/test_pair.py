@@ -1,0 +1,58 @@
+"""The mathematics of a pair, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from epsdpo_kernels.pair import losses_and_coefficients, pair_beta, perturbation_step, preference_losses
+
+
+def test_step_is_strict_on_both_sides():
+    relaxed = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 0.0, 1.0, torch.nan, torch.inf])
+    tightened = torch.tensor([-1.0, 1.0, 1.0, -1.0, -1.0, 0.0, 0.0, -1.0, -1.0])
+    assert perturbation_step(relaxed, tightened).tolist() == [1, -1, 0, 0, 0, 0, 0, 0, 0]
+    assert perturbation_step(relaxed, tightened).dtype == torch.int8
+
+
+def test_beta_is_smaller_where_relaxed():
+    step = torch.tensor([1, 0, -1], dtype=torch.int8)
+    got = pair_beta(step, torch.tensor(0.1, dtype=torch.float64), 0.25)
+    assert got.tolist() == [0.1 / 1.25, 0.1, 0.1 / 0.75]
+    assert pair_beta(step, 0.1, 0.25).dtype == torch.float32
+
+
+def test_loss_of_a_hand_worked_pair():
+    logps = [torch.tensor([v], dtype=torch.float64) for v in (-10.0, -14.0, -11.0, -12.0)]
+    beta = torch.tensor([0.2], dtype=torch.float64)
+    logit = 0.2 * ((-10 + 14) - (-11 + 12))
+    sigmoid = 1 / (1 + math.exp(-logit))
+    plain = preference_losses(*logps, beta)
+    smooth = preference_losses(*logps, beta, label_smoothing=0.1)
+    assert plain.item() == pytest.approx(-math.log(sigmoid), rel=1e-14)
+    assert smooth.item() == pytest.approx(-0.9 * math.log(sigmoid) - 0.1 * math.log(1 - sigmoid), rel=1e-14)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_one_coefficient_is_the_whole_gradient(smoothing):
+    torch.manual_seed(0)
+    logps = [torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    beta = torch.rand(5, dtype=torch.float64) + 0.1
+    losses, coefficient = losses_and_coefficients(tuple(logps), beta, smoothing)
+    gradients = torch.autograd.grad(preference_losses(*logps, beta, smoothing).sum(), logps)
+    for gradient, sign in zip(gradients, (-1, 1, 1, -1), strict=True):
+        torch.testing.assert_close(gradient, sign * coefficient, rtol=1e-14, atol=0)
+    assert not losses.requires_grad and not coefficient.requires_grad
+
+
+def test_no_gradient_through_beta():
+    beta = torch.tensor([0.1], requires_grad=True)
+    loss = preference_losses(*(torch.zeros(1, requires_grad=True) for _ in range(4)), beta).sum()
+    assert torch.autograd.grad(loss, beta, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_margin_that_is_not_finite_has_no_loss(bad):
+    logps = [torch.tensor([bad if i == 0 else -1.0, -2.0]) for i in range(4)]
+    losses = preference_losses(*logps, torch.tensor([0.1, 0.1]))
+    assert losses.isnan().tolist() == [True, False]

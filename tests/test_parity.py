@@ -1,0 +1,153 @@
+"""linear_epsilon_dpo against the materialised reference: values and gradients, in every regime and transform."""
+
+import pytest
+import torch
+from cases import make_case, pack, relative_error, worst_error
+
+from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo
+
+GRADS = ("hidden", "weight", "bias")
+TRANSFORMS = [
+    {},
+    {"logit_scale": 0.7},
+    {"softcap": 3.0},
+    {"logit_scale": 1.5, "softcap": 4.0},
+    {"logit_scale": 2.0, "softcap": 4.0, "ref_logit_scale": 0.5, "ref_softcap": 2.0},
+    {"label_smoothing": 0.2},
+    {"beta": 1.3, "epsilon": 0.3},
+    {"epsilon": 0.0},
+]
+# Bytes of two float64 tiles at V 103: everything in one tile, some pairs to a tile, less than a pair, one token.
+BUDGETS = {"one tile": None, "few pairs": 20 * 103 * 16, "long pair": 3 * 103 * 16, "one token": 1}
+
+
+def run(function, case, dtype=None, grad=GRADS, **options):
+    args, biases = case.arguments(dtype, grad)
+    out = function(*args, **biases, **options)
+    wanted = [t for t in (args[0], args[1], biases["bias"]) if t is not None and t.requires_grad]
+    return out, torch.autograd.grad(out.loss * 3, wanted)
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("pairs", [1, 2, 3, 5])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("options", TRANSFORMS, ids=str)
+def test_float64_values_and_gradients(options, bias, pairs, budget):
+    case = make_case(pairs, bias=bias, seed=pairs, drift=0.2)
+    truth, expected = run(epsilon_dpo_reference, case, **options)
+    got, gradients = run(linear_epsilon_dpo, case, max_tile_bytes=budget, **options)
+    assert worst_error(got, truth) < 1e-10
+    assert torch.equal(got.step, truth.step)
+    for g, e in zip(gradients, expected, strict=True):
+        assert relative_error(g, e) < 1e-10
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 2), (1, 1, 3, 17), (4, 2, 5, 1009), (2, 31, 8, 77)], ids=str)
+def test_float64_sizes(sizes, budget):
+    pairs, length, width, vocabulary = sizes
+    case = make_case(pairs, length, width, vocabulary, seed=3)
+    truth, expected = run(epsilon_dpo_reference, case)
+    got, gradients = run(linear_epsilon_dpo, case, max_tile_bytes=budget)
+    assert worst_error(got, truth) < 1e-10
+    for g, e in zip(gradients, expected, strict=True):
+        assert relative_error(g, e) < 1e-10
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_heads_of_different_width(budget):
+    case = make_case(3, width=6, ref_width=11, bias=True, spread=2.0)
+    truth, expected = run(epsilon_dpo_reference, case)
+    got, gradients = run(linear_epsilon_dpo, case, max_tile_bytes=budget)
+    assert worst_error(got, truth) < 1e-10
+    for g, e in zip(gradients, expected, strict=True):
+        assert relative_error(g, e) < 1e-10
+
+
+@pytest.mark.parametrize("grad", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ()], ids=str)
+@pytest.mark.parametrize("budget", [None, 1])
+def test_only_what_is_asked_gets_a_gradient(grad, budget):
+    case = make_case(2, bias=True)
+    args, biases = case.arguments(grad=grad)
+    out = linear_epsilon_dpo(*args, **biases, max_tile_bytes=budget)
+    assert out.loss.requires_grad == bool(grad)
+    truth, expected = run(epsilon_dpo_reference, case)
+    assert relative_error(out.loss, truth.loss) < 1e-10
+    if grad:
+        out.loss.backward(torch.tensor(3.0, dtype=torch.float64))
+    for name, tensor, e in zip(GRADS, (args[0], args[1], biases["bias"]), expected, strict=True):
+        assert (tensor.grad is None) if name not in grad else (relative_error(tensor.grad, e) < 1e-10)
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_float32(pairs):
+    case = make_case(pairs, length=40, width=32, vocabulary=2003, bias=True, seed=5)
+    truth, expected = run(epsilon_dpo_reference, case)
+    for budget in (None, 20 * 2003 * 8, 1):
+        got, gradients = run(linear_epsilon_dpo, case, torch.float32, max_tile_bytes=budget)
+        assert worst_error(got, truth) < 1e-5
+        assert got.chosen_logps.dtype == torch.float32
+        for g, e in zip(gradients, expected, strict=True):
+            assert relative_error(g, e) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 6.0], ids=["flat", "peaked"])
+def test_16_bit_inputs_err_no_more_than_the_naive_code(dtype, spread):
+    case = make_case(3, length=40, width=32, vocabulary=2003, bias=True, spread=spread, seed=6)
+    truth, expected = run(epsilon_dpo_reference, case)
+    naive, naive_gradients = run(epsilon_dpo_reference, case, dtype)
+    got, gradients = run(linear_epsilon_dpo, case, dtype)
+    # Statistics come from fp32 accumulators of the very same inputs, so they are as good as fp32's.
+    assert worst_error(got, truth) < 1e-4
+    for field in ("loss", "chosen_logps", "rejected_rewards", "chosen_kl", "relaxed_shift"):
+        ours, theirs = (relative_error(getattr(o, field), getattr(truth, field)) for o in (got, naive))
+        assert ours <= theirs + 1e-6, field
+    for g, n, e in zip(gradients, naive_gradients, expected, strict=True):
+        assert g.dtype == dtype
+        assert relative_error(g, e) <= relative_error(n, e) + 1e-6
+        assert relative_error(g, e) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("budget", [None, 20 * 103 * 16, 1])
+def test_packed_form_is_the_padded_one(budget):
+    case = make_case(3, bias=True)
+    packed, cu_seqlens = pack(case)
+    truth, expected = run(linear_epsilon_dpo, case, max_tile_bytes=budget)
+    got, gradients = run(linear_epsilon_dpo, packed, max_tile_bytes=budget, cu_seqlens=cu_seqlens)
+    for g, t in zip(got, truth, strict=True):
+        assert torch.equal(g, t)
+    scored = torch.cat(
+        [row[: int((label != -100).nonzero().max()) + 1] for row, label in zip(expected[0], case.labels)]
+    )
+    assert torch.equal(gradients[0], scored)
+    assert torch.equal(gradients[1], expected[1])
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_a_minus_infinity_in_the_bias(budget):
+    """A word that both models forbid changes nothing; one that only the policy forbids is no word of the policy's."""
+    case = make_case(2, bias=True)
+    free = [v for v in range(103) if v not in case.labels.unique().tolist()][:3]
+    case.bias[free] = -torch.inf
+    case.ref_bias[free[0]] = -torch.inf
+    truth, expected = run(epsilon_dpo_reference, case)
+    got, gradients = run(linear_epsilon_dpo, case, max_tile_bytes=budget)
+    assert worst_error(got, truth) < 1e-10 and torch.isfinite(got.loss)
+    for g, e in zip(gradients, expected, strict=True):
+        assert relative_error(g, e) < 1e-10
+
+
+def test_gradcheck():
+    case = make_case(2, length=3, width=3, vocabulary=11, bias=True, drift=0.5)
+    args, biases = case.arguments(grad=GRADS)
+    for budget in (None, 1):
+
+        def loss(hidden, weight, bias, budget=budget):
+            # A decision near its boundary would make the loss jump: ε small enough that β_i does not.
+            return linear_epsilon_dpo(
+                hidden, weight, *args[2:], bias=bias, ref_bias=biases["ref_bias"], epsilon=0.0, beta=0.7,
+                label_smoothing=0.1, softcap=5.0, logit_scale=0.8, max_tile_bytes=budget,
+            ).loss  # fmt: skip
+
+        assert torch.autograd.gradcheck(loss, (args[0], args[1], biases["bias"]))
