@@ -36,10 +36,6 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
     for name, tensor in names.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}: got {getattr(tensor, 'dtype', type(tensor))}, takes float32, bfloat16, float16 or float64"
-            )
         if tensor.dtype != hidden.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, takes {prefix}hidden's dtype, {hidden.dtype}")
         if tensor.device != hidden.device:
@@ -54,6 +50,8 @@ def check_tokens(hidden: Tensor, labels: Tensor, ref_hidden: Tensor, cu_seqlens:
     """Raises where the padded (2B, T, H) or packed (N, H) tensors do not fit each other."""
     dims, form = (3, "(2B, T, H)") if cu_seqlens is None else (2, "(N, H)")
     for name, tensor in (("hidden", hidden), ("ref_hidden", ref_hidden)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: got {tensor.dtype}, takes float32, bfloat16, float16 or float64")
         if tensor.dim() != dims:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, takes {form}")
     if labels.dtype != torch.int64:

@@ -236,6 +236,11 @@ def _autograd_keys():
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """The dtypes are settled before a pass begins; autocast would round its fp32 products."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 @torch.library.custom_op("epsdpo_kernels::single_pass", mutates_args=())
 def single_pass(
     x: Tensor,
@@ -261,7 +266,7 @@ def single_pass(
 
     An op, so that torch.compile sees one node and not the tiles.
     """
-    with torch.no_grad(), _autograd_keys():
+    with torch.no_grad(), _autograd_keys(), _no_autocast(x):
         run = _pass(
             x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
             beta, epsilon, engine, max_tile_bytes,
@@ -339,9 +344,10 @@ class _TwoPass(torch.autograd.Function):
             x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
             torch.ones((), device=x.device), epsilon, engine, max_tile_bytes,
         )  # fmt: skip
-        for _, tiles in run.layout.series:
-            for tile in tiles:
-                run.forward(tile)
+        with _no_autocast(x):
+            for _, tiles in run.layout.series:
+                for tile in tiles:
+                    run.forward(tile)
         run.release()
         sums = run.tokens.sums
         if not run.layout.n_pairs:
@@ -360,9 +366,10 @@ class _TwoPass(torch.autograd.Function):
         run, x = ctx.run, ctx.saved_tensors[0]
         into = _buffers(run, ctx.needs_input_grad[:3])
         accumulate = False
-        for _, tiles in run.layout.series:
-            for tile in tiles:
-                run.gradient(tile, *run.project(tile), -grad_chosen, -grad_rejected, into, accumulate)
-                accumulate = True
+        with _no_autocast(x):
+            for _, tiles in run.layout.series:
+                for tile in tiles:
+                    run.gradient(tile, *run.project(tile), -grad_chosen, -grad_rejected, into, accumulate)
+                    accumulate = True
         run.release()
         return (*(None if g is None else g.to(x.dtype) for g in into), *[None] * 12)

@@ -22,20 +22,21 @@ def _chunks(tile: Tensor) -> range:
     return range(0, tile.shape[0], max(1, limit // tile.shape[1]))
 
 
-def _transform_(logits: Tensor, head: Head) -> None:
-    if head.bias is not None:
-        logits.add_(head.bias)
+def _logits(products: Tensor, head: Head) -> Tensor:
+    """The logits that follow from x·Wᵀ: the products themselves where nothing follows, else a new tensor."""
+    logits = products if head.bias is None else products + head.bias
     if head.scale != 1.0:
-        logits.mul_(head.scale)
+        logits = logits * head.scale
     if head.softcap is not None:
-        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+        logits = (logits / head.softcap).tanh_().mul_(head.softcap)
+    return logits
 
 
 def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, reference: Head, epsilon: float) -> None:
     """Writes the sums of a tile's tokens, and reduces and decides every pair that they complete.
 
     Args:
-        a: (rows, V) the policy's x·Wᵀ, overwritten by its logits, as :func:`gradient` takes them.
+        a: (rows, V) the policy's x·Wᵀ, kept.
         b: (rows, V) the reference's, overwritten.
         tile: the tokens that the rows are.
     """
@@ -46,9 +47,7 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
     scratch = a.new_empty(3, min(chunks.step, a.shape[0]), a.shape[1])
     for start in chunks:
         part = slice(start, start + chunks.step)
-        a_, b_, o = a[part], b[part], out[:, part]
-        _transform_(a_, policy)
-        _transform_(b_, reference)
+        a_, b_, o = _logits(a[part], policy), _logits(b[part], reference), out[:, part]
         o[st.LABEL], o[st.REF_LABEL] = a_.gather(1, labels[part])[:, 0], b_.gather(1, labels[part])[:, 0]
         centred, e, u = scratch[:, : a_.shape[0]]
         top, ref_top = a_.amax(1, keepdim=True), b_.amax(1, keepdim=True)
@@ -78,10 +77,10 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
 
 
 def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy: Head) -> Tensor:
-    """Overwrites policy logits by coefficient·(softmax(a) − onehot(label)), carried back through softcap and scale.
+    """Overwrites the policy's tile by coefficient·(softmax(a) − onehot(label)), carried back through softcap and scale.
 
     Args:
-        a: (rows, V) policy logits as :func:`sweep` left them, overwritten.
+        a: (rows, V) the policy's x·Wᵀ, as the sweep saw it, overwritten.
         tile: the tokens that the rows are.
         coefficient: (rows,) what multiplies p − onehot, sign included.
 
@@ -97,12 +96,12 @@ def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy
     chunks = _chunks(a)
     for start in chunks:
         part = slice(start, start + chunks.step)
-        g = a[part]
-        slope = None if softcap is None else (g / softcap).square_().neg_().add_(1)
-        g = torch.sub(g, top[part], out=g if out is a else None).exp_().mul_(factor[part])
+        logits = _logits(a[part], policy)
+        slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1)
+        g = torch.sub(logits, top[part], out=a[part]).exp_().mul_(factor[part])
         g.scatter_add_(1, labels[part], -minus[part])
         if slope is not None:
             g.mul_(slope)
         if out is not a:
-            out[part] = g
+            out[part] = g.to(out.dtype)
     return out

@@ -32,7 +32,7 @@ def test_scalars(options, message):
 BAD_TENSORS = [
     (0, lambda t: t[:3], ValueError, "hidden: got 3 rows, takes an even number|labels: got shape"),
     (0, lambda t: t[0], ValueError, r"hidden: got shape \(7, 6\), takes \(2B, T, H\)"),
-    (0, lambda t: t.int(), TypeError, "hidden: got torch.int32, takes float32"),
+    (0, lambda t: t.int(), TypeError, "^hidden: got torch.int32, takes float32"),
     (1, lambda t: t[:, :5], ValueError, r"weight: got shape \(103, 5\), takes \(V, 6\)"),
     (1, lambda t: t.float(), TypeError, "weight: got torch.float32, takes hidden's dtype, torch.float64"),
     (1, lambda t: t[:0], ValueError, r"weight: got shape \(0, 6\)"),
