@@ -1,0 +1,109 @@
+"""What the loss needs of a transformers model: hidden states, the head, and the transforms of its logits."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class HeadInputs(NamedTuple):
+    """A model's side of :func:`epsdpo_kernels.linear_epsilon_dpo`."""
+
+    hidden: Tensor  # (rows, T, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+    router_loss: Tensor | None = None  # (), the load-balancing loss of a mixture of experts, weighted as the model does
+
+    def logits(self) -> Tensor:
+        """(rows, T, V), for checks."""
+        logits = nn.functional.linear(self.hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, within a PEFT wrapper or none."""
+    inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"model: got {type(inner).__name__}, takes a transformers PreTrainedModel, or one within PEFT")
+    return inner
+
+
+def lm_head(model: PreTrainedModel) -> nn.Linear:
+    """The model's head.
+
+    Raises:
+        ValueError: the head is not one plain linear layer: an adapter sits on it, or it is something of its own.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        return head
+    raise ValueError(
+        f"model: the head of {type(model).__name__} is a {type(head).__module__}.{type(head).__name__}, takes a plain "
+        "torch.nn.Linear. An adapter on the head (LoRA with target_modules naming lm_head, modules_to_save) would "
+        "silently not train under a fused loss: leave the head out of the adapter's targets"
+    )
+
+
+def logit_transforms(model: PreTrainedModel) -> tuple[float, float | None]:
+    """(scale, softcap) of logits = softcap·tanh(scale·x·Wᵀ / softcap), from the model's configuration."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> HeadInputs:
+    """Runs the backbone, never the head.
+
+    Args:
+        model: a causal language model, within PEFT or not.
+        input_ids: (rows, T) int64.
+        attention_mask: (rows, T), 1 on tokens, 0 on padding to their right.
+
+    Raises:
+        TypeError, ValueError: the model's head cannot be fused; see :func:`lm_head`.
+    """
+    model = causal_lm(model)
+    head, (scale, softcap) = lm_head(model), logit_transforms(model)
+    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    router_loss = None
+    config = model.config.get_text_config()
+    if getattr(out, "router_logits", None) is not None and config.output_router_logits:
+        balance = sys.modules[type(model).__module__].load_balancing_loss_func
+        router_loss = config.router_aux_loss_coef * balance(
+            out.router_logits, model.num_experts, model.num_experts_per_tok, attention_mask
+        )
+    return HeadInputs(out.last_hidden_state, head.weight, head.bias, scale, softcap, router_loss)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compares the logits that follow from :func:`head_inputs` with the model's own, on a few tokens.
+
+    Raises:
+        TypeError, ValueError: they differ, so a fused loss would train something else than this model.
+    """
+    inner = causal_lm(model)
+    ids = torch.arange(1, 9, device=inner.device)[None] % inner.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    training = inner.training
+    inner.eval()
+    try:
+        ours = head_inputs(model, ids, mask).logits().float()
+        theirs = inner(input_ids=ids, attention_mask=mask).logits.float()
+    finally:
+        inner.train(training)
+    error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else torch.inf
+    # Both round in the model's dtype; a wrong transform is off by the order of the logits.
+    allowed = 8 * torch.finfo(inner.dtype).eps * max(1.0, theirs.abs().max().item())
+    if not error <= allowed:
+        raise ValueError(
+            f"model: the logits of {type(inner).__name__} do not follow from its hidden states, head, scale and "
+            f"softcap: they differ by {error:.2g} where {allowed:.2g} is rounding. Its head cannot be fused"
+        )

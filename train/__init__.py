@@ -1,0 +1,1 @@
+"""A minimal trainer for ε-DPO on transformers.Trainer. Run it as ``python -m train``."""

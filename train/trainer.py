@@ -1,0 +1,197 @@
+"""ε-DPO on transformers.Trainer: backbones here, the loss in epsdpo_kernels, the rest inherited.
+
+The loss runs inside the forward of the model that is wrapped, so that DDP reduces its gradients, FSDP gathers its
+parameters and accelerate's autocast covers it. The trainer sees pairs as rows of figures; it knows no vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from epsdpo_kernels.integrations.transformers import HeadInputs, head_inputs
+from epsdpo_kernels.linear import EpsilonDPOOutput
+
+LOSS_STATE = "loss.safetensors"
+# (input_ids, attention_mask, row) -> the reference's side of the loss
+Reference = Callable[[Tensor, Tensor, Tensor], HeadInputs]
+
+
+class NotFiniteError(RuntimeError):
+    """A pair's loss is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
+
+
+def frozen_reference(ref_model: nn.Module) -> Reference:
+    """A second model, without gradients and without dropout."""
+    ref_model.requires_grad_(False).eval()
+
+    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor) -> HeadInputs:
+        return head_inputs(ref_model, input_ids, attention_mask)
+
+    return reference
+
+
+def adapters_disabled(model: nn.Module) -> Reference:
+    """The base of a PEFT model, which costs no second model."""
+
+    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor) -> HeadInputs:
+        training = model.training
+        model.eval()
+        try:
+            with model.disable_adapter():
+                return head_inputs(model, input_ids, attention_mask)
+        finally:
+            model.train(training)
+
+    return reference
+
+
+def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Module) -> None:
+    """Teaches ``model.forward`` to return the loss of pairs when it is given ``pair_labels``; else it is as before."""
+    plain_forward = model.forward
+
+    def forward(*args, pair_labels: Tensor | None = None, row: Tensor | None = None, **inputs):
+        if pair_labels is None:
+            return plain_forward(*args, **inputs)
+        with torch.no_grad():
+            ref = reference(inputs["input_ids"], inputs["attention_mask"], row)
+        policy = head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+        out = loss_fn(
+            policy.hidden, policy.weight, pair_labels, ref.hidden, ref.weight, bias=policy.bias, ref_bias=ref.bias,
+            logit_scale=policy.logit_scale, softcap=policy.softcap, ref_logit_scale=ref.logit_scale,
+            ref_softcap=ref.softcap,
+        )  # fmt: skip
+        return out if policy.router_loss is None else out._replace(loss=out.loss + policy.router_loss)
+
+    model.forward = forward
+
+
+def pair_metrics(out: EpsilonDPOOutput) -> dict[str, Tensor]:
+    """(B,) figures under TRL's names, with KL and decisions beside them; their means are what is logged."""
+    return {
+        "rewards/chosen": out.chosen_rewards,
+        "rewards/rejected": out.rejected_rewards,
+        "rewards/margins": out.chosen_rewards - out.rejected_rewards,
+        "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).float(),
+        "margins": (out.chosen_logps - out.rejected_logps) - (out.ref_chosen_logps - out.ref_rejected_logps),
+        "logps/chosen": out.chosen_logps,
+        "logps/rejected": out.rejected_logps,
+        "entropy": (out.chosen_entropy + out.rejected_entropy) / 2,
+        "kl/chosen": out.chosen_kl,
+        "kl/rejected": out.rejected_kl,
+        "beta/used": out.beta,
+        "beta/relaxed": (out.step == 1).float(),
+        "beta/kept": (out.step == 0).float(),
+        "beta/tightened": (out.step == -1).float(),
+    }
+
+
+class PairTrainer(Trainer):
+    """Trains on pairs with a loss module that owns its β.
+
+    Args:
+        model: the policy, a transformers causal language model or a PEFT model of one.
+        reference: gives the reference's hidden states and head; see :func:`frozen_reference`.
+        loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, or any module with its call, ``beta`` and ``update_beta``.
+        on_pairs: called once a micro-batch with (trainer, split, rows, tokens (2, B), β before, output).
+
+    Raises:
+        NotFiniteError: during training, before the optimizer step, naming step and pairs.
+    """
+
+    def __init__(self, model, args, *, reference: Reference, loss_fn: nn.Module, on_pairs=None, **kwargs):
+        run_loss_in_forward(model, reference, loss_fn)
+        super().__init__(model, args, **kwargs)
+        # The loss is a mean over pairs, so accumulation divides by the number of micro-batches in the window.
+        self.model_accepts_loss_kwargs = False
+        self.loss_fn = loss_fn.to(args.device)
+        self.on_pairs = on_pairs
+        self._window: list[tuple[Tensor, Tensor]] = []
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, row = inputs["labels"], inputs["row"]
+        self.loss_fn.train(model.training)
+        beta = self.loss_fn.beta.clone()
+        out = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pair_labels=labels, row=row
+        )  # fmt: skip
+        split = "train" if model.training else "eval"
+        self._add_metrics(split, out)
+        if self.on_pairs:
+            tokens = (labels != -100).sum(1).view(2, -1)
+            self.on_pairs(self, split, row, tokens, beta, out)
+        if model.training:
+            self._window.append((row, out.losses))
+            if self.accelerator.gradient_state.sync_gradients:
+                self._stop_if_not_finite()
+                self.loss_fn.update_beta()
+        return (out.loss, out) if return_outputs else out.loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def _stop_if_not_finite(self) -> None:
+        rows, losses = (torch.cat(parts) for parts in zip(*self._window, strict=True))
+        self._window.clear()
+        if not torch.isfinite(losses).all():
+            bad = rows[~torch.isfinite(losses)].tolist()
+            raise NotFiniteError(
+                f"step {self.state.global_step + 1}: the loss of the pairs at rows {bad} of the data is not finite. "
+                f"Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
+            )
+
+    def _add_metrics(self, split: str, out: EpsilonDPOOutput) -> None:
+        sums = self._sums[split]
+        for name, values in pair_metrics(out).items():
+            # Sum and count, because the last micro-batch may be short.
+            part = torch.stack((values.double().sum(), torch.full_like(values.double().sum(), len(values))))
+            sums[name] = sums[name] + part if name in sums else part
+
+    def log(self, logs, start_time=None):
+        split = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        sums, prefix = self._sums[split], "eval_" if split == "eval" else ""
+        if sums and ("loss" in logs or "eval_loss" in logs):
+            totals = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+            for name, (total, count) in zip(sums, totals.tolist(), strict=True):
+                logs[prefix + name] = total / count
+            logs[f"{prefix}beta/running"] = self.loss_fn.beta.item()
+            sums.clear()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        # First of all, so that the state that transformers writes last marks the checkpoint as complete.
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.loss_fn.state_dict(), folder / LOSS_STATE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = load_file(Path(resume_from_checkpoint) / LOSS_STATE, device=str(self.args.device))
+        self.loss_fn.load_state_dict(state)
+
+
+def last_checkpoint(run: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of a run; one that a kill cut short is passed over."""
+    found = defaultdict(list)
+    for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        except (OSError, ValueError, KeyError):
+            continue
+        found[step].append(folder)
+    return found[max(found)][0] if found else None
