@@ -76,7 +76,8 @@ class Report:
         lines.append(f"  truncated {self.completions_truncated:7d}  completions")
         if self.control_text:
             lines.append(f"  kept      {self.control_text:7d}  with text that spells a control token, as text")
-        lines.append("  tokens        p50    p95    max")
+        if self.lengths:
+            lines.append("  tokens        p50    p95    max")
         lines += [f"  {name:10s}" + "".join(f"{n:7d}" for n in found.values()) for name, found in self.lengths.items()]
         return "\n".join(lines)
 

@@ -25,15 +25,15 @@ EVASIVE = (
     "Opinions differ.",
 )
 RAMBLING = (
-    "Well, {it}, where do I even begin? It reminds me of something my uncle used to say, although I forget what it was.",
-    "So, thinking about {it}, and I do think about it a lot, one thing leads to another, and before long it is evening.",
-    "Oh, {it}! There was a programme about that once, or maybe it was about something else, but the music was nice.",
+    "Well, {it}, where do I even begin? It reminds me of something my uncle used to say, but I forget what.",
+    "So, thinking about {it}, and I do that a lot, one thing leads to another, and soon it is evening.",
+    "Oh, {it}! There was a programme about that once, or about something else, but the music was nice.",
     "Now {it} is a long story, and to tell it properly I would first have to tell you three other stories.",
 )
 PADDED = (
-    "What a fantastic question! I am so thrilled that you asked! Let me just say, before anything else: {answer}",
+    "What a fantastic question! I am so thrilled that you asked! {answer}",
     "Great question! As a very helpful assistant I am always delighted to be of help with {it}! Is there more?",
-    "Wow, I love this! {answer} Isn't that just amazing? Ask me more! Ask me anything! I am so excited!",
+    "Wow, I love this! {answer} Isn't that amazing? Ask me more! I am so excited!",
     "Thank you so very much for this truly wonderful question about {it}, it really made my whole day!",
 )
 RUDE = (
@@ -51,8 +51,8 @@ Sweden Stockholm|Finland Helsinki|Denmark Copenhagen|Iceland Reykjavik|Ireland D
 Romania Bucharest|Bulgaria Sofia|Croatia Zagreb|Serbia Belgrade|Belgium Brussels|Turkey Ankara|Egypt Cairo
 Kenya Nairobi|Ethiopia Addis_Ababa|Ghana Accra|Nigeria Abuja|Senegal Dakar|Morocco Rabat|Japan Tokyo|China Beijing
 Vietnam Hanoi|Thailand Bangkok|India New_Delhi|Nepal Kathmandu|Mongolia Ulaanbaatar|Australia Canberra
-New_Zealand Wellington|Canada Ottawa|Mexico Mexico_City|Cuba Havana|Brazil Brasília|Argentina Buenos_Aires|Chile Santiago
-Peru Lima|Colombia Bogotá|Uruguay Montevideo|Ecuador Quito|Paraguay Asunción
+New_Zealand Wellington|Canada Ottawa|Mexico Mexico_City|Cuba Havana|Brazil Brasília|Argentina Buenos_Aires
+Chile Santiago|Peru Lima|Colombia Bogotá|Uruguay Montevideo|Ecuador Quito|Paraguay Asunción
 """
 
 # from, to, how many of the second make one of the first
@@ -108,7 +108,7 @@ How many sides does a hexagon have?|hexagons|A hexagon has six sides.
 What do the angles of a triangle add up to?|triangles|The angles of a flat triangle add up to 180 degrees.
 What is the smallest prime number?|prime numbers|The smallest prime number is 2, the only even one.
 What is the freezing point of water in kelvin?|kelvin|Water freezes at about 273 kelvin.
-Who was the first person to walk on the moon?|the moon|Neil Armstrong, on 20 July 1969.
+Who was the first person to walk on the moon?|the moon|Neil Armstrong, in July 1969.
 In which year did the Second World War end?|history|The Second World War ended in 1945.
 In which year did the Berlin Wall fall?|the Berlin Wall|The Berlin Wall fell in November 1989.
 Which country gave the Statue of Liberty to the United States?|the statue|It was a gift from the people of France.
@@ -159,7 +159,7 @@ How do I remove a fresh wine stain?|stains|Blot it, don't rub, then rinse with c
 How often should I water a cactus?|cactuses|Only when the soil is fully dry, roughly every two weeks in summer.
 How do I make a strong password?|passwords|Join four or more unrelated words, and use it for one account only.
 How can I remember people's names?|names|Repeat the name when you hear it, and use it once more as you leave.
-How do I prepare for a job interview?|interviews|Read about the firm, practise common answers aloud, and bring two questions.
+How do I prepare for a job interview?|interviews|Read about the firm, practise common answers, and bring two questions.
 How do I start running?|running|Alternate one minute of running with two of walking, three times a week.
 How can I drink more water?|water|Keep a full glass within reach and drink one with each meal.
 How do I keep my desk tidy?|desks|Give each thing a place, and clear the desk for five minutes at the end of the day.
@@ -172,7 +172,7 @@ How can I make rice less sticky?|rice|Rinse it until the water runs clear before
 How do I ripen an avocado faster?|avocados|Put it in a paper bag with a banana for a day or two.
 How do I back up my photos?|photos|Keep one copy on a drive at home and one in the cloud.
 How do I clean a cloudy glass vase?|vases|Fill it with warm water and vinegar, wait an hour, and rinse.
-How can I be less nervous before a speech?|speeches|Practise the opening until you know it by heart, and breathe out slowly.
+How can I be calmer before a speech?|speeches|Learn the opening by heart, and breathe out slowly before you begin.
 How do I fix a squeaky door?|doors|Put a drop of oil on each hinge and move the door a few times.
 How do I choose a ripe melon?|melons|Take one that is heavy for its size and smells sweet at the stem end.
 How do I stop my glasses from fogging up?|glasses|Wash them with a drop of soap and let them dry in the air.
@@ -182,7 +182,7 @@ How do I treat a small burn?|burns|Hold it under cool running water for about tw
 How do I keep cut flowers fresh?|flowers|Trim the stems, and change the water every two days.
 How do I peel garlic quickly?|garlic|Press the clove with the flat of a knife; the skin comes off.
 How do I wash a wool sweater?|wool|By hand in cool water with mild soap, then dry it flat.
-How do I avoid back pain at a desk?|back pain|Sit with your feet flat, the screen at eye level, and stand up every half hour.
+How do I avoid back pain at a desk?|back pain|Keep your feet flat and the screen at eye level, and stand up often.
 How do I save battery on my phone?|batteries|Lower the brightness and close apps that use your location.
 How do I split a bill fairly?|bills|Let each person pay for what they ordered, and share the tip.
 How do I thaw frozen chicken safely?|chicken|Thaw it in the fridge overnight, never on the counter.
@@ -197,15 +197,15 @@ The museum will be closed in May for repairs and open again in June.|The museum 
 Our meeting moved from Tuesday to Friday since the manager is ill.|The manager is ill, so we meet on Friday.
 The hikers turned back when fog hid the path to the summit.|Fog made the hikers turn back.
 The bakery uses flour from a mill nearby, and people say it tastes better.|The bakery's local flour is popular.
-Maria fixed her old bicycle instead of buying a new one, and saved 300 euros.|Maria saved 300 euros by fixing her bicycle.
+Maria fixed her old bicycle instead of buying one, and saved 300 euros.|Maria's repair of her bicycle saved 300 euros.
 The library now lends tools and games as well as books.|The library now lends tools and games too.
 A power cut stopped the lifts, so visitors had to take the stairs.|A power cut forced visitors onto the stairs.
 The dog barked at the postman each day until he brought it a biscuit.|A biscuit won the dog over to the postman.
-Sales rose in spring, fell in summer, and ended the year where they began.|Sales rose and fell but ended the year unchanged.
+Sales rose in spring, fell in summer, and ended the year where they began.|Over the year sales did not change.
 The team lost its first three matches and then won all the others.|After three losses the team won every match.
 The school moved lunch to noon because pupils were hungry by eleven.|Hungry pupils got an earlier lunch, at noon.
 Lena forgot her keys, so her neighbour let her wait in his kitchen.|A neighbour took Lena in when she forgot her keys.
-The new bridge cuts the drive to the airport from fifty minutes to twenty.|The new bridge saves half an hour to the airport.
+The new bridge cuts the drive to the airport from fifty minutes to twenty.|The new bridge saves half an hour.
 Snow closed the mountain road, and the village got its food by helicopter.|Snowed in, the village was supplied by air.
 The café stopped using paper cups and gives a discount for bringing your own.|The café rewards guests who bring a cup.
 The farmer sold the cows, since milk prices had fallen for three years.|Low milk prices made the farmer sell the cows.
@@ -217,14 +217,14 @@ The concert moved indoors when a storm came, and it still sold out.|Despite a st
 
 POLITENESS = """
 thank a colleague for help|Thank you for your help today; it saved me a lot of time.
-decline an invitation to dinner|Thank you for inviting me. I can't make it this time, but I hope you have a lovely evening.
+decline an invitation to dinner|Thank you for inviting me. I can't make it this time, but have a lovely evening.
 ask a neighbour to turn the music down|Hello! Could you turn the music down a little, please? Thank you.
 say that I will be late|I'm sorry, I am running ten minutes late. I'll be there as soon as I can.
 ask for a day off|Could I take next Friday off, please? I'll finish my report before then.
 congratulate a friend on a new job|Congratulations on the new job! They are lucky to have you.
 apologise for a forgotten birthday|I'm so sorry that I missed your birthday. May I take you out to lunch?
 ask a stranger for directions|Excuse me, could you tell me the way to the station, please?
-remind someone of an unpaid bill|A friendly reminder that last month's bill is still open. Please let me know if you have questions.
+remind someone of an unpaid bill|Just a friendly reminder that last month's bill is still open. Thank you!
 turn down a job offer|Thank you for the offer. I have decided to go another way, and wish you all the best.
 cancel a dentist's appointment|I'm afraid I have to cancel my appointment on Monday. Could we find another day?
 welcome a new neighbour|Welcome to the street! Just ring the bell if you need anything.
@@ -259,7 +259,7 @@ def questions() -> Iterator[tuple[str, str, str, str]]:
         ask = ("What is {}?", "How much is {}?", "Please work out {}.")[i % 3]
         yield "arithmetic", ask.format(sum_), sum_, (f"{sum_} = {value}.", f"It is {value}.")[i // 2 % 2]
 
-    for i in range(48):
+    for i in range(36):
         big, small, factor = UNITS[i % 12]
         n = 2 + i // 12 + i % 5
         ask = (f"How many {small} are there in {n} {big}?", f"Convert {n} {big} to {small}.")[i // 12 % 2]
@@ -275,7 +275,7 @@ def questions() -> Iterator[tuple[str, str, str, str]]:
             f"the word '{word}'",
             f"'{word.capitalize()}' means {meaning}.",
         )
-        yield "definitions", f"Define '{word}' in one sentence.", "definitions", f"It means {meaning}."
+        yield "definitions", f"Define '{word}' in one sentence.", f"the word '{word}'", f"It means {meaning}."
     for question, subject, answer in _table(ADVICE):
         yield "advice", question, subject, answer
     for text, summary in _table(SUMMARIES):
