@@ -22,17 +22,20 @@ class EpsilonDPOLoss(nn.Module):
         epsilon: size of the perturbation.
         beta_update: "mean-step", β ← β/(1 + ε·mean step), the authors' code; "mean-beta", β ← mean of the pairs' β, the
             paper's text; "none" keeps it.
+        label_smoothing: s in [0, 0.5).
     """
 
     beta: Tensor  # () fp32
     counts: Tensor  # (3,) int64: relaxed, kept, tightened pairs since the last update
 
-    def __init__(self, beta: float = 0.1, epsilon: float = 0.01, beta_update: str = "mean-step"):
+    def __init__(
+        self, beta: float = 0.1, epsilon: float = 0.01, beta_update: str = "mean-step", label_smoothing: float = 0.0
+    ):
         super().__init__()
-        checks.check_scalars(beta, epsilon, 0.0)
+        checks.check_scalars(beta, epsilon, label_smoothing)
         if beta_update not in BETA_UPDATES:
             raise ValueError(f"beta_update: got {beta_update!r}, takes one of {BETA_UPDATES}")
-        self.epsilon, self.beta_update = epsilon, beta_update
+        self.epsilon, self.beta_update, self.label_smoothing = epsilon, beta_update, label_smoothing
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64))
 
@@ -47,7 +50,8 @@ class EpsilonDPOLoss(nn.Module):
         self, hidden: Tensor, weight: Tensor, labels: Tensor, ref_hidden: Tensor, ref_weight: Tensor, **kwargs
     ) -> EpsilonDPOOutput:
         out = linear_epsilon_dpo(
-            hidden, weight, labels, ref_hidden, ref_weight, beta=self.beta.clone(), epsilon=self.epsilon, **kwargs
+            hidden, weight, labels, ref_hidden, ref_weight, beta=self.beta.clone(), epsilon=self.epsilon,
+            label_smoothing=self.label_smoothing, **kwargs,
         )  # fmt: skip
         if self.training:
             # A micro-batch in which nothing is scored used no β, and decided nothing.

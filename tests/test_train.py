@@ -1,0 +1,213 @@
+"""The trainer on a tiny model: its loss, its metrics, its β, its refusals, and a run that is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
+pytest.importorskip("datasets", reason="the trainer's extra is not installed")
+tokenizers = pytest.importorskip("tokenizers")
+
+from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
+from train.__main__ import main  # noqa: E402
+from train.data import Collator  # noqa: E402
+from train.trainer import NotFiniteError, last_checkpoint  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the sky is blue green red and so are you my friend not what i said yes no maybe sure".split()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with a random two-layer Llama and a word-level tokenizer, and 48 pairs."""
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    g = torch.Generator().manual_seed(1)
+
+    def words(n, last):
+        picked = torch.randint(0, len(WORDS), (n,), generator=g).tolist()
+        return " ".join([WORDS[i] for i in picked] + [last])
+
+    lengths = torch.randint(1, 8, (48, 3), generator=g).tolist()
+    rows = [{"prompt": words(a, "is"), "chosen": words(b, "yes"), "rejected": words(c, "no")} for a, b, c in lengths]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags(tiny: Path, run: Path, **more) -> list[str]:
+    options = {
+        "model": tiny, "dataset": tiny / "pairs.jsonl", "output_dir": run, "max_length": 16, "learning_rate": 1e-3,
+        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 1, "epsilon": 0.05,
+        "save_strategy": "no", "report_to": "none", "use_cpu": True, "seed": 3, "disable_tqdm": True,
+    } | more  # fmt: skip
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def by_hand(tiny: Path, trainer) -> list[dict]:
+    """The same run as a plain loop with all logits in memory."""
+    policy, ref = (transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+    total = -(-48 // 6)
+    beta, steps = 0.1, []
+    batches = list(trainer.get_train_dataloader())
+    for start in range(0, len(batches), 2):
+        window = batches[start : start + 2]
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - len(steps) / total)
+        decided = []
+        for batch in window:
+            ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+            out = epsilon_dpo_reference(
+                policy.model(ids, mask).last_hidden_state, policy.lm_head.weight, labels,
+                ref.model(ids, mask).last_hidden_state, ref.lm_head.weight, beta=beta, epsilon=0.05,
+            )  # fmt: skip
+            (out.loss / len(window)).backward()
+            decided.append(out)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step = torch.cat([o.step for o in decided]).double()
+        steps.append({"loss": torch.stack([o.loss for o in decided]).mean().item(), "beta": beta, "step": step})
+        beta /= 1 + 0.05 * step.mean().item()
+    steps.append({"beta": beta, "policy": policy})
+    return steps
+
+
+def test_a_run_is_the_loop_written_out(tiny, tmp_path):
+    more = {"lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0}
+    trainer = main(flags(tiny, tmp_path, **more))
+    truth = by_hand(tiny, trainer)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(log) == len(truth) - 1 == 8
+    for entry, step, after in zip(log, truth, truth[1:], strict=False):
+        assert entry["loss"] == pytest.approx(step["loss"], abs=2e-5)
+        assert entry["beta/running"] == pytest.approx(after["beta"], rel=1e-5)
+        for name, sign in (("relaxed", 1), ("kept", 0), ("tightened", -1)):
+            assert entry[f"beta/{name}"] == pytest.approx((step["step"] == sign).double().mean().item())
+    assert log[-1]["beta/running"] != pytest.approx(0.1, rel=1e-3)
+    assert log[-1]["rewards/margins"] > log[0]["rewards/margins"]
+    for ours, theirs in zip(trainer.model.parameters(), truth[-1]["policy"].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+def test_metrics_of_evaluation(tiny, tmp_path):
+    trainer = main(flags(tiny, tmp_path, eval_fraction=0.25, max_steps=2, per_device_eval_batch_size=5))
+    beta = trainer.loss_fn.beta.clone()
+    metrics = trainer.evaluate()
+    batch = Collator(0)(list(trainer.eval_dataset))
+    ref = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    inputs = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        out = epsilon_dpo_reference(
+            trainer.model.model(*inputs).last_hidden_state, trainer.model.lm_head.weight, batch["labels"],
+            ref.model(*inputs).last_hidden_state, ref.lm_head.weight, beta=beta, epsilon=0.05,
+        )  # fmt: skip
+    expected = {
+        "rewards/chosen": out.chosen_rewards, "rewards/margins": out.chosen_rewards - out.rejected_rewards,
+        "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).float(), "logps/rejected": out.rejected_logps,
+        "kl/chosen": out.chosen_kl, "beta/relaxed": (out.step == 1).float(), "beta/used": out.beta,
+        "entropy": (out.chosen_entropy + out.rejected_entropy) / 2,
+    }  # fmt: skip
+    for name, values in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(values.mean().item(), rel=1e-3, abs=1e-6), name
+    assert torch.equal(trainer.loss_fn.beta, beta) and trainer.loss_fn.counts.sum() == 0
+
+
+def test_lora_takes_the_base_as_reference(tiny, tmp_path):
+    pytest.importorskip("peft", reason="the trainer's extra is not installed")
+    trainer = main(flags(tiny, tmp_path, lora_r=4, max_steps=6))
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert log[0]["kl/chosen"] == 0 and log[0]["beta/kept"] == 1  # at the start the policy is the reference
+    assert log[-1]["kl/chosen"] > 0
+    trained = {name.split(".")[-3] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained <= {"lora_A", "lora_B"}
+
+
+def test_a_lora_adapter_on_the_head_is_refused(tiny, tmp_path):
+    pytest.importorskip("peft", reason="the trainer's extra is not installed")
+    with pytest.raises(ValueError, match="An adapter on the head"):
+        main([*flags(tiny, tmp_path, lora_r=4), "--lora_target_modules", "lm_head", "q_proj"])
+
+
+def test_yaml_and_flags(tiny, tmp_path):
+    names = [flag[2:].split("=", 1) for flag in flags(tiny, tmp_path / "a", max_steps=1)]
+    (tmp_path / "run.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in names))
+    trainer = main([str(tmp_path / "run.yaml"), "--beta=0.3"])
+    assert trainer.state.global_step == 1 and trainer.args.learning_rate == 1e-3
+    assert trainer.state.log_history[0]["beta/used"] == pytest.approx(0.3)
+    facts = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert facts["options"]["beta"] == 0.3 and facts["data"]["train"]["kept"] == 48
+
+
+def test_not_finite_stops_with_names(tiny, tmp_path):
+    trainer = main(flags(tiny, tmp_path / "a", max_steps=1, save_strategy="steps", save_steps=1))
+    trainer.args.max_steps = 3
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3] = torch.nan
+    before = [p.clone() for p in trainer.model.parameters()]
+    with pytest.raises(NotFiniteError, match=r"step 1: the loss of the pairs at rows \[.*\] of the data is not finite"):
+        trainer.train()
+    for p, q in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(p.nan_to_num(), q.nan_to_num())
+    assert last_checkpoint(tmp_path / "a").name == "checkpoint-1"
+
+
+def test_a_second_run_into_a_folder_is_refused(tiny, tmp_path):
+    arguments = flags(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    main(arguments)
+    with pytest.raises(ValueError, match="already holds a run"):
+        main(arguments)
+
+
+def test_killed_and_resumed(tiny, tmp_path):
+    """SIGKILL in the middle, then resumed: the same steps and the same β as a run left alone."""
+
+    def command(run):
+        more = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 5, "save_total_limit": 2}
+        return [sys.executable, "-m", "train", *flags(tiny, run, **more)]
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while last_checkpoint(tmp_path / "killed") is None and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    cut = last_checkpoint(tmp_path / "killed")
+    assert cut is not None and not (tmp_path / "killed" / "trainer_state.json").exists(), "killed too late"
+    # A checkpoint that the kill cut short must be passed over.
+    (tmp_path / "killed" / "checkpoint-999").mkdir()
+    (tmp_path / "killed" / "checkpoint-999" / "trainer_state.json").write_text('{"global_step": 9')
+    subprocess.run(
+        [*command(tmp_path / "killed"), "--resume_from_checkpoint=last"], cwd=ROOT, env=environment, check=True,
+        capture_output=True,
+    )  # fmt: skip
+
+    def history(run):
+        log = json.loads((tmp_path / run / "trainer_state.json").read_text())["log_history"]
+        names = ("loss", "beta/running", "beta/relaxed", "beta/tightened", "kl/chosen", "logps/chosen")
+        return [[entry[n] for n in ("step", *names)] for entry in log if "loss" in entry]
+
+    whole, resumed = history("whole"), history("killed")
+    assert len(whole) == 40 and whole == resumed
+    assert whole[-1][2] != pytest.approx(0.1, rel=1e-3)

