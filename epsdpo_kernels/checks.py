@@ -62,9 +62,9 @@ def check_tokens(hidden: Tensor, labels: Tensor, ref_hidden: Tensor, cu_seqlens:
         raise ValueError(
             f"ref_hidden: got shape {tuple(ref_hidden.shape)}, takes {tuple(hidden.shape[:-1])} and its own H"
         )
-    for name, tensor in (("labels", labels), ("ref_hidden", ref_hidden), ("cu_seqlens", cu_seqlens)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, takes hidden's device, {hidden.device}")
+    for name, other in (("labels", labels), ("ref_hidden", ref_hidden), ("cu_seqlens", cu_seqlens)):
+        if other is not None and other.device != hidden.device:
+            raise ValueError(f"{name}: got a tensor on {other.device}, takes hidden's device, {hidden.device}")
     if cu_seqlens is None:
         if hidden.shape[0] % 2:
             raise ValueError(f"hidden: got {hidden.shape[0]} rows, takes an even number, chosen then rejected")

@@ -7,7 +7,7 @@ sweep: that rounding alone decides ε-DPO's check and biases the gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Head:
             total = g.sum(0, dtype=into.bias.dtype)
             into.bias.add_(total) if accumulate else into.bias.copy_(total)
         if self.weight.dtype == g.dtype:
-            wide = {} if g.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
+            wide: dict[str, Any] = {} if g.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
             if into.hidden is not None:
                 into.hidden.index_copy_(0, rows, torch.mm(g, self.weight, **wide))
             if into.weight is not None:

@@ -203,7 +203,7 @@ def _pass(
     """Lays the call out. The numbers of scored tokens are read here, once, before any work."""
     lengths = checks.scored_lengths(labels, cu_seqlens, weight.shape[0], beta)
     itemsize = 8 if x.dtype == torch.float64 else 4
-    rows = plan.rows_per_tile(*weight.shape, itemsize, max_tile_bytes)
+    rows = plan.rows_per_tile(weight.shape[0], weight.shape[1], itemsize, max_tile_bytes)
     layout = plan.lay_out(labels, cu_seqlens, lengths if any(lengths) else [], rows)
     policy, reference = Head(weight, bias, scale, softcap), Head(ref_weight, ref_bias, ref_scale, ref_softcap)
     return plan.Pass(x, ref_x, labels, policy, reference, layout, epsilon, tiles_torch)
@@ -275,7 +275,8 @@ def single_pass(
         results = plan.single_pass(run, beta, smoothing, into)
         if not run.layout.n_pairs:
             results = results.new_zeros(plan.PAIR, len(cu_seqlens) // 2)
-        return results, *(results.new_empty(0) if g is None else g for g in into)
+        dx, dw, db = (results.new_empty(0) if g is None else g for g in into)
+        return results, dx, dw, db
 
 
 @single_pass.register_fake
@@ -314,7 +315,7 @@ class _SinglePass(torch.autograd.Function):
         factor = grad_loss * unit
         # A graph that is not kept gives its buffers away: no second dX and dW.
         kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = []
+        gradients: list[Tensor | None] = []
         for g, needed in zip(buffers, ctx.needs, strict=True):
             if not needed:
                 gradients.append(None)

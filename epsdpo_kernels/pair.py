@@ -54,15 +54,13 @@ def preference_losses(
     return -(1 - label_smoothing) * logsigmoid(logit) - label_smoothing * logsigmoid(-logit)
 
 
-def losses_and_coefficients(
-    logps: tuple[Tensor, Tensor, Tensor, Tensor], beta: Tensor, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """The losses and c_i = −∂loss_i/∂chosen_logps_i = +∂loss_i/∂rejected_logps_i; both (B,), detached.
+def losses_and_coefficients(logps: tuple[Tensor, ...], beta: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The losses of four (B,) log-probs and c_i = −∂loss_i/∂chosen_logps_i = +∂loss_i/∂rejected_logps_i, detached.
 
     One number per pair is the whole gradient, because the loss reads the margin alone.
     """
     with torch.enable_grad():
-        chosen = logps[0].detach().requires_grad_()
-        losses = preference_losses(chosen, *logps[1:], beta, label_smoothing)
+        chosen, rejected, ref_chosen, ref_rejected = (t.detach() for t in logps)
+        losses = preference_losses(chosen.requires_grad_(), rejected, ref_chosen, ref_rejected, beta, label_smoothing)
         (gradient,) = torch.autograd.grad(losses.sum(), chosen)
     return losses.detach(), -gradient

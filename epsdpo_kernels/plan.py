@@ -166,7 +166,7 @@ def decide(tokens: Tokens, pairs: range, beta: Tensor, epsilon: float, smoothing
     part = slice(pairs.start, pairs.stop)
     sums, step, out = tokens.sums[:, part], tokens.step[part], out[:, part]
     beta_i = pair_beta(step, beta, epsilon)
-    logps = tuple(sums[r, :, k] for r in (st.LOGP, st.REF_LOGP) for k in (0, 1))
+    logps = (*sums[st.LOGP].unbind(1), *sums[st.REF_LOGP].unbind(1))
     losses, coefficient = losses_and_coefficients(logps, beta_i.double(), smoothing)
     shifts = st.shifts(sums)
     finite = torch.isfinite(shifts[0]) & torch.isfinite(shifts[1])
@@ -224,7 +224,9 @@ def _scale(own: Gradients, into: Gradients, rows: Tensor, coefficient: Tensor) -
         for part in rows.split(1024):
             own.hidden.index_copy_(0, part, own.hidden.index_select(0, part).mul_(coefficient))
     for mine, all_pairs in zip(own[1:], into[1:], strict=True):
-        if mine is all_pairs and mine is not None:
+        if mine is None or all_pairs is None:
+            continue
+        if mine is all_pairs:
             mine.mul_(coefficient)
-        elif mine is not None:
+        else:
             all_pairs.addcmul_(mine, coefficient)

