@@ -175,6 +175,11 @@ def test_lines(tmp_path, name):
     assert found["row"][:] == [0, 2] and (report.read, report.kept) == (2, 2)
 
 
+def test_a_byte_order_mark_breaks_no_line(tmp_path):
+    path = write(tmp_path / "data.jsonl", b"\xef\xbb\xbf" + json.dumps(pair()).encode())
+    assert load_pairs(path, PLAIN)[1].kept == 1
+
+
 @pytest.mark.parametrize("name", ["data.json", "data.json.gz"])
 def test_json_array(tmp_path, name):
     path = write(tmp_path / name, [pair(), 7, pair(chosen="yep")])
