@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -34,6 +35,11 @@ def load_model(name: str, dtype: str):
         where, extra = spec.submodule_search_locations[0], {"gguf_file": SMOLLM2[2]}
     tokenizer = AutoTokenizer.from_pretrained(where, **extra)
     model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **extra)
+    if extra:
+        # The weights are plain numbers now, but the object stays marked as quantized, which transformers won't train.
+        loaded, model = model, type(model)(model.config).to(model.dtype)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
     return model, tokenizer
 
 
@@ -75,7 +81,7 @@ def build(options: PairOptions, args: TrainingArguments) -> PairTrainer:
         lm_head(causal_lm(model))
         reference = adapters_disabled(model)
     else:
-        ref_model, _ = load_model(options.ref_model or options.model, options.dtype)
+        ref_model = load_model(options.ref_model, options.dtype)[0] if options.ref_model else copy.deepcopy(model)
         reference = frozen_reference(ref_model.to(args.device))
     if args.gradient_checkpointing:
         model.enable_input_require_grads()

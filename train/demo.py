@@ -35,31 +35,33 @@ def main() -> None:
     checkpoint_to_resume(args)
     trainer = build(options, args)
     before = trainer.evaluate()
-    start, beta = time.perf_counter(), trainer.loss_fn.beta.item()
+    start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     after = trainer.evaluate()
     trainer.save_state()
-    print(table(trainer.state.log_history, before, after, beta, seconds))
+    print(table(trainer.state.log_history, before, after, seconds))
     print(f"\nEverything of this run is in {args.output_dir}")
 
 
-def table(log: list[dict], before: dict, after: dict, beta: float, seconds: float) -> str:
+def table(log: list[dict], before: dict, after: dict, seconds: float) -> str:
     """What the run did, from its log and the held-out figures on both sides of it."""
     steps = [entry for entry in log if "loss" in entry]
     shares = {
         name: sum(step[f"beta/{name}"] for step in steps) / len(steps) for name in ("relaxed", "kept", "tightened")
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    rows = [
-        ("held-out reward accuracy", f"{before['eval_rewards/accuracies']:.2f}", f"{after['eval_rewards/accuracies']:.2f}"),
-        ("held-out reward margin", f"{before['eval_rewards/margins']:.3f}", f"{after['eval_rewards/margins']:.3f}"),
-        ("held-out loss", f"{before['eval_loss']:.4f}", f"{after['eval_loss']:.4f}"),
-        ("KL from the reference, chosen (nats)", f"{before['eval_kl/chosen']:.3f}", f"{after['eval_kl/chosen']:.3f}"),
-        ("KL from the reference, rejected (nats)", f"{before['eval_kl/rejected']:.3f}", f"{after['eval_kl/rejected']:.3f}"),
-        ("β", f"{beta:.5f}", f"{after['eval_beta/running']:.5f}"),
-    ]  # fmt: skip
-    lines = [f"{'':40s} {'before':>9s} {'after':>9s}", *(f"{name:40s} {a:>9s} {b:>9s}" for name, a, b in rows), ""]
+    held_out = {
+        "held-out reward accuracy": "rewards/accuracies",
+        "held-out reward margin": "rewards/margins",
+        "held-out loss": "loss",
+        "KL from the reference, chosen (nats)": "kl/chosen",
+        "KL from the reference, rejected (nats)": "kl/rejected",
+        "β": "beta/running",
+    }
+    lines = [f"{'':40s} {'before':>9s} {'after':>9s}"]
+    lines += [f"{name:40s} {before['eval_' + key]:9.4f} {after['eval_' + key]:9.4f}" for name, key in held_out.items()]
+    lines.append("")
     lines.append(
         "decisions: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + " of training pairs"
     )
