@@ -156,7 +156,8 @@ def load_pairs(
         except _Drop as drop:
             report.drop(str(drop), row)
 
-    kept, kept_records = [], []
+    kept: list[tuple] = []
+    kept_records: list[dict[str, Any]] = []
     for start in range(0, len(rendered), 512):
         batch = rendered[start : start + 512]
         ids = iter(encoder.encode([text for *_, texts in batch for text in texts]))

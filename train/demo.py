@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from transformers import PrinterCallback, TrainerCallback
+
 from .__main__ import build, checkpoint_to_resume
 from .options import parse
 
@@ -20,11 +22,12 @@ SETTINGS = {
     "epsilon": 0.05,
     "learning_rate": 5e-6,
     "per_device_train_batch_size": 8,
-    "max_steps": 30,
+    "max_steps": 20,
     "warmup_steps": 3,
     "save_strategy": "no",
     "use_cpu": True,
     "logging_steps": 1,
+    "disable_tqdm": True,
 }
 
 
@@ -34,6 +37,9 @@ def main() -> None:
     print(f"ε-DPO on {options.model}, {args.max_steps} steps of {args.per_device_train_batch_size} pairs, on the CPU.")
     checkpoint_to_resume(args)
     trainer = build(options, args)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StepLines)
+    print(f"evaluating {len(trainer.eval_dataset)} held-out pairs", flush=True)
     before = trainer.evaluate()
     start = time.perf_counter()
     trainer.train()
@@ -42,6 +48,19 @@ def main() -> None:
     trainer.save_state()
     print(table(trainer.state.log_history, before, after, seconds))
     print(f"\nEverything of this run is in {args.output_dir}")
+
+
+class StepLines(TrainerCallback):
+    """A line a step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            print(
+                f"step {state.global_step:3d} of {state.max_steps}  loss {logs['loss']:.4f}  margin "
+                f"{logs['rewards/margins']:+.4f}  KL {(logs['kl/chosen'] + logs['kl/rejected']) / 2:.3f}  relaxed "
+                f"{logs['beta/relaxed']:4.0%}  tightened {logs['beta/tightened']:4.0%}  β {logs['beta/running']:.5f}",
+                flush=True,
+            )
 
 
 def table(log: list[dict], before: dict, after: dict, seconds: float) -> str:

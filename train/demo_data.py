@@ -256,15 +256,15 @@ def questions() -> Iterator[tuple[str, str, str, str]]:
         sum_, value = ((f"{a} + {b}", a + b), (f"{a} - {b}", a - b), (f"{a} × {b}", a * b), (f"{a * b} ÷ {b}", a))[
             i % 4
         ]
-        ask = ("What is {}?", "How much is {}?", "Please work out {}.")[i % 3]
-        yield "arithmetic", ask.format(sum_), sum_, (f"{sum_} = {value}.", f"It is {value}.")[i // 2 % 2]
+        question = ("What is {}?", "How much is {}?", "Please work out {}.")[i % 3].format(sum_)
+        yield "arithmetic", question, sum_, (f"{sum_} = {value}.", f"It is {value}.")[i // 2 % 2]
 
     for i in range(36):
         big, small, factor = UNITS[i % 12]
         n = 2 + i // 12 + i % 5
-        ask = (f"How many {small} are there in {n} {big}?", f"Convert {n} {big} to {small}.")[i // 12 % 2]
+        question = (f"How many {small} are there in {n} {big}?", f"Convert {n} {big} to {small}.")[i // 12 % 2]
         short = f"{n} {big} are {n * factor} {small}."
-        yield "units", ask, big, (short, f"{short[:-1]}, since one of them is {factor} {small}.")[i % 3 == 0]
+        yield "units", question, big, (short, f"{short[:-1]}, since one of them is {factor} {small}.")[i % 3 == 0]
 
     for question, subject, answer in _table(FACTS):
         yield "facts", question, subject, answer
@@ -287,14 +287,18 @@ def questions() -> Iterator[tuple[str, str, str, str]]:
 
 
 def pairs() -> list[dict]:
-    """The rows of the file, messages in the conversational form and their topic, in a fixed mixed order."""
-    rows = []
+    """The rows of the file, messages in the conversational form, topic and whether the label is wrong, in a mixed order."""
+    rows: list[dict] = []
     for i, (topic, question, subject, answer) in enumerate(questions()):
         styles = (EVASIVE, RUDE, RAMBLING, EVASIVE, PADDED, RUDE)
         style = styles[i % len(styles)]
         rejected = style[i // len(styles) % len(style)].format(it=subject, answer=answer)
-        sides = (("prompt", "user", question), ("chosen", "assistant", answer), ("rejected", "assistant", rejected))
-        rows.append({name: [{"role": role, "content": text}] for name, role, text in sides} | {"topic": topic})
+        # Annotators err. Every seventh pair is labelled the wrong way round, and says so.
+        swapped = i % 7 == 3
+        chosen, rejected = (rejected, answer) if swapped else (answer, rejected)
+        sides = (("prompt", "user", question), ("chosen", "assistant", chosen), ("rejected", "assistant", rejected))
+        row: dict = {name: [{"role": role, "content": text}] for name, role, text in sides}
+        rows.append(row | {"topic": topic, "mislabelled": swapped})
     # random() is the one method whose sequence Python promises for all versions.
     generator = random.Random(0)
     return sorted(rows, key=lambda _: generator.random())
