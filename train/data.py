@@ -371,7 +371,7 @@ class _Encoder:
     def render(self, pair: Pair) -> list[str]:
         """Prompt, chosen and rejected as the texts to tokenise."""
         prompt, *sides = pair
-        if not self.template:
+        if isinstance(prompt, str) and not self.template:
             return [self.bos + self._guard(prompt), *(self._guard(side) + self.tokenizer.eos_token for side in sides)]
         if isinstance(prompt, str):
             prompt, sides = _turns(prompt), [side.strip() for side in sides]

@@ -39,7 +39,6 @@ def main() -> None:
     trainer = build(options, args)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepLines)
-    print(f"evaluating {len(trainer.eval_dataset)} held-out pairs", flush=True)
     before = trainer.evaluate()
     start = time.perf_counter()
     trainer.train()

@@ -287,7 +287,7 @@ def questions() -> Iterator[tuple[str, str, str, str]]:
 
 
 def pairs() -> list[dict]:
-    """The rows of the file, messages in the conversational form, topic and whether the label is wrong, in a mixed order."""
+    """The rows of the file in a mixed order: messages, their topic, and whether the label is wrong."""
     rows: list[dict] = []
     for i, (topic, question, subject, answer) in enumerate(questions()):
         styles = (EVASIVE, RUDE, RAMBLING, EVASIVE, PADDED, RUDE)
