@@ -7,6 +7,7 @@ References in docstrings are to "KL Penalty Control via Perturbation for Direct 
 from __future__ import annotations
 
 import contextlib
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ from . import checks, plan, tiles_torch
 from . import statistics as st
 from .head import Gradients, Head
 
-ENGINES = ("auto", "torch")
+ENGINES = ("auto", "torch", "triton")
+# Whether the Triton engine trains through its logit-free kernel, or through library products and a sweep. Scoring always
+# takes the former.
+TRAIN_LOGIT_FREE = False
 
 
 class EpsilonDPOOutput(NamedTuple):
@@ -95,7 +99,7 @@ def linear_epsilon_dpo(
         logit_scale, softcap: logits = softcap·tanh(scale·(x·Wᵀ + bias)/softcap).
         ref_logit_scale, ref_softcap: None takes the policy's.
         label_smoothing: s in [0, 0.5).
-        engine: "torch" runs on any device; "auto" picks the best there is.
+        engine: "torch" runs on any device, "triton" on a GPU and not in float64; "auto" is "triton" where that runs.
         max_tile_bytes: budget of the two tiles of logits; None takes max(256 MiB, 4·V·H).
         cu_seqlens: (2B+1,) int, bounds of the completions in the packed form, all chosen first.
 
@@ -193,20 +197,36 @@ def _heads(
     x, ref_x = hidden.reshape(-1, hidden.shape[-1]), ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
     ref_weight, ref_bias = ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
     transforms = (float(scale), softcap, float(ref_scale), ref_softcap)
-    return (x, weight, bias, labels.reshape(-1), cu_seqlens.long(), ref_x, ref_weight, ref_bias, *transforms), "torch"
+    if engine == "auto":
+        engine = "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
+    elif engine == "triton" and x.dtype == torch.float64:
+        raise TypeError("hidden: got torch.float64, which the engine 'triton' has not; takes engine 'torch'")
+    return (x, weight, bias, labels.reshape(-1), cu_seqlens.long(), ref_x, ref_weight, ref_bias, *transforms), engine
+
+
+def _engine(name: str) -> ModuleType:
+    """The module of an engine's tile operations; Triton's kernels are imported when first asked for."""
+    if name == "torch":
+        return tiles_torch
+    from . import tiles_triton
+
+    return tiles_triton
 
 
 def _pass(
     x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap, beta,
-    epsilon, engine, max_tile_bytes,
+    epsilon, engine, max_tile_bytes, keep,
 ) -> plan.Pass:  # fmt: skip
     """Lays the call out. The numbers of scored tokens are read here, once, before any work."""
     lengths = checks.scored_lengths(labels, cu_seqlens, weight.shape[0], beta)
+    logit_free = engine == "triton" and (TRAIN_LOGIT_FREE or not keep)
     itemsize = 8 if x.dtype == torch.float64 else 4
     rows = plan.rows_per_tile(weight.shape[0], weight.shape[1], itemsize, max_tile_bytes)
+    if logit_free and not keep:
+        rows = max(1, len(labels))  # there are no logits to find room for
     layout = plan.lay_out(labels, cu_seqlens, lengths if any(lengths) else [], rows)
     policy, reference = Head(weight, bias, scale, softcap), Head(ref_weight, ref_bias, ref_scale, ref_softcap)
-    return plan.Pass(x, ref_x, labels, policy, reference, layout, epsilon, tiles_torch)
+    return plan.Pass(x, ref_x, labels, policy, reference, layout, epsilon, _engine(engine), logit_free, keep)
 
 
 def _buffers(run: plan.Pass, needs: list[bool]) -> Gradients:
@@ -269,7 +289,7 @@ def single_pass(
     with torch.no_grad(), _autograd_keys(), _no_autocast(x):
         run = _pass(
             x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
-            beta, epsilon, engine, max_tile_bytes,
+            beta, epsilon, engine, max_tile_bytes, any(needs),
         )  # fmt: skip
         into = _buffers(run, needs)
         results = plan.single_pass(run, beta, smoothing, into)
@@ -343,7 +363,7 @@ class _TwoPass(torch.autograd.Function):
     ):  # fmt: skip
         run = _pass(
             x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
-            torch.ones((), device=x.device), epsilon, engine, max_tile_bytes,
+            torch.ones((), device=x.device), epsilon, engine, max_tile_bytes, False,
         )  # fmt: skip
         with _no_autocast(x):
             for _, tiles in run.layout.series:

@@ -107,9 +107,12 @@ class Pass:
         layout: Layout,
         epsilon: float,
         engine: ModuleType,
+        logit_free: bool = False,  # whether the engine projects and sweeps in one kernel
+        keep: bool = True,  # whether a gradient will be asked for
     ):
         self.x, self.ref_x, self.policy, self.reference = x, ref_x, policy, reference
         self.layout, self.epsilon, self.engine = layout, epsilon, engine
+        self.logit_free, self.keep = logit_free, keep
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         device, pairs, n = x.device, layout.n_pairs, len(layout.order)
         self._tiles: dict[str, Tensor] = {}
@@ -144,11 +147,18 @@ class Pass:
         return a, x
 
     def forward(self, tile: slice) -> tuple[Tensor, Tensor]:
-        """Sweeps a tile; gives what :meth:`gradient` takes."""
-        a, x = self.project(tile)
-        b = self._tile("reference", tile)
-        self.reference.project(self.ref_x.index_select(0, self.layout.order[tile]), b)
-        self.engine.sweep(a, b, tile, self.tokens, self.policy, self.reference, self.epsilon)
+        """Sweeps a tile; gives what :meth:`gradient` takes (no logits where none is asked for)."""
+        ref_x = self.ref_x.index_select(0, self.layout.order[tile])
+        what = (tile, self.tokens, self.policy, self.reference, self.epsilon)
+        if self.logit_free:
+            x = self.x.index_select(0, self.layout.order[tile])
+            a = self._tile("policy", tile) if self.keep else None
+            self.engine.project_and_sweep(x, ref_x, *what, a)
+        else:
+            a, x = self.project(tile)
+            b = self._tile("reference", tile)
+            self.reference.project(ref_x, b)
+            self.engine.sweep(a, b, *what)
         return a, x
 
     def gradient(
