@@ -18,8 +18,8 @@ from . import statistics as st
 from .head import Gradients, Head
 
 ENGINES = ("auto", "torch", "triton")
-# Whether the Triton engine trains through its logit-free kernel, or through library products and a sweep. Scoring always
-# takes the former.
+# Whether the Triton engine trains through its logit-free kernel, or through library products and a sweep. Scoring
+# always takes the former.
 TRAIN_LOGIT_FREE = False
 
 

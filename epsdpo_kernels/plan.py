@@ -146,7 +146,7 @@ class Pass:
         self.policy.project(x, a)
         return a, x
 
-    def forward(self, tile: slice) -> tuple[Tensor, Tensor]:
+    def forward(self, tile: slice) -> tuple[Tensor | None, Tensor]:
         """Sweeps a tile; gives what :meth:`gradient` takes (no logits where none is asked for)."""
         ref_x = self.ref_x.index_select(0, self.layout.order[tile])
         what = (tile, self.tokens, self.policy, self.reference, self.epsilon)
@@ -162,9 +162,17 @@ class Pass:
         return a, x
 
     def gradient(
-        self, tile: slice, a: Tensor, x: Tensor, chosen: Tensor, rejected: Tensor, into: Gradients, accumulate: bool
+        self,
+        tile: slice,
+        a: Tensor | None,
+        x: Tensor,
+        chosen: Tensor,
+        rejected: Tensor,
+        into: Gradients,
+        accumulate: bool,
     ) -> None:
         """Adds what follows from the gradient coefficient·(p − onehot), with (B,) coefficients per side of a pair."""
+        assert a is not None, "a pass without gradients keeps no logits"
         both = torch.stack((chosen, rejected), 1).flatten().to(a.dtype)
         coefficient = both[self.tokens.completion[tile]]
         g = self.engine.gradient(a, tile, self.tokens, coefficient, self.policy)

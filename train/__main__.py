@@ -37,7 +37,7 @@ def load_model(name: str, dtype: str):
     model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **extra)
     if extra:
         # The weights are plain numbers now, but the object stays marked as quantized, which transformers won't train.
-        loaded, model = model, type(model)(model.config).to(dtype=model.dtype)
+        loaded, model = model, AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
     return model, tokenizer

@@ -157,7 +157,7 @@ def load_pairs(
             report.drop(str(drop), row)
 
     kept: list[tuple] = []
-    kept_records: list[dict[str, Any]] = []
+    kept_records: list[Any] = []
     for start in range(0, len(rendered), 512):
         batch = rendered[start : start + 512]
         ids = iter(encoder.encode([text for *_, texts in batch for text in texts]))
