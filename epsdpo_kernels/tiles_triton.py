@@ -114,7 +114,7 @@ def _gradient_kernel(
     out_ptr += row * out_stride
     label = tl.load(labels_ptr + token)
     top, total = tl.load(swept_ptr + token), tl.load(swept_ptr + swept_stride + token)
-    minus = tl.load(coefficient_ptr + row) * scale.to(tl.float32)
+    minus = tl.load(coefficient_ptr + row) * tl.cast(scale, tl.float32)
     factor = minus / total
     for start in range(0, vocabulary, WORDS):
         columns = start + tl.arange(0, WORDS)
@@ -122,7 +122,7 @@ def _gradient_kernel(
         logits = _logits(tl.load(a_ptr + columns, mask=valid, other=0), bias_ptr, columns, valid, scale, softcap)
         g = tl.exp(logits - top) * factor - tl.where(columns == label, minus, 0)
         if softcap is not None:
-            t = logits / softcap.to(tl.float32)
+            t = logits / tl.cast(softcap, tl.float32)
             g *= 1 - t * t
         # 16-bit stores of words start … start + WORDS − 1 cover what words below (start + WORDS)/2 were read from: in
         # the first block the block itself, in all others blocks before it. The barrier puts every thread's loads of

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -28,7 +29,7 @@ class Product(NamedTuple):
     stages: int
 
 
-ROW = {"interpreter": Row(128, 16, 1), "gfx942": Row(4096, 512, 8), "sm": Row(4096, 512, 8)}
+ROW = {"interpreter": Row(128, 16, 1), "gpu": Row(4096, 512, 8)}
 
 # By architecture and bytes of an element: (largest hidden size, blocks), the last for all others.
 PRODUCT = {
@@ -42,10 +43,9 @@ PRODUCT = {
     "gfx942": {2: ((None, Product(64, 128, 64, 8, 2)),), 4: ((None, Product(64, 64, 32, 8, 2)),)},
 }  # fmt: skip
 
-# Splits of the vocabulary over programs. The same for every call: a pair's sums must not depend, not even in their
+# Splits of the vocabulary over programs. One number for all calls: a pair's sums must not depend, not even in their
 # last bit, on how many rows are swept with it.
-SPLITS = {"interpreter": 3}
-DEFAULT_SPLITS = 32
+SPLITS = {"interpreter": 3, "gpu": 32}
 
 
 def architecture(device: torch.device) -> str:
@@ -55,13 +55,23 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
-    known = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor), "sm_100" if major == 10 else "sm_120")
-    return known
+    return {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor), "sm_100" if major == 10 else "sm_120")
 
 
 def row(arch: str) -> Row:
-    return ROW.get(arch, ROW["sm"])
+    return ROW.get(arch, ROW["gpu"])
 
 
 def product(arch: str, itemsize: int, hidden: int) -> Product:
     return next(blocks for largest, blocks in PRODUCT[arch][itemsize] if largest is None or hidden <= largest)
+
+
+def splits(arch: str) -> int:
+    return SPLITS.get(arch, SPLITS["gpu"])
+
+
+def descriptors(arch: str, matrices: list[Tensor]) -> bool:
+    """Whether the copy engine can load blocks of these: from sm_90 on, with rows of whole 16 bytes."""
+    return arch in ("sm_90", "sm_100", "sm_120") and all(
+        m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices
+    )

@@ -211,7 +211,7 @@ def _launch(x, ref_x, tile, tokens, policy, reference, epsilon, a, arch, blocks:
     if triton_blocks.INTERPRETED and x.dtype == torch.bfloat16:  # whose products come out wrong there
         matrices = [m.float() for m in matrices]
     (rows, hidden), ref_hidden = x.shape, ref_x.shape[1]
-    descriptors = triton_blocks.has_descriptors(arch, matrices)
+    descriptors = triton_blocks.descriptors(arch, matrices)
     if descriptors:
         sizes = (blocks.rows, blocks.words, blocks.rows, blocks.words)
         matrices = [

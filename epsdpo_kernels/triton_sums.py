@@ -58,9 +58,9 @@ def _logits(
     """softcap·tanh(scale·(x·Wᵀ + bias) / softcap)."""
     if bias_ptr is not None:
         products += tl.load(bias_ptr + columns, mask=valid, other=0).to(tl.float32)
-    logits = products * scale.to(tl.float32)
+    logits = products * tl.cast(scale, tl.float32)
     if softcap is not None:
-        softcap = softcap.to(tl.float32)
+        softcap = tl.cast(softcap, tl.float32)
         logits = softcap * _tanh(logits / softcap)
     return logits
 
@@ -101,7 +101,7 @@ def _block_sums(
     relaxed = tl.zeros_like(ref_total)
     tightened = tl.zeros_like(ref_total)
     if PERTURB:
-        grown, shrunk = _growth(difference * epsilon.to(tl.float32))
+        grown, shrunk = _growth(difference * tl.cast(epsilon, tl.float32))
         relaxed, tightened = tl.sum(e * grown, 1), tl.sum(e * shrunk, 1)
     return top, tl.sum(e, 1), ref_top, ref_total, tl.sum(e * difference, 1), relaxed, tightened, tl.sum(e * centred, 1)
 
@@ -164,7 +164,7 @@ def _token_statistics(sums, label, ref_label, epsilon):
     """``statistics.token_statistics``, in the order of its rows: 6 × (TOKENS,)."""
     top, total, ref_top, ref_total, difference, relaxed, tightened, centred = sums
     log_sum, ref_log_sum = tl.log(total), tl.log(ref_total)
-    u = epsilon.to(tl.float32) * (label - ref_label)
+    u = tl.cast(epsilon, tl.float32) * (label - ref_label)
     return (
         label - top - log_sum,
         ref_label - ref_top - ref_log_sum,
