@@ -118,7 +118,7 @@ def test_packed_form_is_the_padded_one(budget):
     for g, t in zip(got, truth, strict=True):
         assert torch.equal(g, t)
     scored = torch.cat(
-        [row[: int((label != -100).nonzero().max()) + 1] for row, label in zip(expected[0], case.labels)]
+        [row[: int((label != -100).nonzero().max()) + 1] for row, label in zip(expected[0], case.labels, strict=True)]
     )
     assert torch.equal(gradients[0], scored)
     assert torch.equal(gradients[1], expected[1])

@@ -1,0 +1,126 @@
+"""Heads of real model classes, small and random: what the loss is given is what the model's own forward computes."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
+
+from epsdpo_kernels import linear_epsilon_dpo  # noqa: E402
+from epsdpo_kernels.integrations.transformers import check_head, head_inputs  # noqa: E402
+from epsdpo_kernels.pair import pair_beta, preference_losses  # noqa: E402
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1,
+}  # fmt: skip
+MODELS = {
+    "Llama": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "Llama tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "Qwen2": ("Qwen2Config", {}),
+    "Qwen3": ("Qwen3Config", {}),
+    "Mistral": ("MistralConfig", {"sliding_window": 4}),
+    "Gemma2": ("Gemma2Config", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
+    "Gemma3": ("Gemma3TextConfig", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "Cohere": ("CohereConfig", {"logit_scale": 0.25}),
+    "Granite": ("GraniteConfig", {"logits_scaling": 4.0}),
+    "Phi": ("PhiConfig", {"num_key_value_heads": 4}),
+    "FalconH1": ("FalconH1Config", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 64, "mamba_n_heads": 8,
+                                    "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}),
+    "Mixtral": ("MixtralConfig", {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.1}),
+    "Qwen3-MoE": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                                     "output_router_logits": True, "router_aux_loss_coef": 0.1}),
+}  # fmt: skip
+
+
+def build(name: str, dtype=torch.float32):
+    config_class, more = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**(SMALL | more)))
+    with torch.no_grad():
+        for p in model.parameters():
+            # Initial heads are so flat that a wrong scale or softcap would hide in rounding.
+            p.add_(torch.randn_like(p) * 0.2 if p.dim() == 2 else torch.randn_like(p) * 0.05)
+    return model.to(dtype).eval()
+
+
+def batch():
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 97, (4, 10), generator=g)
+    mask = torch.ones_like(ids)
+    labels = ids.roll(-1, 1)
+    labels[:, :3] = labels[:, -1] = -100
+    for row, end in ((1, 7), (2, 8)):
+        mask[row, end:], labels[row, end - 1 :], ids[row, end:] = 0, -100, 0
+    return ids, mask, labels
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_follows_from_the_models_own_logits(name):
+    policy = build(name)
+    reference = build(name)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    check_head(policy)
+    ids, mask, labels = batch()
+    ours, ref = head_inputs(policy, ids, mask), head_inputs(reference, ids, mask)
+    out = linear_epsilon_dpo(
+        ours.hidden, ours.weight, labels, ref.hidden, ref.weight, bias=ours.bias, ref_bias=ref.bias,
+        logit_scale=ours.logit_scale, softcap=ours.softcap,
+    )  # fmt: skip
+    own = policy(input_ids=ids, attention_mask=mask)
+    theirs = []
+    for logits in (own.logits, reference(input_ids=ids, attention_mask=mask).logits.detach()):
+        logps = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+        theirs += logps.masked_fill(labels == -100, 0).sum(1).chunk(2)
+    torch.testing.assert_close(out.chosen_logps, theirs[0].detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(out.ref_rejected_logps, theirs[3], rtol=1e-5, atol=1e-4)
+    loss = preference_losses(*theirs, beta=pair_beta(out.step, 0.1, 0.01)).mean()
+    torch.testing.assert_close(out.loss, loss, rtol=1e-4, atol=1e-5)
+    weights = [p for n, p in policy.named_parameters() if p.requires_grad]
+    got = torch.autograd.grad(out.loss, weights, allow_unused=True)
+    expected = torch.autograd.grad(loss, weights, allow_unused=True)
+    for g, e in zip(got, expected, strict=True):
+        assert (g is None) == (e is None)
+        if g is not None:
+            torch.testing.assert_close(g, e, rtol=2e-3, atol=1e-5)
+    if "router_aux_loss_coef" in MODELS[name][1]:
+        coefficient = MODELS[name][1]["router_aux_loss_coef"]
+        torch.testing.assert_close(ours.router_loss, coefficient * own.aux_loss)
+        assert ours.router_loss > 0
+    else:
+        assert ours.router_loss is None
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Cohere", "Phi"])
+def test_bf16_weights(name):
+    model = build(name, torch.bfloat16)
+    check_head(model)
+    ids, mask, _ = batch()
+    ours, own = head_inputs(model, ids, mask), model(input_ids=ids, attention_mask=mask).logits
+    assert ours.hidden.dtype == ours.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.logits()[mask.bool()], own[mask.bool()], rtol=2e-2, atol=6e-2)
+
+
+def test_a_head_of_its_own_is_refused():
+    class Doubled(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = 2 * out.logits
+            return out
+
+    config = transformers.LlamaConfig(**SMALL)
+    with pytest.raises(ValueError, match="do not follow from its hidden states"):
+        check_head(Doubled(config))
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    model = build("Llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="takes a plain torch.nn.Linear"):
+        check_head(model)
+
+
+def test_something_else_is_refused():
+    with pytest.raises((TypeError, AttributeError)):
+        check_head(torch.nn.Linear(2, 2))
