@@ -32,7 +32,7 @@ class Product(NamedTuple):
 ROW = {"interpreter": Row(128, 16, 1), "gpu": Row(4096, 512, 8)}
 
 # By architecture and bytes of an element: (largest hidden size, blocks), the last for all others.
-PRODUCT = {
+PRODUCT: dict[str, dict[int, tuple[tuple[int | None, Product], ...]]] = {
     "interpreter": {2: ((None, Product(16, 64, 32, 1, 1)),), 4: ((None, Product(16, 64, 32, 1, 1)),)},
     "sm_80": {2: ((None, Product(64, 128, 64, 8, 3)),), 4: ((None, Product(64, 64, 32, 8, 2)),)},
     "sm_90": {2: ((1024, Product(64, 128, 64, 8, 3)), (None, Product(128, 128, 64, 8, 3))),
@@ -46,6 +46,9 @@ PRODUCT = {
 # Splits of the vocabulary over programs. One number for all calls: a pair's sums must not depend, not even in their
 # last bit, on how many rows are swept with it.
 SPLITS = {"interpreter": 3, "gpu": 32}
+
+# Architectures whose copy engine loads blocks through tensor descriptors.
+DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
 
 
 def architecture(device: torch.device) -> str:
@@ -71,7 +74,7 @@ def splits(arch: str) -> int:
 
 
 def descriptors(arch: str, matrices: list[Tensor]) -> bool:
-    """Whether the copy engine can load blocks of these: from sm_90 on, with rows of whole 16 bytes."""
-    return arch in ("sm_90", "sm_100", "sm_120") and all(
+    """Whether the copy engine can load blocks of these: it wants rows of whole 16 bytes."""
+    return arch in DESCRIPTORS and all(
         m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices
     )

@@ -28,7 +28,8 @@ class HeadInputs(NamedTuple):
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, within a PEFT wrapper or none."""
-    inner: Any = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = unwrap() if unwrap else model
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model: got {type(inner).__name__}, takes a transformers PreTrainedModel, or one within PEFT")
     return inner
