@@ -1,0 +1,196 @@
+"""The record: what is appended is what is read, whole parts only, and a resumed record has no gap and no double."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pa = pytest.importorskip("pyarrow", reason="the trainer's extra is not installed")
+pq = pytest.importorskip("pyarrow.parquet")
+
+from train import record  # noqa: E402
+from train.record import SCHEMA, Recorder, parts, read  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+def batch(step: int, micro: int = 0, pairs: int = 2, **columns) -> dict:
+    """A micro-batch in which every number says where it came from."""
+    numbers = np.arange(pairs) + 100 * step + 10 * micro
+    values = {}
+    for field in SCHEMA:
+        if pa.types.is_floating(field.type):
+            values[field.name] = numbers + np.float32(0.25)
+        elif pa.types.is_integer(field.type):
+            values[field.name] = numbers
+    values |= {"step": step, "micro": micro, "split": "train", "method": "eps-dpo", "vetoed": False}
+    values |= {"decision": np.resize([1, 0, -1], pairs), "pair_id": [f"{n:016x}" for n in numbers]}
+    del values["rank"]
+    return values | columns
+
+
+def test_what_is_appended_is_read(tmp_path):
+    recorder = Recorder(tmp_path, rank=3)
+    recorder.append(batch(1, label=np.array(["a", None], object)))
+    recorder.append(batch(1, 1, pairs=3, vetoed=np.array([False, True, False])))
+    recorder.append(batch(2, split="eval"))
+    recorder.close()
+    table = read(tmp_path)
+    assert table.schema.equals(SCHEMA)
+    rows = table.to_pylist()
+    assert [row["row"] for row in rows] == [100, 101, 110, 111, 112, 200, 201]
+    assert [row["label"] for row in rows] == ["a"] + [None] * 6
+    assert [row["vetoed"] for row in rows] == [False, False, False, True, False, False, False]
+    assert [row["decision"] for row in rows] == [1, 0, 1, 0, -1, 1, 0]
+    assert [row["split"] for row in rows] == ["train"] * 5 + ["eval"] * 2
+    assert {row["rank"] for row in rows} == {3}
+    assert [row["margin"] for row in rows] == [100.25, 101.25, 110.25, 111.25, 112.25, 200.25, 201.25]
+    assert rows[2]["pair_id"] == f"{110:016x}"
+
+
+def test_order_over_ranks_parts_and_splits(tmp_path):
+    recorders = [Recorder(tmp_path, rank) for rank in (1, 0)]
+    for step in (1, 2):
+        for recorder in recorders:
+            recorder.append(batch(step, 0))
+            recorder.append(batch(step, 1, split="eval"))
+            recorder.flush()
+    rows = read(tmp_path).to_pylist()
+    keys = [(row["split"] == "eval", row["step"], row["micro"], row["rank"], row["row"]) for row in rows]
+    assert len(keys) == 16 and keys == sorted(keys)
+
+
+def test_the_caller_may_reuse_its_arrays(tmp_path):
+    recorder, values = Recorder(tmp_path), batch(1)
+    recorder.append(values)
+    values["margin"][:] = -1
+    recorder.close()
+    assert read(tmp_path)["margin"].to_pylist() == [100.25, 101.25]
+
+
+def test_parts_close_at_the_end_of_steps(tmp_path):
+    by_steps, by_rows = Recorder(tmp_path / "steps"), Recorder(tmp_path / "rows", rows_per_part=5)
+    for step in range(1, 402):
+        by_steps.append(batch(step))
+    assert [pq.read_metadata(part).num_rows for part in parts(tmp_path / "steps")] == [400, 400]
+    for step in range(1, 5):
+        for micro in range(3):
+            by_rows.append(batch(step, micro))
+    names = [part.name for part in parts(tmp_path / "rows")]
+    assert names == [f"part-000-{step:08d}-{step - 1:04d}.parquet" for step in (1, 2, 3)]
+    assert [pq.read_metadata(part).num_rows for part in parts(tmp_path / "rows")] == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"margins": 1.0}, "margins"),
+        ({"margin": np.zeros(3)}, "one length"),
+    ],
+)
+def test_refusals(tmp_path, columns, named):
+    with pytest.raises(ValueError, match=named):
+        Recorder(tmp_path).append(batch(1) | columns)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    values = batch(1)
+    del values["beta_used"]
+    with pytest.raises(ValueError, match="beta_used"):
+        Recorder(tmp_path).append(values)
+
+
+def test_a_record_is_not_overwritten(tmp_path):
+    first = Recorder(tmp_path)
+    first.append(batch(1))
+    first.close()
+    with pytest.raises(FileExistsError, match="resume_step"):
+        Recorder(tmp_path)
+    Recorder(tmp_path, rank=1)
+    anew = Recorder(tmp_path, resume_step=-1)
+    anew.append(batch(7))
+    anew.close()
+    assert read(tmp_path)["step"].to_pylist() == [7, 7]
+
+
+@pytest.mark.parametrize("resume_step", [0, 3, 4, 6])
+def test_resume_has_no_gap_and_no_double(tmp_path, resume_step):
+    first = Recorder(tmp_path, rows_per_part=4)
+    other = Recorder(tmp_path, rank=1)
+    for step in range(1, 7):
+        first.append(batch(step))
+        other.append(batch(step))
+    first.close()
+    other.close()
+    (tmp_path / ".part-000-00000005-0009.parquet.tmp").write_bytes(b"half a part")
+    again = Recorder(tmp_path, resume_step=resume_step)
+    for step in range(resume_step + 1, 9):
+        again.append(batch(step))
+    again.close()
+    rows = read(tmp_path).to_pylist()
+    assert [row["row"] for row in rows if row["rank"] == 0] == [100 * s + i for s in range(1, 9) for i in (0, 1)]
+    assert [row["row"] for row in rows if row["rank"] == 1] == [100 * s + i for s in range(1, 7) for i in (0, 1)]
+    assert not list(tmp_path.glob(".*"))
+    assert all(re.fullmatch(r"part-00[01]-\d{8}-\d{4}\.parquet", path.name) for path in tmp_path.iterdir())
+
+
+def test_a_part_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    recorder = Recorder(tmp_path)
+    recorder.append(batch(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            recorder.flush()
+        assert parts(tmp_path) == []
+    recorder.flush()  # what could not be written is still there
+    assert read(tmp_path)["row"].to_pylist() == [100, 101]
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no part"):
+        read(tmp_path)
+    recorder = Recorder(tmp_path)
+    recorder.append(batch(1))
+    recorder.close()
+    (whole,) = parts(tmp_path)
+    other = tmp_path / "part-001-00000001-0000.parquet"
+    pq.write_table(read(tmp_path).drop_columns(["beta_used"]), other)
+    with pytest.raises(ValueError, match="part-001.*beta_used"):
+        read(tmp_path)
+    other.write_bytes(whole.read_bytes()[:500])
+    with pytest.raises(ValueError, match="part-001.*can't be read"):
+        read(tmp_path)
+
+
+def test_cost(tmp_path):
+    """A step of seconds pays well under 2 % for this; the bound is loose, so that a busy machine passes."""
+    recorder = Recorder(tmp_path)
+    start = time.perf_counter()
+    for step in range(1, 201):
+        recorder.append(batch(step, pairs=8))
+    append = (time.perf_counter() - start) / 200
+    start = time.perf_counter()
+    recorder.flush()
+    flush = time.perf_counter() - start
+    size = sum(part.stat().st_size for part in parts(tmp_path)) / 1600
+    print(f"append of 8 pairs {append * 1e6:.0f} µs, flush of 1600 {flush * 1e3:.1f} ms, {size:.0f} bytes a pair")
+    assert append < 5e-3 and flush < 1
+
+
+def test_every_column_is_documented():
+    for field in SCHEMA:
+        assert field.metadata[b"description"], field.name
+    words = (ROOT / "docs" / "record.md").read_text(encoding="utf-8")
+    assert words == record.document(), "run: python -m train.record > docs/record.md"
+    printed = subprocess.run(
+        [sys.executable, "-m", "train.record"], cwd=ROOT, capture_output=True, check=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert printed.stdout.decode() == words
