@@ -13,10 +13,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from epsdpo_kernels import EpsilonDPOLoss, __version__
+from epsdpo_kernels import __version__
 from epsdpo_kernels.integrations.transformers import causal_lm, check_head, lm_head
 
 from . import data
+from .methods import MovingReference, make_loss
 from .options import PairOptions, TrainingArguments, parse
 from .trainer import PairTrainer, adapters_disabled, frozen_reference, last_checkpoint
 
@@ -69,7 +70,7 @@ def build(options: PairOptions, args: TrainingArguments) -> PairTrainer:
     transformers.set_seed(args.seed)
     model, tokenizer = load_model(options.model, options.dtype)
     check_head(model)
-    # Before the model trains or is moved, and before an hour is spent on the data of a run that cannot start.
+    base = model
     if options.lora_r:
         import peft
 
@@ -77,18 +78,30 @@ def build(options: PairOptions, args: TrainingArguments) -> PairTrainer:
             r=options.lora_r, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",
             target_modules=options.lora_target_modules or "all-linear",
         )  # fmt: skip
+        base = copy.deepcopy(model) if options.method == "tr-dpo" else model
         model = peft.get_peft_model(model, lora)
         lm_head(causal_lm(model))
+    moving = None
+    if options.lora_r and options.method != "tr-dpo":
         reference = adapters_disabled(model)
     else:
-        ref_model = load_model(options.ref_model, options.dtype)[0] if options.ref_model else copy.deepcopy(model)
+        if options.ref_model:
+            ref_model = load_model(options.ref_model, options.dtype)[0]
+        else:
+            ref_model = base if base is not model else copy.deepcopy(model)
         reference = frozen_reference(ref_model.to(args.device))
+        if options.method == "tr-dpo":
+            moving = MovingReference(model, ref_model, options.sync_alpha, options.sync_steps)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     pairs, held_out, reports = load_data(options, tokenizer, args.seed)
-    loss_fn = EpsilonDPOLoss(options.beta, options.epsilon, options.beta_update, options.label_smoothing)
+    loss_fn = make_loss(
+        options.method, beta=options.beta, epsilon=options.epsilon, beta_update=options.beta_update,
+        label_smoothing=options.label_smoothing, alpha=options.beta_dpo_alpha, keep=options.beta_dpo_keep,
+    )  # fmt: skip
     trainer = PairTrainer(
-        model, args, reference=reference, loss_fn=loss_fn, train_dataset=pairs, eval_dataset=held_out,
+        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving,
+        train_dataset=pairs, eval_dataset=held_out,
         data_collator=data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
         processing_class=tokenizer,
     )  # fmt: skip

@@ -28,12 +28,20 @@ class PairOptions:
     )
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and completion"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens; by default half of max_length"})
+    method: str = field(
+        default="eps-dpo",
+        metadata={"help": "see train/methods.py", "choices": ["eps-dpo", "dpo", "beta-dpo", "tr-dpo"]},
+    )
     beta: float = field(default=0.1, metadata={"help": "KL penalty at the start"})
     epsilon: float = field(default=0.01, metadata={"help": "size of the perturbation; 0 is plain DPO"})
     beta_update: str = field(
         default="mean-step", metadata={"help": "of the running β", "choices": ["mean-step", "mean-beta", "none"]}
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "share of labels assumed flipped, in [0, 0.5)"})
+    beta_dpo_alpha: float = field(default=0.6, metadata={"help": "how strongly beta-dpo's β follows the margin"})
+    beta_dpo_keep: float = field(default=0.8, metadata={"help": "share of pairs that beta-dpo keeps"})
+    sync_alpha: float = field(default=0.6, metadata={"help": "tr-dpo: share of the policy in a synced reference"})
+    sync_steps: int = field(default=1, metadata={"help": "tr-dpo: optimizer steps between syncs"})
     lora_r: int = field(default=0, metadata={"help": "rank of LoRA adapters; 0 trains all weights"})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale times its rank"})
     lora_target_modules: list[str] | None = field(

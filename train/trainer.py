@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from epsdpo_kernels.integrations.transformers import HeadInputs, head_inputs
 from epsdpo_kernels.linear import EpsilonDPOOutput
 
 LOSS_STATE = "loss.safetensors"
+REFERENCE_STATE = "reference.safetensors"
 # (input_ids, attention_mask, row) -> the reference's side of the loss
 Reference = Callable[[Tensor, Tensor, Tensor | None], HeadInputs]
 
@@ -103,19 +104,25 @@ class PairTrainer(Trainer):
         model: the policy, a transformers causal language model or a PEFT model of one.
         reference: gives the reference's hidden states and head; see :func:`frozen_reference`.
         loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, or any module with its call, ``beta`` and ``update_beta``.
+        moving_reference: a :class:`train.methods.MovingReference`, or None where the reference stays.
         on_pairs: called once a micro-batch with (trainer, split, rows, tokens (2, B), β before, output).
 
     Raises:
         NotFiniteError: during training, before the optimizer step, naming step and pairs.
     """
 
-    def __init__(self, model, args, *, reference: Reference, loss_fn: Any, on_pairs=None, **kwargs):
+    def __init__(
+        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, on_pairs=None, **kwargs
+    ):
         run_loss_in_forward(model, reference, loss_fn)
         super().__init__(model, args, **kwargs)
         # The loss is a mean over pairs, so accumulation divides by the number of micro-batches in the window.
         self.model_accepts_loss_kwargs = False
         self.loss_fn = loss_fn.to(args.device)
+        self.moving_reference = moving_reference
         self.on_pairs = on_pairs
+        if moving_reference:
+            self.add_callback(AfterStep(moving_reference.after_step))
         self._window: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
 
@@ -178,12 +185,27 @@ class PairTrainer(Trainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(self.loss_fn.state_dict(), folder / LOSS_STATE)
+            if self.moving_reference:
+                self.moving_reference.save(folder / REFERENCE_STATE)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = load_file(Path(resume_from_checkpoint) / LOSS_STATE, device=str(self.args.device))
         self.loss_fn.load_state_dict(state)
+        if self.moving_reference:
+            self.moving_reference.load(Path(resume_from_checkpoint) / REFERENCE_STATE)
+
+
+class AfterStep(TrainerCallback):
+    """Calls a function with the number of each optimizer step that is done."""
+
+    def __init__(self, function: Callable[[int], None]):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # transformers has counted this step already.
+        self.function(state.global_step)
 
 
 def last_checkpoint(run: str | os.PathLike) -> Path | None:

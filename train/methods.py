@@ -1,0 +1,161 @@
+"""The four methods that a comparison needs, as loss modules with one call, and the reference that follows the policy.
+
+``dpo`` and ``tr-dpo`` are ε-DPO with ε = 0; ``eps-dpo`` is the package's own; ``beta-dpo`` needs a whole batch's margins
+before any coefficient is known, so it goes through :func:`epsdpo_kernels.linear_pair_stats`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from epsdpo_kernels import EpsilonDPOLoss, EpsilonDPOOutput, linear_pair_stats
+from epsdpo_kernels.integrations.transformers import causal_lm
+from epsdpo_kernels.linear import output
+from epsdpo_kernels.pair import preference_losses
+
+METHODS = ("eps-dpo", "dpo", "beta-dpo", "tr-dpo")
+
+
+class BetaDPOLoss(nn.Module):
+    """β-DPO (Wu et al., 2024, arXiv 2407.08639): one β for a batch, from its margins, and outlying pairs left out.
+
+    β = β₀·(1 + α·(mean margin of the kept pairs − M₀)), at least 1e-3. Margins are without β; their mean M₀ and spread σ
+    are moving averages over the batches of all ranks. A share of the pairs is kept, drawn without replacement with
+    weight exp(−½((m − M₀)/σ)²); the others have loss and β 0. In evaluation nothing moves, all pairs are kept, and β is
+    the last batch's.
+
+    Args:
+        beta: β₀.
+        alpha: how strongly β follows the margin.
+        keep: share of pairs kept, ρ, in (0, 1].
+        momentum: of the moving averages, which start at 0 and move before they are used.
+    """
+
+    beta: Tensor  # () fp32, of the last training batch
+    margin_mean: Tensor  # () fp32, M₀
+    margin_std: Tensor  # () fp32, σ
+
+    def __init__(self, beta: float = 0.1, alpha: float = 0.6, keep: float = 0.8, momentum: float = 0.9):
+        super().__init__()
+        if not (math.isfinite(beta) and beta > 0):
+            raise ValueError(f"beta: got {beta}, takes a positive finite number")
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep: got {keep}, takes a number in (0, 1]")
+        self.base_beta, self.alpha, self.keep, self.momentum = beta, alpha, keep, momentum
+        for name, value in (("beta", beta), ("margin_mean", 0.0), ("margin_std", 0.0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
+
+    def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
+        stats = linear_pair_stats(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
+        logps = stats[:4]
+        margins = ((logps[0] - logps[1]) - (logps[2] - logps[3])).detach()
+        kept, share = torch.ones_like(margins, dtype=torch.bool), 1 / len(margins)
+        if self.training:
+            kept, share = self._decide(margins)
+        beta = torch.where(kept, self.beta, 0)
+        losses = torch.where(kept, preference_losses(*logps, beta=self.beta.expand_as(margins)), 0)
+        return output(
+            losses.sum() * share, losses.detach(), torch.zeros_like(margins, dtype=torch.int8), beta,
+            [t.detach() for t in logps], stats[4:6], stats[6:8], stats[8:],
+        )  # fmt: skip
+
+    def _decide(self, margins: Tensor) -> tuple[Tensor, float]:
+        """Moves the averages and β; which of this rank's pairs are kept, and the weight of each in this rank's mean."""
+        parts, rank = [margins.cpu()], 0
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed:
+            rank = torch.distributed.get_rank()
+            parts = [margins.cpu()] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, margins.cpu())
+        everyone = torch.cat(parts).double()
+        for average, value in ((self.margin_mean, everyone.mean()), (self.margin_std, everyone.std(correction=0))):
+            average.mul_(self.momentum).add_((1 - self.momentum) * value.to(average.device))
+        mean, std = self.margin_mean.item(), self.margin_std.item()
+        weights = torch.exp(-0.5 * ((everyone - mean) / std) ** 2) if std > 0 else torch.ones_like(everyone)
+        # All weights may underflow; no pair is then likelier than another.
+        weights = weights.nan_to_num(0).clamp_min(torch.finfo(torch.float32).tiny)
+        drawn = [torch.multinomial(weights, max(1, int(self.keep * len(everyone))), replacement=False)]
+        if distributed:
+            torch.distributed.broadcast_object_list(drawn, src=0)
+        kept = torch.zeros(len(everyone), dtype=torch.bool)
+        kept[drawn[0]] = True
+        self.beta.fill_(max(1e-3, self.base_beta * (1 + self.alpha * (everyone[kept].mean().item() - mean))))
+        start = sum(len(part) for part in parts[:rank])
+        # Ranks' losses are averaged by whoever reduces gradients: the mean over all kept pairs comes out.
+        return kept[start : start + len(margins)].to(margins.device), len(parts) / int(kept.sum())
+
+    def update_beta(self) -> None:
+        """β has moved with the batch already."""
+
+
+class MovingReference:
+    """TR-DPO (Gorbatovski et al., 2024, arXiv 2404.09656): the reference follows the policy.
+
+    Soft: π_ref ← α·π + (1 − α)·π_ref every ``steps`` optimizer steps; hard is α = 1. Weights are mixed as weights also
+    where the policy has LoRA adapters: the adapters' product is added to its base, so the reference is a full model.
+
+    Args:
+        policy: the model that trains, within PEFT or not; no tensor of it may be sharded.
+        reference: a model of the same class, without adapters.
+    """
+
+    def __init__(self, policy: nn.Module, reference: nn.Module, alpha: float, steps: int):
+        if not 0 < alpha <= 1:
+            raise ValueError(f"sync_alpha: got {alpha}, takes a number in (0, 1]")
+        if steps < 1:
+            raise ValueError(f"sync_steps: got {steps}, takes at least 1")
+        self.policy, self.reference, self.alpha, self.steps = policy, reference, alpha, steps
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """To be called after each optimizer step, counted from 1."""
+        if step % self.steps:
+            return
+        own = dict(self.reference.named_parameters())
+        for name, value in self._weights():
+            own[name].lerp_(value.to(own[name].dtype), self.alpha)
+
+    def _weights(self):
+        """(name in the reference, the policy's value) of every parameter that training changes."""
+        policy: Any = causal_lm(self.policy)
+        modules = dict(policy.named_modules())
+        for name, parameter in policy.named_parameters():
+            module = modules[name.rpartition(".")[0]]
+            if ".lora_" in name:
+                continue
+            if name.endswith(".base_layer.weight"):
+                layer = modules[name.removesuffix(".base_layer.weight")]
+                delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+                yield name.replace(".base_layer.", "."), parameter + delta
+            elif parameter.requires_grad and module is not None:
+                yield name, parameter
+
+    def save(self, path: Path) -> None:
+        tied = set(getattr(self.reference, "all_tied_weights_keys", None) or ())
+        save_file({k: v.contiguous() for k, v in self.reference.state_dict().items() if k not in tied}, path)
+
+    def load(self, path: Path) -> None:
+        self.reference.load_state_dict(load_file(path), strict=False)
+
+
+def make_loss(method: str, *, beta: float, epsilon: float, beta_update: str, label_smoothing: float, **beta_dpo) -> Any:
+    """The loss module of a method.
+
+    Raises:
+        ValueError: an unknown method, or a number out of range.
+    """
+    if method == "eps-dpo":
+        return EpsilonDPOLoss(beta, epsilon, beta_update, label_smoothing)
+    if method in ("dpo", "tr-dpo"):
+        return EpsilonDPOLoss(beta, 0.0, "none", label_smoothing)
+    if method == "beta-dpo":
+        if label_smoothing:
+            raise ValueError(f"label_smoothing: got {label_smoothing}, beta-dpo takes 0")
+        return BetaDPOLoss(beta, **beta_dpo)
+    raise ValueError(f"method: got {method!r}, takes one of {METHODS}")
