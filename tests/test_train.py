@@ -13,53 +13,14 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
-tokenizers = pytest.importorskip("tokenizers")
 
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
+from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
 from train.data import Collator  # noqa: E402
 from train.trainer import NotFiniteError, last_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-WORDS = "the sky is blue green red and so are you my friend not what i said yes no maybe sure".split()
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A folder with a random two-layer Llama and a word-level tokenizer, and 48 pairs."""
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=1, tie_word_embeddings=False,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    g = torch.Generator().manual_seed(1)
-
-    def words(n, last):
-        picked = torch.randint(0, len(WORDS), (n,), generator=g).tolist()
-        return " ".join([WORDS[i] for i in picked] + [last])
-
-    lengths = torch.randint(1, 8, (48, 3), generator=g).tolist()
-    rows = [{"prompt": words(a, "is"), "chosen": words(b, "yes"), "rejected": words(c, "no")} for a, b, c in lengths]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def flags(tiny: Path, run: Path, **more) -> list[str]:
-    options = {
-        "model": tiny, "dataset": tiny / "pairs.jsonl", "output_dir": run, "max_length": 16, "learning_rate": 1e-3,
-        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 1, "epsilon": 0.05,
-        "save_strategy": "no", "report_to": "none", "use_cpu": True, "seed": 3, "disable_tqdm": True,
-    } | more  # fmt: skip
-    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def by_hand(tiny: Path, trainer) -> list[dict]:

@@ -1,7 +1,7 @@
 """The four methods that a comparison needs, as loss modules with one call, and the reference that follows the policy.
 
-``dpo`` and ``tr-dpo`` are ε-DPO with ε = 0; ``eps-dpo`` is the package's own; ``beta-dpo`` needs a whole batch's margins
-before any coefficient is known, so it goes through :func:`epsdpo_kernels.linear_pair_stats`.
+``dpo`` and ``tr-dpo`` are ε-DPO with ε = 0; ``eps-dpo`` is the package's own; ``beta-dpo`` needs a whole batch's
+margins before any coefficient is known, so it goes through :func:`epsdpo_kernels.linear_pair_stats`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ METHODS = ("eps-dpo", "dpo", "beta-dpo", "tr-dpo")
 class BetaDPOLoss(nn.Module):
     """β-DPO (Wu et al., 2024, arXiv 2407.08639): one β for a batch, from its margins, and outlying pairs left out.
 
-    β = β₀·(1 + α·(mean margin of the kept pairs − M₀)), at least 1e-3. Margins are without β; their mean M₀ and spread σ
-    are moving averages over the batches of all ranks. A share of the pairs is kept, drawn without replacement with
-    weight exp(−½((m − M₀)/σ)²); the others have loss and β 0. In evaluation nothing moves, all pairs are kept, and β is
-    the last batch's.
+    β = β₀·(1 + α·(mean margin of the kept pairs − M₀)), at least 1e-3. Margins are without β; their mean M₀ and spread
+    σ are moving averages over the batches of all ranks. A share of the pairs is kept, drawn without replacement with
+    weight exp(−½((m − M₀)/σ)²); the others have loss and β 0. In evaluation nothing moves, all pairs are kept, and β
+    is the last batch's.
 
     Args:
         beta: β₀.
