@@ -27,7 +27,7 @@ class BetaDPOLoss(nn.Module):
 
     β = β₀·(1 + α·(mean margin of the kept pairs − M₀)), at least 1e-3. Margins are without β; their mean M₀ and spread
     σ are moving averages over the batches of all ranks. A share of the pairs is kept, drawn without replacement with
-    weight exp(−½((m − M₀)/σ)²); the others have loss and β 0. In evaluation nothing moves, all pairs are kept, and β
+    weight exp(−½((m − M₀)/σ)²); the others have loss 0, and β 0 beside rewards by the batch's. In evaluation nothing moves, all pairs are kept, and β
     is the last batch's.
 
     Args:
@@ -58,12 +58,13 @@ class BetaDPOLoss(nn.Module):
         kept, share = torch.ones_like(margins, dtype=torch.bool), 1 / len(margins)
         if self.training:
             kept, share = self._decide(margins)
-        beta = torch.where(kept, self.beta, 0)
-        losses = torch.where(kept, preference_losses(*logps, beta=self.beta.expand_as(margins)), 0)
-        return output(
+        beta = self.beta.expand_as(margins).clone()
+        losses = torch.where(kept, preference_losses(*logps, beta=beta), 0)
+        out = output(
             losses.sum() * share, losses.detach(), torch.zeros_like(margins, dtype=torch.int8), beta,
             [t.detach() for t in logps], stats[4:6], stats[6:8], stats[8:],
         )  # fmt: skip
+        return out._replace(beta=torch.where(kept, beta, 0))
 
     def _decide(self, margins: Tensor) -> tuple[Tensor, float]:
         """Moves the averages and β; which of this rank's pairs are kept, and the weight of each in this rank's mean."""

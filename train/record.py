@@ -60,7 +60,7 @@ SCHEMA = pa.schema(
         _field("loss", _F, "nats", "loss of the pair"),
         _field("coefficient", _F, "", "−∂loss/∂chosen_logp = +∂loss/∂rejected_logp, the pair's weight in the gradient"),
         _field(
-            "chosen_kl", _F, "nats", "KL(policy‖reference), exact over the vocabulary, summed over the chosen tokens"
+            "chosen_kl", _F, "nats", "KL(policy‖reference), full vocabulary, summed over the chosen tokens"
         ),
         _field("rejected_kl", _F, "nats", "the same over the rejected tokens"),
         _field("chosen_entropy", _F, "nats per token", "entropy of the policy, mean over the chosen tokens"),
@@ -209,35 +209,37 @@ def _write(table: pa.Table, part: Path) -> None:
         os.close(folder)
 
 
+PAGE = """# The record of a run
+
+Every training and evaluation batch appends one row a pair to `RUN/record/`, a folder of Parquet parts and nothing
+else. `python -m train.audit RUN` checks a record against itself; `python -m train.report RUN` draws it.
+
+```python
+from train.record import read
+
+table = read("RUN/record")      # a pyarrow.Table; .to_pandas() for a data frame
+```
+
+A part is named `part-RANK-FIRSTSTEP-NUMBER.parquet`. It is closed at the end of a step once it holds {steps} steps, and
+whenever a checkpoint is saved; it appears under its name whole, or not at all. A run that is killed loses the open
+part at most, and one that is resumed removes the rows past its checkpoint before it goes on.
+
+Texts stay in the data set: `pair_id` and `row` lead there. Everything below is as the loss computed it, in its
+precision, before the optimizer step. The table is made from the schema (`python -m train.record`).
+
+| column | type | unit | |
+| --- | --- | --- | --- |
+"""
+
+
 def document() -> str:
     """docs/record.md, from the schema."""
-    lines = [
-        "# The record of a run",
-        "",
-        "Every training and evaluation batch appends one row a pair to `RUN/record/`, a folder of Parquet parts. The folder",
-        "holds nothing else. `python -m train.audit RUN` checks a record against itself; `python -m train.report RUN` draws it.",
-        "",
-        "```python",
-        "from train.record import read",
-        "",
-        'table = read("RUN/record")      # a pyarrow.Table; .to_pandas() for a data frame',
-        "```",
-        "",
-        "A part is named `part-RANK-FIRSTSTEP-NUMBER.parquet`. It is closed at the end of a step once it holds",
-        f"{STEPS_PER_PART} steps, and whenever a checkpoint is saved; it appears under its name whole, or not at all. A run that is",
-        "killed loses the open part at most, and one that is resumed removes the rows past its checkpoint before it goes on.",
-        "",
-        "Texts stay in the data set: `pair_id` and `row` lead there. Everything below is as the loss computed it, in its",
-        "precision, before the optimizer step.",
-        "",
-        "| column | type | unit | |",
-        "| --- | --- | --- | --- |",
-    ]
+    page = PAGE.format(steps=STEPS_PER_PART)
     for field in SCHEMA:
         unit, description = (field.metadata[key].decode() for key in (b"unit", b"description"))
         kind = f"{field.type}, may be null" if field.nullable else str(field.type)
-        lines.append(f"| `{field.name}` | {kind} | {unit} | {description} |")
-    return "\n".join(lines) + "\n"
+        page += f"| `{field.name}` | {kind} | {unit} | {description} |\n"
+    return page
 
 
 if __name__ == "__main__":
