@@ -27,8 +27,8 @@ class BetaDPOLoss(nn.Module):
 
     β = β₀·(1 + α·(mean margin of the kept pairs − M₀)), at least 1e-3. Margins are without β; their mean M₀ and spread
     σ are moving averages over the batches of all ranks. A share of the pairs is kept, drawn without replacement with
-    weight exp(−½((m − M₀)/σ)²); the others have loss 0, and β 0 beside rewards by the batch's. In evaluation nothing moves, all pairs are kept, and β
-    is the last batch's.
+    weight exp(−½((m − M₀)/σ)²); the others have loss 0 and β 0 (their rewards are by the batch's β). In evaluation
+    nothing moves, all pairs are kept, and β is the last batch's.
 
     Args:
         beta: β₀.
