@@ -1,0 +1,59 @@
+"""The comparison, end to end on the tiny model."""
+
+import json
+import os
+import time
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
+pytest.importorskip("datasets", reason="the trainer's extra is not installed")
+pytest.importorskip("matplotlib", reason="the trainer's extra is not installed")
+
+from runs import flags  # noqa: E402
+
+from train import compare  # noqa: E402
+from train.data import Collator, load_pairs  # noqa: E402
+
+
+def test_compare(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(os.path.dirname(__file__)))
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(__file__)))
+    passed_on = [
+        f for f in flags(tiny, tmp_path, eval_fraction=0.25) if not f.startswith(("--output", "--seed", "--disab"))
+    ]
+    arguments = ["--out", str(tmp_path), "--methods", "dpo", "eps-dpo", "--seeds", "5", *passed_on]
+    compare.main(arguments)
+    assert "written to" in capsys.readouterr().out
+    runs = compare.collect(tmp_path, ["dpo", "eps-dpo"], [5])
+    text = (tmp_path / "comparison.md").read_text()
+    assert len(text.splitlines()) == 4 and f"{runs[1]['margin']:.3f}" in text
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+    # The held-out figures, worked out again with all logits.
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    policy, original = load(tmp_path / "eps-dpo-5", dtype=torch.float32), load(tiny, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    pairs, _ = load_pairs(tiny / "pairs.jsonl", tokenizer, max_length=16)
+    batch = Collator(0)(list(pairs.train_test_split(0.25, seed=5)["test"]))
+    labels = batch["labels"]
+    with torch.no_grad():
+        p, q = (m(batch["input_ids"], batch["attention_mask"]).logits.log_softmax(-1) for m in (policy, original))
+    ratio = (p - q).gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(labels == -100, 0).sum(1)
+    margins = ratio[:12] - ratio[12:]
+    assert runs[1]["pairs"] == 12
+    assert runs[1]["margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
+    assert runs[1]["accuracy"] == pytest.approx((margins > 0).float().mean().item())
+    chosen = labels[:12] != -100
+    for name, (x, y) in {"kl_per_token": (p, q), "reverse_kl_per_token": (q, p)}.items():
+        kl = (x.exp() * (x - y)).sum(-1)[:12][chosen].mean().item()
+        assert runs[1][name] == pytest.approx(kl, rel=1e-3)
+
+    # Nothing is run a second time.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/trainer_state.json")}
+    start = time.perf_counter()
+    compare.main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in before} == before and time.perf_counter() - start < 20
+    assert json.loads((tmp_path / "dpo-5" / "peak.json").read_text())["bytes"] > 2**27
