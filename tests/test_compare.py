@@ -12,7 +12,6 @@ pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 pytest.importorskip("matplotlib", reason="the trainer's extra is not installed")
 
 from runs import flags  # noqa: E402
-
 from train import compare  # noqa: E402
 from train.data import Collator, load_pairs  # noqa: E402
 

@@ -198,13 +198,18 @@ def texts(source: str | os.PathLike, rows: Iterable[int], split: str = "train") 
         raise ValueError(f"rows: got {row}, where {source} holds no pair ({drop})") from None
 
 
+# The row of a blank, which fills a batch up where there are no pairs left for a rank.
+BLANK = -1
+
+
 @dataclass
 class Collator:
     """Lays rows of `load_pairs` out as a batch of 2B sequences: the B chosen ones first, then the B rejected.
 
     Gives `input_ids`, `attention_mask` and `labels`, all (2B, T) int64 and padded on the right, and `row` (B,) int64.
     labels[t] is input_ids[t + 1] where that is a completion's token and −100 elsewhere: what the hidden state at t has
-    to predict, with no shift left to do. Raises ValueError for an empty prompt: a completion's first token would have
+    to predict, with no shift left to do. Blanks are left out; a batch of nothing else is one pair of a token each, and
+    nothing to score. Raises ValueError for an empty prompt: a completion's first token would have
     no hidden state to predict it.
     """
 
@@ -212,6 +217,11 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [row for row in rows if row["row"] != BLANK]
+        if not rows:
+            token = torch.full((2, 1), self.pad_token_id)
+            mask, labels = torch.ones_like(token), torch.full_like(token, -100)
+            return {"input_ids": token, "attention_mask": mask, "labels": labels, "row": torch.tensor([BLANK])}
         pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
         if not all(len(prompt) for prompt, _ in pairs):
             raise ValueError("rows: got one with empty prompt_ids, takes at least one token")

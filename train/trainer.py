@@ -9,23 +9,64 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from epsdpo_kernels.integrations.transformers import HeadInputs, head_inputs
 from epsdpo_kernels.linear import EpsilonDPOOutput
 
+from .data import BLANK
+
 LOSS_STATE = "loss.safetensors"
 REFERENCE_STATE = "reference.safetensors"
 # (input_ids, attention_mask, row) -> the reference's side of the loss
 Reference = Callable[[Tensor, Tensor, Tensor | None], HeadInputs]
+
+
+class PairSampler(Sampler[int]):
+    """The order of an epoch: by seed and epoch alone, so that every rank and a resumed run agree on it.
+
+    Where ranks would not all get full batches, blanks (the index one past the last pair) fill the end up. Repeating
+    pairs there, as is usual, would count their decisions twice.
+    """
+
+    def __init__(self, pairs: int, multiple: int, seed: int | None):
+        self.pairs, self.multiple, self.seed, self.epoch = pairs, multiple, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.pairs // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.pairs))
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.pairs, generator=generator).tolist()
+        yield from order
+        yield from [self.pairs] * (len(self) - self.pairs)
+
+
+class WithBlank(Dataset):
+    """A data set and, one past its end, a blank row."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"row": BLANK} if i == len(self.pairs) else self.pairs[i]
 
 
 class NotFiniteError(RuntimeError):
@@ -115,9 +156,12 @@ class PairTrainer(Trainer):
         self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, on_pairs=None, **kwargs
     ):
         run_loss_in_forward(model, reference, loss_fn)
+        for name in ("train_dataset", "eval_dataset"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = WithBlank(kwargs[name])
         super().__init__(model, args, **kwargs)
-        # The loss is a mean over pairs, so accumulation divides by the number of micro-batches in the window.
-        self.model_accepts_loss_kwargs = False
+        # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
+        self.loss_is_scaled_for_ga = True
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
         self.on_pairs = on_pairs
@@ -125,6 +169,20 @@ class PairTrainer(Trainer):
             self.add_callback(AfterStep(moving_reference.after_step))
         self._window: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+
+    def _get_train_sampler(self, train_dataset):
+        multiple = self.args.world_size * self._train_batch_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PairSampler(len(train_dataset), multiple if self.args.world_size > 1 else 1, seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        multiple = self.args.world_size * self.args.eval_batch_size
+        return PairSampler(len(eval_dataset), multiple if self.args.world_size > 1 else 1, None)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Pairs of an optimizer step, over micro-batches and ranks: ()."""
+        pairs = sum(((batch["row"] != BLANK).sum() for batch in batch_samples), torch.tensor(0)).to(device)
+        return self.accelerator.reduce(pairs, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels, row = inputs["labels"], inputs["row"]
@@ -134,16 +192,19 @@ class PairTrainer(Trainer):
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pair_labels=labels, row=row
         )  # fmt: skip
         split = "train" if model.training else "eval"
-        self._add_metrics(split, out)
-        if self.on_pairs:
+        loss = out.loss
+        self._add_metrics(split, out, real=row != BLANK)
+        if self.on_pairs and not (row == BLANK).all():
             tokens = (labels != -100).sum(1).view(2, -1)
             self.on_pairs(self, split, row, tokens, beta, out)
         if model.training:
+            # Ranks' gradients are averaged, hence times their number.
+            loss = loss * ((row != BLANK).sum() * self.args.world_size / num_items_in_batch)
             self._window.append((row, out.losses))
             if self.accelerator.gradient_state.sync_gradients:
                 self._stop_if_not_finite()
                 self.loss_fn.update_beta()
-        return (out.loss, out) if return_outputs else out.loss
+        return (loss, out) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -161,11 +222,11 @@ class PairTrainer(Trainer):
                 f"Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
             )
 
-    def _add_metrics(self, split: str, out: EpsilonDPOOutput) -> None:
+    def _add_metrics(self, split: str, out: EpsilonDPOOutput, real: Tensor) -> None:
         sums = self._sums[split]
         for name, values in pair_metrics(out).items():
-            # Sum and count, because the last micro-batch may be short.
-            part = torch.stack((values.double().sum(), torch.full_like(values.double().sum(), len(values))))
+            # Sum and count, because a micro-batch may be short or, on one rank, blank.
+            part = torch.stack((torch.where(real, values.double(), 0).sum(), real.sum().double()))
             sums[name] = sums[name] + part if name in sums else part
 
     def log(self, logs, start_time=None):
