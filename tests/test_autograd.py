@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import make_case, relative_error
 
+from cases import make_case, relative_error
 from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference, linear, linear_epsilon_dpo, linear_pair_stats
 from epsdpo_kernels.pair import preference_losses
 

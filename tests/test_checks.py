@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import make_case, pack
 
+from cases import make_case, pack
 from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference, linear_epsilon_dpo, linear_pair_stats
 
 BAD_SCALARS = [

@@ -1,8 +1,8 @@
 """The check: the very step of float64, and what it means."""
 
 import torch
-from cases import Case, make_case
 
+from cases import Case, make_case
 from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo
 from epsdpo_kernels.plan import lay_out
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from cases import make_case, relative_error
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")

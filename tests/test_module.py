@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import make_case
 
+from cases import make_case
 from epsdpo_kernels import EpsilonDPOLoss
 
 EPSILON = 0.05

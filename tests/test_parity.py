@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import make_case, pack, relative_error, worst_error
 
+from cases import make_case, pack, relative_error, worst_error
 from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo
 
 GRADS = ("hidden", "weight", "bias")

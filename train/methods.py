@@ -55,25 +55,27 @@ class BetaDPOLoss(nn.Module):
         stats = linear_pair_stats(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
         logps = stats[:4]
         margins = ((logps[0] - logps[1]) - (logps[2] - logps[3])).detach()
-        kept, share = torch.ones_like(margins, dtype=torch.bool), 1 / len(margins)
+        # In a batch of a rank that has no pairs left, nothing is scored.
+        scored = (labels != -100).any().expand(margins.shape)
+        kept, share = scored, 1.0
         if self.training:
-            kept, share = self._decide(margins)
+            kept, share = self._decide(margins, scored)
         beta = self.beta.expand_as(margins).clone()
         losses = torch.where(kept, preference_losses(*logps, beta=beta), 0)
         out = output(
-            losses.sum() * share, losses.detach(), torch.zeros_like(margins, dtype=torch.int8), beta,
+            losses.sum() * share / len(margins), losses.detach(), torch.zeros_like(margins, dtype=torch.int8), beta,
             [t.detach() for t in logps], stats[4:6], stats[6:8], stats[8:],
         )  # fmt: skip
         return out._replace(beta=torch.where(kept, beta, 0))
 
-    def _decide(self, margins: Tensor) -> tuple[Tensor, float]:
-        """Moves the averages and β; which of this rank's pairs are kept, and the weight of each in this rank's mean."""
-        parts, rank = [margins.cpu()], 0
+    def _decide(self, margins: Tensor, scored: Tensor) -> tuple[Tensor, float]:
+        """Moves the averages and β; which of this rank's pairs are kept, and how many pairs each of those stands for."""
+        parts, rank = [margins[scored].cpu()], 0
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed:
             rank = torch.distributed.get_rank()
-            parts = [margins.cpu()] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, margins.cpu())
+            parts *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, margins[scored].cpu())
         everyone = torch.cat(parts).double()
         for average, value in ((self.margin_mean, everyone.mean()), (self.margin_std, everyone.std(correction=0))):
             average.mul_(self.momentum).add_((1 - self.momentum) * value.to(average.device))
@@ -88,8 +90,9 @@ class BetaDPOLoss(nn.Module):
         kept[drawn[0]] = True
         self.beta.fill_(max(1e-3, self.base_beta * (1 + self.alpha * (everyone[kept].mean().item() - mean))))
         start = sum(len(part) for part in parts[:rank])
-        # Ranks' losses are averaged by whoever reduces gradients: the mean over all kept pairs comes out.
-        return kept[start : start + len(margins)].to(margins.device), len(parts) / int(kept.sum())
+        own = torch.zeros_like(scored)
+        own[scored] = kept[start : start + len(parts[rank])].to(own.device)
+        return own, len(everyone) / int(kept.sum())
 
     def update_beta(self) -> None:
         """β has moved with the batch already."""

@@ -170,10 +170,11 @@ class PairTrainer(Trainer):
         self._window: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
 
-    def _get_train_sampler(self, train_dataset):
+    def _get_train_sampler(self, train_dataset: Any = None):
         multiple = self.args.world_size * self._train_batch_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PairSampler(len(train_dataset), multiple if self.args.world_size > 1 else 1, seed)
+        pairs: Any = self.train_dataset
+        return PairSampler(len(pairs), multiple if self.args.world_size > 1 else 1, seed)
 
     def _get_eval_sampler(self, eval_dataset):
         multiple = self.args.world_size * self.args.eval_batch_size
