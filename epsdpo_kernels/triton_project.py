@@ -27,9 +27,11 @@ from .triton_sums import _arrive, _block_sums, _load, _load_sums, _logits, _merg
 def _load_tile(source, start, k, rows, hidden, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, HIDDEN: tl.constexpr):
     """(ROWS, HIDDEN) of a (rows, hidden) matrix from (start, k), zero beyond it."""
     if DESCRIPTORS:
-        return source.load([start, k])
-    row, column = start + tl.arange(0, ROWS)[:, None], k + tl.arange(0, HIDDEN)[None, :]
-    return tl.load(source + row.to(tl.int64) * hidden + column, mask=(row < rows) & (column < hidden), other=0)
+        tile = source.load([start, k])
+    else:
+        row, column = start + tl.arange(0, ROWS)[:, None], k + tl.arange(0, HIDDEN)[None, :]
+        tile = tl.load(source + row.to(tl.int64) * hidden + column, mask=(row < rows) & (column < hidden), other=0)
+    return tile
 
 
 @triton.jit

@@ -20,12 +20,10 @@ def _growth(u):
     square = u * u
     sinh = u * (1 + square * (1 / 6 + square * (1 / 120 + square * (1 / 5040 + square * (1 / 362880)))))
     cosh_1 = square * (1 / 2 + square * (1 / 24 + square * (1 / 720 + square * (1 / 40320 + square * (1 / 3628800)))))
-    grown, shrunk = cosh_1 + sinh, cosh_1 - sinh
-    # u = ε·d seldom gets there: whole blocks are spared two exponentials a word.
-    if tl.max(tl.abs(u)) > 1:
-        small = tl.abs(u) <= 1
-        grown = tl.where(small, grown, tl.exp(u) - 1)
-        shrunk = tl.where(small, shrunk, tl.exp(-u) - 1)
+    small = tl.abs(u) <= 1
+    # Chosen by word: a branch for whole blocks would save exponentials, and keep every intermediate in registers.
+    grown = tl.where(small, cosh_1 + sinh, tl.exp(u) - 1)
+    shrunk = tl.where(small, cosh_1 - sinh, tl.exp(-u) - 1)
     return grown, shrunk
 
 

@@ -59,9 +59,7 @@ SCHEMA = pa.schema(
         _field("label_smoothing", _F, "", "share of labels assumed flipped"),
         _field("loss", _F, "nats", "loss of the pair"),
         _field("coefficient", _F, "", "−∂loss/∂chosen_logp = +∂loss/∂rejected_logp, the pair's weight in the gradient"),
-        _field(
-            "chosen_kl", _F, "nats", "KL(policy‖reference), full vocabulary, summed over the chosen tokens"
-        ),
+        _field("chosen_kl", _F, "nats", "KL(policy‖reference), full vocabulary, summed over the chosen tokens"),
         _field("rejected_kl", _F, "nats", "the same over the rejected tokens"),
         _field("chosen_entropy", _F, "nats per token", "entropy of the policy, mean over the chosen tokens"),
         _field("rejected_entropy", _F, "nats per token", "the same over the rejected tokens"),
