@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
 from train.data import Collator  # noqa: E402
+from train.record import read  # noqa: E402
 from train.trainer import NotFiniteError, last_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -172,3 +174,26 @@ def test_killed_and_resumed(tiny, tmp_path):
     whole, resumed = history("whole"), history("killed")
     assert len(whole) == 40 and whole == resumed
     assert whole[-1][2] != pytest.approx(0.1, rel=1e-3)
+    # The record has neither gap nor double, and says the same.
+    assert read(tmp_path / "whole" / "record").equals(read(tmp_path / "killed" / "record"))
+
+
+def test_record_is_what_was_decided(tiny, tmp_path):
+    trainer = main(flags(tiny, tmp_path, eval_fraction=0.25, label_smoothing=0.1))
+    rows = read(tmp_path / "record").to_pandas()
+    train = rows[rows.split == "train"]
+    assert len(train) == 36 and train.row.is_unique and len(rows) == 48
+    assert train.groupby("step").size().tolist() == [6] * 6
+    assert train.groupby("step").micro.nunique().tolist() == [2] * 6
+    ids = {row["row"]: row for data in (trainer.train_dataset, trainer.eval_dataset) for row in data.pairs}
+    for _, pair in rows.iterrows():
+        assert ids[pair.row]["pair_id"] == pair.pair_id
+        assert len(ids[pair.row]["chosen_ids"]) == pair.chosen_tokens
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry, (_, step) in zip(log, train.groupby("step"), strict=True):
+        assert step.loss.mean() == pytest.approx(entry["loss"], abs=1e-4)
+        assert (step.decision == 1).mean() == pytest.approx(entry["beta/relaxed"])
+        assert step.beta_used.values == pytest.approx((step.beta / (1 + 0.05 * step.decision)).values, rel=1e-6)
+    z = train.beta_used * train.margin
+    slope = 0.9 / (1 + np.exp(z)) - 0.1 / (1 + np.exp(-z))
+    assert train.coefficient.values == pytest.approx((train.beta_used * slope).values, rel=1e-4)

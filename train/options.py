@@ -28,6 +28,9 @@ class PairOptions:
     )
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and completion"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens; by default half of max_length"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "categorical column of the data to keep in the record, e.g. a topic"}
+    )
     method: str = field(
         default="eps-dpo",
         metadata={"help": "see train/methods.py", "choices": ["eps-dpo", "dpo", "beta-dpo", "tr-dpo"]},

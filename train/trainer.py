@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from epsdpo_kernels.integrations.transformers import HeadInputs, head_inputs
 from epsdpo_kernels.linear import EpsilonDPOOutput
+from epsdpo_kernels.pair import losses_and_coefficients
 
 from .data import BLANK
 
@@ -146,14 +147,14 @@ class PairTrainer(Trainer):
         reference: gives the reference's hidden states and head; see :func:`frozen_reference`.
         loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, or any module with its call, ``beta`` and ``update_beta``.
         moving_reference: a :class:`train.methods.MovingReference`, or None where the reference stays.
-        on_pairs: called once a micro-batch with (trainer, split, rows, tokens (2, B), β before, output).
+        record: a :class:`PairRecord` that takes every micro-batch, or None.
 
     Raises:
         NotFiniteError: during training, before the optimizer step, naming step and pairs.
     """
 
     def __init__(
-        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, on_pairs=None, **kwargs
+        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record=None, **kwargs
     ):
         run_loss_in_forward(model, reference, loss_fn)
         for name in ("train_dataset", "eval_dataset"):
@@ -164,7 +165,7 @@ class PairTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
-        self.on_pairs = on_pairs
+        self.record = record
         if moving_reference:
             self.add_callback(AfterStep(moving_reference.after_step))
         self._window: list[tuple[Tensor, Tensor]] = []
@@ -195,9 +196,9 @@ class PairTrainer(Trainer):
         split = "train" if model.training else "eval"
         loss = out.loss
         self._add_metrics(split, out, real=row != BLANK)
-        if self.on_pairs and not (row == BLANK).all():
+        if self.record and not (row == BLANK).all():
             tokens = (labels != -100).sum(1).view(2, -1)
-            self.on_pairs(self, split, row, tokens, beta, out)
+            self.record.append(split, self.state, row, tokens, beta, out)
         if model.training:
             # Ranks' gradients are averaged, hence times their number.
             loss = loss * ((row != BLANK).sum() * self.args.world_size / num_items_in_batch)
@@ -244,6 +245,9 @@ class PairTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         # First of all, so that the state that transformers writes last marks the checkpoint as complete.
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # Rows past a checkpoint come again when it is resumed; rows before it would not.
+        if self.record:
+            self.record.flush()
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(self.loss_fn.state_dict(), folder / LOSS_STATE)
@@ -268,6 +272,65 @@ class AfterStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         # transformers has counted this step already.
         self.function(state.global_step)
+
+
+class PairRecord:
+    """Turns a run's outputs into rows of its record.
+
+    Args:
+        recorder: where the rows go.
+        method: name of the method.
+        epsilon, label_smoothing: of the loss; ε is 0 where the method has none.
+        pairs: data sets with ``row`` and ``pair_id``.
+        label: a column of theirs to carry along, or None.
+    """
+
+    def __init__(self, recorder, method: str, epsilon: float, label_smoothing: float, pairs: list, label: str | None):
+        self.recorder = recorder
+        self.constants = {"method": method, "epsilon": epsilon, "label_smoothing": label_smoothing}
+        self.ids, self.labels = {}, {}
+        for data in pairs:
+            self.ids |= dict(zip(data["row"], data["pair_id"], strict=True))
+            if label:
+                self.labels |= dict(zip(data["row"], map(str, data[label]), strict=True))
+        self._place, self._micro = (), 0
+
+    def append(self, split: str, state, row: Tensor, tokens: Tensor, beta: Tensor, out: EpsilonDPOOutput) -> None:
+        """One micro-batch; ``tokens`` are (2, B) scored tokens, ``beta`` is the running β before the step."""
+        step = state.global_step + (split == "train")
+        if (split, step) != self._place:
+            self._place, self._micro = (split, step), 0
+        logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
+        smoothing = self.constants["label_smoothing"]
+        _, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), out.beta.double(), smoothing)
+        # One transfer for all that a GPU holds.
+        figures = torch.stack([t.double() for t in (
+            *tokens, *logps, (logps[0] - logps[1]) - (logps[2] - logps[3]), out.relaxed_shift, out.tightened_shift,
+            out.step, beta.expand_as(out.beta), out.beta, out.losses, coefficient, out.chosen_kl, out.rejected_kl,
+            out.chosen_entropy, out.rejected_entropy,
+        )]).cpu().numpy()  # fmt: skip
+        names = (
+            "chosen_tokens", "rejected_tokens", "chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp",
+            "margin", "relaxed_shift", "tightened_shift", "decision", "beta", "beta_used", "loss", "coefficient",
+            "chosen_kl", "rejected_kl", "chosen_entropy", "rejected_entropy",
+        )  # fmt: skip
+        rows = row.tolist()
+        columns = dict(zip(names, figures, strict=True)) | self.constants
+        columns |= {
+            "split": split,
+            "step": step,
+            "micro": self._micro,
+            "epoch": float(state.epoch or 0),
+            "vetoed": False,
+        }
+        columns |= {"row": rows, "pair_id": [self.ids[r] for r in rows]}
+        if self.labels:
+            columns["label"] = [self.labels[r] for r in rows]
+        self.recorder.append(columns)
+        self._micro += 1
+
+    def flush(self) -> None:
+        self.recorder.flush()
 
 
 def last_checkpoint(run: str | os.PathLike) -> Path | None:
