@@ -69,7 +69,7 @@ class BetaDPOLoss(nn.Module):
         return out._replace(beta=torch.where(kept, beta, 0))
 
     def _decide(self, margins: Tensor, scored: Tensor) -> tuple[Tensor, float]:
-        """Moves the averages and β; which of this rank's pairs are kept, and how many pairs each kept one stands for."""
+        """Moves the averages and β; which of this rank's pairs are kept, and how many pairs each of them stands for."""
         parts, rank = [margins[scored].cpu()], 0
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed:

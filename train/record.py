@@ -90,7 +90,8 @@ class Recorder:
     ):
         self.folder, self.rank, self.rows_per_part = Path(folder), rank, rows_per_part
         self._rows: list[dict[str, Any]] = []
-        self._count, self._steps, self._step = 0, 0, None
+        self._count, self._steps = 0, 0
+        self._step: int | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f".part-{rank:03d}-*.tmp"):
             leftover.unlink()
@@ -215,7 +216,7 @@ else. `python -m train.audit RUN` checks a record against itself; `python -m tra
 ```python
 from train.record import read
 
-table = read("RUN/record")      # a pyarrow.Table; .to_pandas() for a data frame
+table = read("RUN/record")  # a pyarrow.Table; .to_pandas() for a data frame
 ```
 
 A part is named `part-RANK-FIRSTSTEP-NUMBER.parquet`. It is closed at the end of a step once it holds {steps} steps, and

@@ -287,13 +287,15 @@ class PairRecord:
 
     def __init__(self, recorder, method: str, epsilon: float, label_smoothing: float, pairs: list, label: str | None):
         self.recorder = recorder
+        self.label_smoothing = label_smoothing
         self.constants = {"method": method, "epsilon": epsilon, "label_smoothing": label_smoothing}
-        self.ids, self.labels = {}, {}
+        self.ids: dict[int, str] = {}
+        self.labels: dict[int, str] = {}
         for data in pairs:
             self.ids |= dict(zip(data["row"], data["pair_id"], strict=True))
             if label:
                 self.labels |= dict(zip(data["row"], map(str, data[label]), strict=True))
-        self._place, self._micro = (), 0
+        self._place, self._micro = ("", 0), 0
 
     def append(self, split: str, state, row: Tensor, tokens: Tensor, beta: Tensor, out: EpsilonDPOOutput) -> None:
         """One micro-batch; ``tokens`` are (2, B) scored tokens, ``beta`` is the running β before the step."""
@@ -301,8 +303,9 @@ class PairRecord:
         if (split, step) != self._place:
             self._place, self._micro = (split, step), 0
         logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
-        smoothing = self.constants["label_smoothing"]
-        _, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), out.beta.double(), smoothing)
+        _, coefficient = losses_and_coefficients(
+            tuple(t.double() for t in logps), out.beta.double(), self.label_smoothing
+        )
         # One transfer for all that a GPU holds.
         figures = torch.stack([t.double() for t in (
             *tokens, *logps, (logps[0] - logps[1]) - (logps[2] - logps[3]), out.relaxed_shift, out.tightened_shift,
