@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from . import parallel
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -21,6 +23,12 @@ def check_scalars(beta: float | Tensor, epsilon: float, label_smoothing: float) 
         raise ValueError(f"epsilon: got {epsilon}, takes a number in (0, 1), or 0 for plain DPO")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: got {label_smoothing}, takes a number in [0, 0.5)")
+
+
+def check_veto(max_entropy: float | None, max_kl: float | None) -> None:
+    for name, value in (("max_entropy", max_entropy), ("max_kl", max_kl)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: got {value}, takes nats from 0, or None")
 
 
 def check_transforms(scale: float, softcap: float | None, prefix: str = "") -> None:
@@ -78,12 +86,20 @@ def check_tokens(hidden: Tensor, labels: Tensor, ref_hidden: Tensor, cu_seqlens:
         )
 
 
-def scored_lengths(labels: Tensor, cu_seqlens: Tensor, vocabulary: int, beta: Tensor) -> list[int]:
+def scored_lengths(
+    labels: Tensor, cu_seqlens: Tensor, vocabulary: int, beta: Tensor, sequence_group: str | None = None
+) -> list[int]:
     """Scored tokens of each completion, read together with all checks on values: the call's one host read.
+
+    Args:
+        sequence_group: over whose ranks the completions' tokens are spread, each rank having its own.
+
+    Returns:
+        2B lengths, or none where nothing at all is scored.
 
     Raises:
         ValueError: a label outside [0, V), cu_seqlens that do not partition the tokens, a β that is not positive and
-            finite, or a pair with an empty completion (unless nothing at all is scored).
+            finite, or a pair with an empty completion.
     """
     scored = labels != -100
     counts = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
@@ -92,7 +108,13 @@ def scored_lengths(labels: Tensor, cu_seqlens: Tensor, vocabulary: int, beta: Te
     outside = torch.where(scored & ((labels < 0) | (labels >= vocabulary)), labels, -100)
     worst = torch.stack((outside.amax(), outside.amin())) if labels.numel() else outside.new_full((2,), -100)
     beta_bad = ~(torch.isfinite(beta) & (beta > 0)).to(labels.device)
-    facts = torch.cat((broken[None], beta_bad.reshape(1), worst, counts[inside].diff())).tolist()
+    here = counts[inside].diff()
+    bad = broken | beta_bad.reshape(()) | (worst != -100).any()
+    everywhere = torch.cat((here, bad[None]))
+    if sequence_group is not None:
+        # With the errors, so that no rank waits for one that has stopped.
+        parallel.sum_over(everywhere, sequence_group)
+    facts = torch.cat((broken[None], beta_bad.reshape(1), worst, here, everywhere)).tolist()
     if facts[0]:
         raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()}, takes increasing bounds from 0 to {labels.numel()}")
     if facts[1]:
@@ -100,12 +122,14 @@ def scored_lengths(labels: Tensor, cu_seqlens: Tensor, vocabulary: int, beta: Te
     for label in facts[2:4]:
         if label != -100:
             raise ValueError(f"labels: got {label}, takes [0, {vocabulary}) or -100")
-    lengths = facts[4:]
+    own, lengths, bad_ranks = facts[4 : 4 + len(here)], facts[4 + len(here) : -1], facts[-1]
+    if bad_ranks:
+        raise ValueError(f"labels, cu_seqlens or beta: refused on {bad_ranks} other ranks of sequence_group")
     pairs = len(lengths) // 2
     if sum(lengths) == 0:
-        return lengths
+        return []
     for i in range(pairs):
         for name, length in (("chosen", lengths[i]), ("rejected", lengths[pairs + i])):
             if length == 0:
                 raise ValueError(f"labels: the {name} completion of pair {i} has no scored token, takes at least one")
-    return lengths
+    return own

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import checks, plan, tiles_torch
+from . import checks, parallel, plan, tiles_torch
 from . import statistics as st
 from .head import Gradients, Head
 
@@ -42,6 +43,7 @@ class EpsilonDPOOutput(NamedTuple):
     rejected_entropy: Tensor
     relaxed_shift: Tensor  # (B,) z_relaxed − z
     tightened_shift: Tensor  # (B,) z_tightened − z
+    vetoed: Tensor  # (B,) bool: the check would have relaxed the pair, and a second signal withheld it
 
 
 class PairStatistics(NamedTuple):
@@ -59,10 +61,12 @@ class PairStatistics(NamedTuple):
     tightened_shift: Tensor
 
 
-def output(loss: Tensor, losses: Tensor, step: Tensor, beta: Tensor, logps, kls, entropies, shifts) -> EpsilonDPOOutput:
+def output(
+    loss: Tensor, losses: Tensor, step: Tensor, beta: Tensor, logps, kls, entropies, shifts, vetoed: Tensor
+) -> EpsilonDPOOutput:
     """Joins the parts and adds the rewards; ``logps`` are chosen, rejected, reference chosen, reference rejected."""
     rewards = [beta * (logps[k] - logps[2 + k]) for k in (0, 1)]
-    return EpsilonDPOOutput(loss, losses, step, beta, *logps, *rewards, *kls, *entropies, *shifts)
+    return EpsilonDPOOutput(loss, losses, step, beta, *(*logps, *rewards, *kls, *entropies, *shifts, vetoed))
 
 
 def linear_epsilon_dpo(
@@ -81,9 +85,13 @@ def linear_epsilon_dpo(
     ref_logit_scale: float | None = None,
     ref_softcap: float | None = None,
     label_smoothing: float = 0.0,
+    max_entropy: float | None = None,
+    max_kl: float | None = None,
     engine: str = "auto",
     max_tile_bytes: int | None = None,
     cu_seqlens: Tensor | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> EpsilonDPOOutput:
     """ε-DPO (Algorithm 1) from hidden states, exact and without the logits in memory.
 
@@ -99,9 +107,15 @@ def linear_epsilon_dpo(
         logit_scale, softcap: logits = softcap·tanh(scale·(x·Wᵀ + bias)/softcap).
         ref_logit_scale, ref_softcap: None takes the policy's.
         label_smoothing: s in [0, 0.5).
+        max_entropy, max_kl: withhold relaxation where the policy's entropy on the chosen completion (nats a token), or
+            the pair's KL (nats, both completions), is above; see :func:`epsdpo_kernels.pair.withhold_relaxation`.
         engine: "torch" runs on any device, "triton" on a GPU and not in float64; "auto" is "triton" where that runs.
         max_tile_bytes: budget of the two tiles of logits; None takes max(256 MiB, 4·V·H).
         cu_seqlens: (2B+1,) int, bounds of the completions in the packed form, all chosen first.
+        vocab_group: its ranks hold consecutive slices of both heads, in their order and of any sizes, and the same
+            tokens with labels of the whole vocabulary. The gradient of hidden is summed over them.
+        sequence_group: its ranks hold the same pairs and heads, each with tokens of its own, some or none. Gradients
+            are those of a rank's own tokens: weight's and bias's are to be summed over the group.
 
     Returns:
         EpsilonDPOOutput. Its loss is differentiable in hidden, weight and bias; the reference gets no gradient. Under
@@ -112,17 +126,22 @@ def linear_epsilon_dpo(
         TypeError, ValueError: name the argument, what came and what is taken.
     """
     checks.check_scalars(beta, epsilon, label_smoothing)
+    checks.check_veto(max_entropy, max_kl)
     heads, engine = _heads(
         hidden, weight, labels, ref_hidden, ref_weight, bias, ref_bias, logit_scale, softcap, ref_logit_scale,
         ref_softcap, engine, max_tile_bytes, cu_seqlens,
     )  # fmt: skip
     double = hidden.dtype == torch.float64
     beta = torch.as_tensor(beta, dtype=torch.float64 if double else torch.float32).detach().to(hidden.device)
-    loss, r = _SinglePass.apply(*heads, beta.reshape(()), epsilon, label_smoothing, engine, max_tile_bytes)
+    loss, r = _SinglePass.apply(
+        *heads, beta.reshape(()), epsilon, label_smoothing, max_entropy, max_kl, engine, max_tile_bytes,
+        _name(vocab_group), _name(sequence_group),
+    )  # fmt: skip
     return output(
         loss, r[plan.LOSS], r[plan.STEP].to(torch.int8), r[plan.BETA],
         tuple(r[plan.CHOSEN_LOGP : plan.CHOSEN_KL]), r[plan.CHOSEN_KL : plan.CHOSEN_ENTROPY],
-        r[plan.CHOSEN_ENTROPY : plan.PAIR_RELAXED_SHIFT], r[plan.PAIR_RELAXED_SHIFT :],
+        r[plan.CHOSEN_ENTROPY : plan.PAIR_RELAXED_SHIFT], r[plan.PAIR_RELAXED_SHIFT : plan.VETOED],
+        r[plan.VETOED].bool(),
     )  # fmt: skip
 
 
@@ -143,6 +162,8 @@ def linear_pair_stats(
     engine: str = "auto",
     max_tile_bytes: int | None = None,
     cu_seqlens: Tensor | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> PairStatistics:
     """Per-sequence log-probs that carry gradient, with the shifts, KL and entropy beside them, for any other loss.
 
@@ -154,8 +175,14 @@ def linear_pair_stats(
         hidden, weight, labels, ref_hidden, ref_weight, bias, ref_bias, logit_scale, softcap, ref_logit_scale,
         ref_softcap, engine, max_tile_bytes, cu_seqlens,
     )  # fmt: skip
-    chosen, rejected, results = _TwoPass.apply(*heads, epsilon, engine, max_tile_bytes)
+    chosen, rejected, results = _TwoPass.apply(
+        *heads, epsilon, engine, max_tile_bytes, _name(vocab_group), _name(sequence_group)
+    )
     return PairStatistics(chosen, rejected, *results)
+
+
+def _name(group: ProcessGroup | None) -> str | None:
+    return None if group is None else group.group_name
 
 
 def _heads(
@@ -215,23 +242,32 @@ def _engine(name: str) -> ModuleType:
 
 def _pass(
     x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap, beta,
-    epsilon, engine, max_tile_bytes, keep,
+    epsilon, engine, max_tile_bytes, vocab_group, sequence_group, keep,
 ) -> plan.Pass:  # fmt: skip
     """Lays the call out. The numbers of scored tokens are read here, once, before any work."""
-    lengths = checks.scored_lengths(labels, cu_seqlens, weight.shape[0], beta)
+    sizes, rank = [weight.shape[0]], 0
+    if vocab_group is not None:
+        sizes, rank = parallel.slices(weight.shape[0], vocab_group, x.device)
+    lengths = checks.scored_lengths(labels, cu_seqlens, sum(sizes), beta, sequence_group)
     logit_free = engine == "triton" and (TRAIN_LOGIT_FREE or not keep)
     itemsize = 8 if x.dtype == torch.float64 else 4
-    rows = plan.rows_per_tile(weight.shape[0], weight.shape[1], itemsize, max_tile_bytes)
+    # By the largest slice, because all ranks need the same tiles.
+    rows = plan.rows_per_tile(max(sizes), weight.shape[1], itemsize, max_tile_bytes)
     if logit_free and not keep:
         rows = max(1, len(labels))  # there are no logits to find room for
-    layout = plan.lay_out(labels, cu_seqlens, lengths if any(lengths) else [], rows)
+    layout = plan.lay_out(labels, cu_seqlens, lengths, rows, alone=sequence_group is not None)
+    if vocab_group is not None:
+        labels = parallel.labels_in_slice(labels, sum(sizes[:rank]), sizes[rank])
     policy, reference = Head(weight, bias, scale, softcap), Head(ref_weight, ref_bias, ref_scale, ref_softcap)
-    return plan.Pass(x, ref_x, labels, policy, reference, layout, epsilon, _engine(engine), logit_free, keep)
+    return plan.Pass(
+        x, ref_x, labels, policy, reference, layout, epsilon, _engine(engine), logit_free, keep, vocab_group,
+        sequence_group,
+    )  # fmt: skip
 
 
 def _buffers(run: plan.Pass, needs: list[bool]) -> Gradients:
     """Accumulators in the compute dtype. Where no tile will overwrite them they start, and stay, at zero."""
-    make = torch.empty if run.layout.n_pairs else torch.zeros
+    make = torch.empty if len(run.layout.order) else torch.zeros
     dtype, device, weight = run.tokens.swept.dtype, run.x.device, run.policy.weight
     return Gradients(
         torch.zeros(run.x.shape, dtype=dtype, device=device) if needs[0] else None,
@@ -278,8 +314,12 @@ def single_pass(
     beta: Tensor,
     epsilon: float,
     smoothing: float,
+    max_entropy: float | None,
+    max_kl: float | None,
     engine: str,
     max_tile_bytes: int | None,
+    vocab_group: str | None,
+    sequence_group: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The (PAIR, B) results of a pass and the gradients of x, weight, bias in units of β/B; empty where not needed.
@@ -289,10 +329,10 @@ def single_pass(
     with torch.no_grad(), _autograd_keys(), _no_autocast(x):
         run = _pass(
             x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
-            beta, epsilon, engine, max_tile_bytes, any(needs),
+            beta, epsilon, engine, max_tile_bytes, vocab_group, sequence_group, any(needs),
         )  # fmt: skip
         into = _buffers(run, needs)
-        results = plan.single_pass(run, beta, smoothing, into)
+        results = plan.single_pass(run, plan.Decision(beta, smoothing, max_entropy, max_kl), into)
         if not run.layout.n_pairs:
             results = results.new_zeros(plan.PAIR, len(cu_seqlens) // 2)
         dx, dw, db = (results.new_empty(0) if g is None else g for g in into)
@@ -313,12 +353,12 @@ class _SinglePass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
-        beta, epsilon, smoothing, engine, max_tile_bytes,
+        beta, epsilon, smoothing, max_entropy, max_kl, engine, max_tile_bytes, vocab_group, sequence_group,
     ):  # fmt: skip
         needs = list(ctx.needs_input_grad[:3])
         results, *gradients = single_pass(
             x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
-            beta, epsilon, smoothing, engine, max_tile_bytes, needs,
+            beta, epsilon, smoothing, max_entropy, max_kl, engine, max_tile_bytes, vocab_group, sequence_group, needs,
         )  # fmt: skip
         pairs = results.shape[1]
         ctx.save_for_backward(*gradients, beta / max(pairs, 1))
@@ -343,7 +383,7 @@ class _SinglePass(torch.autograd.Function):
                 gradients.append(_scaled(g, factor, ctx.dtype))
             else:
                 gradients.append(g.mul_(factor))
-        return (*gradients, *[None] * 14)
+        return (*gradients, *[None] * 18)
 
 
 def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -359,16 +399,17 @@ class _TwoPass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
-        epsilon, engine, max_tile_bytes,
+        epsilon, engine, max_tile_bytes, vocab_group, sequence_group,
     ):  # fmt: skip
         run = _pass(
             x, weight, bias, labels, cu_seqlens, ref_x, ref_weight, ref_bias, scale, softcap, ref_scale, ref_softcap,
-            torch.ones((), device=x.device), epsilon, engine, max_tile_bytes, False,
+            torch.ones((), device=x.device), epsilon, engine, max_tile_bytes, vocab_group, sequence_group, False,
         )  # fmt: skip
         with _no_autocast(x):
-            for _, tiles in run.layout.series:
+            for pairs, tiles in run.layout.series:
                 for tile in tiles:
                     run.forward(tile)
+                run.join(pairs)
         run.release()
         sums = run.tokens.sums
         if not run.layout.n_pairs:
@@ -392,5 +433,6 @@ class _TwoPass(torch.autograd.Function):
                 for tile in tiles:
                     run.gradient(tile, *run.project(tile), -grad_chosen, -grad_rejected, into, accumulate)
                     accumulate = True
+            run.finish(into)
         run.release()
-        return (*(None if g is None else g.to(x.dtype) for g in into), *[None] * 12)
+        return (*(None if g is None else g.to(x.dtype) for g in into), *[None] * 14)

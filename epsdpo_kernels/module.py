@@ -23,19 +23,28 @@ class EpsilonDPOLoss(nn.Module):
         beta_update: "mean-step", β ← β/(1 + ε·mean step), the authors' code; "mean-beta", β ← mean of the pairs' β, the
             paper's text; "none" keeps it.
         label_smoothing: s in [0, 0.5).
+        max_entropy, max_kl: nats above which a relaxation is withheld; see :func:`linear_epsilon_dpo`.
     """
 
     beta: Tensor  # () fp32
     counts: Tensor  # (3,) int64: relaxed, kept, tightened pairs since the last update
 
     def __init__(
-        self, beta: float = 0.1, epsilon: float = 0.01, beta_update: str = "mean-step", label_smoothing: float = 0.0
+        self,
+        beta: float = 0.1,
+        epsilon: float = 0.01,
+        beta_update: str = "mean-step",
+        label_smoothing: float = 0.0,
+        max_entropy: float | None = None,
+        max_kl: float | None = None,
     ):
         super().__init__()
         checks.check_scalars(beta, epsilon, label_smoothing)
+        checks.check_veto(max_entropy, max_kl)
         if beta_update not in BETA_UPDATES:
             raise ValueError(f"beta_update: got {beta_update!r}, takes one of {BETA_UPDATES}")
         self.epsilon, self.beta_update, self.label_smoothing = epsilon, beta_update, label_smoothing
+        self.max_entropy, self.max_kl = max_entropy, max_kl
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64))
 
@@ -51,7 +60,7 @@ class EpsilonDPOLoss(nn.Module):
     ) -> EpsilonDPOOutput:
         out = linear_epsilon_dpo(
             hidden, weight, labels, ref_hidden, ref_weight, beta=self.beta.clone(), epsilon=self.epsilon,
-            label_smoothing=self.label_smoothing, **kwargs,
+            label_smoothing=self.label_smoothing, max_entropy=self.max_entropy, max_kl=self.max_kl, **kwargs,
         )  # fmt: skip
         if self.training:
             # A micro-batch in which nothing is scored used no β, and decided nothing.

@@ -29,6 +29,31 @@ def perturbation_step(relaxed_shift: Tensor, tightened_shift: Tensor) -> Tensor:
     return (relax.to(torch.int8) - tighten.to(torch.int8)) * finite.to(torch.int8)
 
 
+def withhold_relaxation(
+    step: Tensor, chosen_entropy: Tensor, kl: Tensor, max_entropy: float | None, max_kl: float | None
+) -> Tensor:
+    """Keeps β where the check would relax it and a second signal says that the pair is doubtful.
+
+    An extension of this package, not of the paper: the check reads which way a pair's likelihood ratio moves, not how
+    far the policy has gone already or how sure it is of what it says.
+
+    Args:
+        step: (B,) int8, the check's.
+        chosen_entropy: (B,) entropy of the policy on the chosen completion, nats, mean per token.
+        kl: (B,) KL(policy‖reference) of the pair, nats, summed over the tokens of both completions.
+        max_entropy, max_kl: above which a relaxation is withheld; None withholds none.
+
+    Returns:
+        (B,) int8.
+    """
+    doubtful = torch.zeros_like(step, dtype=torch.bool)
+    if max_entropy is not None:
+        doubtful |= chosen_entropy > max_entropy
+    if max_kl is not None:
+        doubtful |= kl > max_kl
+    return torch.where(doubtful & (step > 0), 0, step)
+
+
 def pair_beta(step: Tensor, beta: float | Tensor, epsilon: float) -> Tensor:
     """The β a pair uses, β / (1 + ε·step). (B,) int8 -> (B,), float32 unless β is a float64 tensor."""
     dtype = beta.dtype if isinstance(beta, Tensor) else torch.float32

@@ -14,17 +14,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import parallel
 from . import statistics as st
 from .head import Gradients, Head
-from .pair import losses_and_coefficients, pair_beta
+from .pair import losses_and_coefficients, pair_beta, withhold_relaxation
 from .statistics import Tokens
 
 IGNORE = -100
 # Rows of the (PAIR, B) tensor that a pass returns.
 (
     LOSS, STEP, BETA, CHOSEN_LOGP, REJECTED_LOGP, REF_CHOSEN_LOGP, REF_REJECTED_LOGP, CHOSEN_KL, REJECTED_KL,
-    CHOSEN_ENTROPY, REJECTED_ENTROPY, PAIR_RELAXED_SHIFT, PAIR_TIGHTENED_SHIFT,
-) = range(PAIR := 13)  # fmt: skip
+    CHOSEN_ENTROPY, REJECTED_ENTROPY, PAIR_RELAXED_SHIFT, PAIR_TIGHTENED_SHIFT, VETOED,
+) = range(PAIR := 14)  # fmt: skip
+
+
+class Decision(NamedTuple):
+    """What a pair's β and loss depend on beside its log-probs."""
+
+    beta: Tensor  # () the running β
+    smoothing: float
+    max_entropy: float | None
+    max_kl: float | None
 
 
 class Series(NamedTuple):
@@ -49,13 +59,14 @@ class Layout:
         return len(self.edges) // 2
 
 
-def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], max_rows: int) -> Layout:
+def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], max_rows: int, alone: bool = False) -> Layout:
     """Cuts scored tokens into tiles of at most ``max_rows``. What it puts on the device is formed there.
 
     Args:
         labels: (M,) int64, −100 where a row is not scored.
         cu_seqlens: (2B+1,) where completions begin and end in ``labels``, all chosen ones first.
         lengths: 2B numbers of scored tokens, on the host, in the same order; empty where nothing is scored.
+        alone: every pair in a series of its own, so that ranks which hold other tokens of them have the same series.
     """
     n_pairs = len(lengths) // 2
     edges = [0]
@@ -77,11 +88,11 @@ def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], max_rows: in
     first = 0
     while first < n_pairs:
         start, last = edges[2 * first], first + 1
-        while last < n_pairs and edges[2 * last + 2] - start <= max_rows:
+        while not alone and last < n_pairs and edges[2 * last + 2] - start <= max_rows:
             last += 1
         size = edges[2 * last] - start
         count = -(-size // max_rows)
-        cuts = [start + size * k // count for k in range(count + 1)]
+        cuts = [start + size * k // max(count, 1) for k in range(count + 1)]
         series.append(Series(range(first, last), [slice(*c) for c in zip(cuts, cuts[1:], strict=False)]))
         first = last
     rows = max((t.stop - t.start for s in series for t in s.tiles), default=0)
@@ -109,10 +120,13 @@ class Pass:
         engine: ModuleType,
         logit_free: bool = False,  # whether the engine projects and sweeps in one kernel
         keep: bool = True,  # whether a gradient will be asked for
+        vocab_group: str | None = None,  # whose ranks hold the vocabulary's slices
+        sequence_group: str | None = None,  # whose ranks hold the completions' other tokens
     ):
         self.x, self.ref_x, self.policy, self.reference = x, ref_x, policy, reference
         self.layout, self.epsilon, self.engine = layout, epsilon, engine
         self.logit_free, self.keep = logit_free, keep
+        self.vocab_group, self.sequence_group = vocab_group, sequence_group
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         device, pairs, n = x.device, layout.n_pairs, len(layout.order)
         self._tiles: dict[str, Tensor] = {}
@@ -159,7 +173,21 @@ class Pass:
             b = self._tile("reference", tile)
             self.reference.project(ref_x, b)
             self.engine.sweep(a, b, *what)
+        if self.vocab_group is not None:
+            # The engine has seen one slice, and what it has decided from that is overwritten.
+            parallel.merge_slices(self.tokens.swept[:, tile], self.vocab_group)
+            st.reduce_pairs(self.tokens, self.tokens.completed(tile), self.epsilon)
         return a, x
+
+    def join(self, pairs: range) -> None:
+        """Makes ``sums`` and ``step`` of a series' pairs whole, when all its tiles are swept."""
+        if self.sequence_group is not None:
+            parallel.join_completions(self.tokens, pairs, self.sequence_group)
+
+    def finish(self, into: Gradients) -> None:
+        """To be called when all gradients are accumulated: a slice's rank has a share of every hidden state's."""
+        if self.vocab_group is not None and into.hidden is not None:
+            parallel.sum_over(into.hidden, self.vocab_group)
 
     def gradient(
         self,
@@ -179,26 +207,29 @@ class Pass:
         self.policy.backward(g, x, self.layout.order[tile], into, accumulate)
 
 
-def decide(tokens: Tokens, pairs: range, beta: Tensor, epsilon: float, smoothing: float, out: Tensor) -> Tensor:
+def decide(tokens: Tokens, pairs: range, epsilon: float, by: Decision, out: Tensor) -> Tensor:
     """Fills the pairs' columns of a pass's result; gives (B,) coefficients ∂loss_i/∂rejected_logps_i of these pairs."""
     part = slice(pairs.start, pairs.stop)
-    sums, step, out = tokens.sums[:, part], tokens.step[part], out[:, part]
-    beta_i = pair_beta(step, beta, epsilon)
+    sums, check, out = tokens.sums[:, part], tokens.step[part], out[:, part]
+    out[CHOSEN_KL:PAIR_RELAXED_SHIFT] = sums[st.KL : st.ENTROPY + 1].transpose(1, 2).flatten(0, 1)
+    # From the very figures that the caller sees.
+    kl = out[CHOSEN_KL] + out[REJECTED_KL]
+    step = withhold_relaxation(check, out[CHOSEN_ENTROPY], kl, by.max_entropy, by.max_kl)
+    beta_i = pair_beta(step, by.beta, epsilon)
     logps = (*sums[st.LOGP].unbind(1), *sums[st.REF_LOGP].unbind(1))
-    losses, coefficient = losses_and_coefficients(logps, beta_i.double(), smoothing)
+    losses, coefficient = losses_and_coefficients(logps, beta_i.double(), by.smoothing)
     shifts = st.shifts(sums)
     finite = torch.isfinite(shifts[0]) & torch.isfinite(shifts[1])
     out[LOSS] = torch.where(finite, losses, torch.nan)
-    out[STEP], out[BETA] = step, beta_i
+    out[STEP], out[BETA], out[VETOED] = step, beta_i, step != check
     out[CHOSEN_LOGP:CHOSEN_KL] = torch.stack(logps)
-    out[CHOSEN_KL:PAIR_RELAXED_SHIFT] = sums[st.KL : st.ENTROPY + 1].transpose(1, 2).flatten(0, 1)
     out[PAIR_RELAXED_SHIFT], out[PAIR_TIGHTENED_SHIFT] = shifts
     everyone = coefficient.new_zeros(len(tokens.step))
     everyone[part] = torch.where(finite, coefficient, torch.nan)
     return everyone
 
 
-def single_pass(run: Pass, beta: Tensor, smoothing: float, into: Gradients) -> Tensor:
+def single_pass(run: Pass, by: Decision, into: Gradients) -> Tensor:
     """Everything of one call: (PAIR, B) results, and the gradients in ``into``, in units of β/B.
 
     The units keep 16-bit gradients of a small β from underflowing: whoever reads them multiplies by β/B once more,
@@ -210,23 +241,28 @@ def single_pass(run: Pass, beta: Tensor, smoothing: float, into: Gradients) -> T
     wanted = any(g is not None for g in into)
     accumulate = False
     for pairs, tiles in run.layout.series:
-        if len(tiles) == 1:
-            a, x = run.forward(tiles[0])
-            unit = decide(tokens, pairs, beta, run.epsilon, smoothing, out) / beta
-            if wanted:
-                # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
-                run.gradient(tiles[0], a, x, unit, -unit, into, accumulate)
+        if len(tiles) <= 1:
+            swept = [run.forward(tile) for tile in tiles]
+            run.join(pairs)
+            unit = decide(tokens, pairs, run.epsilon, by, out) / by.beta
+            for tile, (a, x) in zip(tiles, swept, strict=True):
+                if wanted:
+                    # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
+                    run.gradient(tile, a, x, unit, -unit, into, accumulate)
+                    accumulate = True
         else:
             own = _own_buffers(into, accumulate)
             for k, tile in enumerate(tiles):
                 a, x = run.forward(tile)
                 if wanted:
                     run.gradient(tile, a, x, one, -one, own, k > 0)
-            unit = decide(tokens, pairs, beta, run.epsilon, smoothing, out) / beta
+            run.join(pairs)
+            unit = decide(tokens, pairs, run.epsilon, by, out) / by.beta
             if wanted:
                 rows = run.layout.order[tiles[0].start : tiles[-1].stop]
                 _scale(own, into, rows, unit[pairs.start].to(out.dtype))
-        accumulate = True
+            accumulate = True
+    run.finish(into)
     return out
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks
 from .linear import EpsilonDPOOutput, output
-from .pair import pair_beta, perturbation_step, preference_losses
+from .pair import pair_beta, perturbation_step, preference_losses, withhold_relaxation
 
 
 def epsilon_dpo_reference(
@@ -26,12 +26,15 @@ def epsilon_dpo_reference(
     ref_logit_scale: float | None = None,
     ref_softcap: float | None = None,
     label_smoothing: float = 0.0,
+    max_entropy: float | None = None,
+    max_kl: float | None = None,
 ) -> EpsilonDPOOutput:
     """Signature (padded form) and result of :func:`linear_epsilon_dpo`, in the inputs' dtype throughout.
 
     Give it float64 for the truth, bf16 for what a bf16 model's own logits would decide.
     """
     checks.check_scalars(beta, epsilon, label_smoothing)
+    checks.check_veto(max_entropy, max_kl)
     checks.check_tokens(hidden, labels, ref_hidden, None)
     ref_logit_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
     ref_softcap = softcap if ref_softcap is None else ref_softcap
@@ -58,18 +61,21 @@ def epsilon_dpo_reference(
         entropy = -(p * log_p.masked_fill(impossible, 0)).sum(-1)
         kl = torch.where(scored, kl, 0).sum(-1)
         entropy = torch.where(scored, entropy, 0).sum(-1) / scored.sum(-1)
-        step = perturbation_step(*shifts)
+        check = perturbation_step(*shifts)
+        step = withhold_relaxation(check, entropy.chunk(2)[0], kl.view(2, -1).sum(0), max_entropy, max_kl)
 
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     beta_i = pair_beta(step, torch.as_tensor(beta, dtype=dtype, device=hidden.device), epsilon)
     (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps.chunk(2)
     losses = preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta_i, label_smoothing)
     losses = torch.where(torch.isfinite(shifts[0]) & torch.isfinite(shifts[1]), losses, torch.nan)
-    parts = [
+    of_logps, of_kl, of_entropy, of_shifts = (
         [t.detach().to(dtype) for t in group]
         for group in ((chosen, rejected, ref_chosen, ref_rejected), kl.chunk(2), entropy.chunk(2), shifts)
-    ]
-    return output(losses.mean(), losses.detach(), step, beta_i, *parts)
+    )
+    return output(
+        losses.mean(), losses.detach(), step, beta_i, of_logps, of_kl, of_entropy, of_shifts, step != check
+    )  # fmt: skip
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

@@ -37,6 +37,11 @@ class Tokens:
     step: Tensor  # (B,) int8
     arrived: Tensor  # (B,) int32, zero before and after; counts a pair's tokens as a kernel finishes them
 
+    def completed(self, tile: slice) -> range:
+        """The pairs whose last token is in a tile."""
+        ends = [i for i, end in enumerate(self.edges[2::2]) if tile.start < end <= tile.stop]
+        return range(ends[0], ends[-1] + 1) if ends else range(0)
+
 
 def merge(parts: Tensor) -> Tensor:
     """Joins the sums of several vocabulary slices: (slices, SWEPT, N) -> (SWEPT, N).
@@ -80,6 +85,8 @@ def reduce_pairs(tokens: Tokens, pairs: range, epsilon: float) -> None:
 
     Each completion is summed by itself in float64, so that a pair's figures do not depend on its neighbours.
     """
+    if not pairs:
+        return
     edges = tokens.edges[2 * pairs.start : 2 * pairs.stop + 1]
     first = edges[0]
     of_token = token_statistics(tokens.swept[:, first : edges[-1]], epsilon)

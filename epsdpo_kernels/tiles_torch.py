@@ -38,7 +38,7 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
     Args:
         a: (rows, V) the policy's x·Wᵀ, kept.
         b: (rows, V) the reference's, overwritten.
-        tile: the tokens that the rows are.
+        tile: the tokens that the rows are. A negative label is in another slice of the vocabulary.
     """
     labels, out = tokens.labels[tile, None], tokens.swept[:, tile]
     # A bias may be −inf: a word that the policy gives no probability counts for nothing.
@@ -48,7 +48,9 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
     for start in chunks:
         part = slice(start, start + chunks.step)
         a_, b_, o = _logits(a[part], policy), _logits(b[part], reference), out[:, part]
-        o[st.LABEL], o[st.REF_LABEL] = a_.gather(1, labels[part])[:, 0], b_.gather(1, labels[part])[:, 0]
+        for row, logits in ((st.LABEL, a_), (st.REF_LABEL, b_)):
+            of_label = logits.gather(1, labels[part].clamp_min(0))
+            o[row] = of_label.masked_fill_(labels[part] < 0, -torch.inf)[:, 0]
         centred, e, u = scratch[:, : a_.shape[0]]
         top, ref_top = a_.amax(1, keepdim=True), b_.amax(1, keepdim=True)
         torch.sub(a_, top, out=centred)
@@ -71,9 +73,7 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
         # e^−u − 1 = −w / (1 + w) with w = e^u − 1: a division instead of a second exponential.
         torch.add(grown, 1, out=centred)
         o[st.TIGHTENED] = -torch.linalg.vecdot(e, grown.div_(centred))
-    done = [i for i, end in enumerate(tokens.edges[2::2]) if tile.start < end <= tile.stop]
-    if done:
-        st.reduce_pairs(tokens, range(done[0], done[-1] + 1), epsilon)
+    st.reduce_pairs(tokens, tokens.completed(tile), epsilon)
 
 
 def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy: Head) -> Tensor:
@@ -90,7 +90,7 @@ def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy
     swept, labels = tokens.swept[:, tile], tokens.labels[tile, None]
     top, softcap = swept[st.MAX, :, None], policy.softcap
     factor = (coefficient / swept[st.SUM] * policy.scale)[:, None]
-    minus = coefficient[:, None] * policy.scale
+    minus = torch.where(labels < 0, 0, coefficient[:, None] * policy.scale)
     # 16-bit gradients lie in the front half of their row.
     out = a if policy.gradient_dtype == a.dtype else a.view(policy.gradient_dtype)[:, : a.shape[1]]
     chunks = _chunks(a)
@@ -99,7 +99,7 @@ def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy
         logits = _logits(a[part], policy)
         slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1)
         g = torch.sub(logits, top[part], out=a[part]).exp_().mul_(factor[part])
-        g.scatter_add_(1, labels[part], -minus[part])
+        g.scatter_add_(1, labels[part].clamp_min(0), -minus[part])
         if slope is not None:
             g.mul_(slope)
         if out is not a:

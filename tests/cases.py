@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epsdpo_kernels import EpsilonDPOOutput
 
-DISCRETE = ("step",)
+DISCRETE = ("step", "vetoed")
 
 
 class Case(NamedTuple):

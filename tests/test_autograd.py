@@ -98,7 +98,7 @@ def test_opcheck(needs):
     bounds = torch.arange(0, 29, 7)
     arguments = (
         x, args[1], biases["bias"], args[2].flatten(), bounds, ref_x, args[4], biases["ref_bias"],
-        1.0, None, 1.0, 3.0, torch.tensor(0.1), 0.01, 0.0, "torch", None, needs,
+        1.0, None, 1.0, 3.0, torch.tensor(0.1), 0.01, 0.0, None, 40.0, "torch", None, None, None, needs,
     )  # fmt: skip
     torch.library.opcheck(linear.single_pass, arguments)
 

@@ -14,6 +14,8 @@ BAD_SCALARS = [
     ({"epsilon": 1.0}, "epsilon: got 1.0, takes a number in"),
     ({"epsilon": -0.1}, "epsilon: got -0.1"),
     ({"label_smoothing": 0.5}, "label_smoothing: got 0.5, takes a number in"),
+    ({"max_entropy": -1.0}, "max_entropy: got -1.0, takes nats from 0, or None"),
+    ({"max_kl": float("nan")}, "max_kl: got nan"),
     ({"softcap": 0.0}, "softcap: got 0.0, takes a positive"),
     ({"ref_softcap": -1.0}, "ref_softcap: got -1.0"),
     ({"logit_scale": 0.0}, "logit_scale: got 0.0"),

@@ -134,7 +134,7 @@ def test_tr_dpo_resumes_with_its_reference(tiny, tmp_path):
 
 def test_bad_numbers_are_named():
     with pytest.raises(ValueError, match="method: got 'ppo', takes one of"):
-        make_loss("ppo", beta=0.1, epsilon=0.1, beta_update="none", label_smoothing=0.0)
+        make_loss("ppo", beta=0.1, epsilon=0.1, beta_update="none", label_smoothing=0.0, veto={})
     with pytest.raises(ValueError, match=r"keep: got 0, takes a number in \(0, 1\]"):
         BetaDPOLoss(keep=0)
     with pytest.raises(ValueError, match="sync_alpha: got 2"):

@@ -37,6 +37,21 @@ def test_mean_beta_and_none():
         assert loss_fn.beta.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_vetoed_pair_counts_as_kept():
+    case = make_case(8, drift=0.3, seed=4)
+    free = EpsilonDPOLoss(0.2, EPSILON)(*case.arguments()[0])
+    relaxed = free.step == 1
+    kl = (free.chosen_kl + free.rejected_kl)[relaxed]
+    bound = kl.median().item()
+    loss_fn = EpsilonDPOLoss(0.2, EPSILON, max_kl=bound)
+    out = loss_fn(*case.arguments()[0])
+    vetoed = relaxed & (free.chosen_kl + free.rejected_kl > bound)
+    assert 0 < vetoed.sum() < relaxed.sum()
+    assert torch.equal(out.vetoed, vetoed) and torch.equal(out.step, torch.where(vetoed, 0, free.step))
+    assert torch.allclose(out.beta[vetoed], torch.tensor(0.2, dtype=torch.float64))
+    assert loss_fn.counts.tolist() == [(out.step == s).sum() for s in (1, 0, -1)]
+
+
 def test_evaluation_counts_nothing():
     loss_fn = EpsilonDPOLoss(0.2, EPSILON).eval()
     loss_fn(*make_case(3).arguments()[0])

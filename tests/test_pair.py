@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from epsdpo_kernels.pair import losses_and_coefficients, pair_beta, perturbation_step, preference_losses
+from epsdpo_kernels.pair import (
+    losses_and_coefficients,
+    pair_beta,
+    perturbation_step,
+    preference_losses,
+    withhold_relaxation,
+)
 
 
 def test_step_is_strict_on_both_sides():
@@ -13,6 +19,20 @@ def test_step_is_strict_on_both_sides():
     tightened = torch.tensor([-1.0, 1.0, 1.0, -1.0, -1.0, 0.0, 0.0, -1.0, -1.0])
     assert perturbation_step(relaxed, tightened).tolist() == [1, -1, 0, 0, 0, 0, 0, 0, 0]
     assert perturbation_step(relaxed, tightened).dtype == torch.int8
+
+
+def test_a_veto_withholds_relaxation_alone():
+    step = torch.tensor([1, 1, 1, 1, 0, -1], dtype=torch.int8)
+    entropy = torch.tensor([1.0, 3.0, 1.0, 2.0, 3.0, 3.0])
+    kl = torch.tensor([5.0, 5.0, 11.0, 10.0, 11.0, 11.0])
+    for bounds, expected in {
+        (None, None): [1, 1, 1, 1, 0, -1],
+        (2.0, None): [1, 0, 1, 1, 0, -1],
+        (None, 10.0): [1, 1, 0, 1, 0, -1],
+        (2.0, 10.0): [1, 0, 0, 1, 0, -1],
+    }.items():
+        got = withhold_relaxation(step, entropy, kl, *bounds)
+        assert got.tolist() == expected and got.dtype == torch.int8
 
 
 def test_beta_is_smaller_where_relaxed():

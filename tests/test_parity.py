@@ -16,6 +16,7 @@ TRANSFORMS = [
     {"label_smoothing": 0.2},
     {"beta": 1.3, "epsilon": 0.3},
     {"epsilon": 0.0},
+    {"epsilon": 0.2, "max_entropy": 4.4, "max_kl": 0.1},
 ]
 # Bytes of two float64 tiles at V 103: everything in one tile, some pairs to a tile, less than a pair, one token.
 BUDGETS = {"one tile": None, "few pairs": 20 * 103 * 16, "long pair": 3 * 103 * 16, "one token": 1}

@@ -95,6 +95,21 @@ def test_metrics_of_evaluation(tiny, tmp_path):
     assert torch.equal(trainer.loss_fn.beta, beta) and trainer.loss_fn.counts.sum() == 0
 
 
+def test_a_veto_is_on_record(tiny, tmp_path):
+    main([*flags(tiny, tmp_path, eval_fraction=0.25), "--veto", "kl=0.02"])
+    rows = read(tmp_path / "record").to_pandas()
+    check = np.where((rows.relaxed_shift > 0) & (rows.tightened_shift < 0), 1, 0)
+    over = rows.chosen_kl + rows.rejected_kl > 0.02
+    assert (rows.vetoed == ((check == 1) & over)).all() and rows.vetoed.sum() > 2
+    assert ((check == 1) & ~over).sum() > 2
+    assert (rows.decision[rows.vetoed] == 0).all() and (rows.beta_used == rows.beta)[rows.vetoed].all()
+
+
+def test_a_veto_of_another_name_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="veto: got 'margin=3', takes entropy=NATS and kl=NATS"):
+        main([*flags(tiny, tmp_path), "--veto", "margin=3"])
+
+
 def test_lora_takes_the_base_as_reference(tiny, tmp_path):
     pytest.importorskip("peft", reason="the trainer's extra is not installed")
     trainer = main(flags(tiny, tmp_path, lora_r=4, max_steps=6))

@@ -24,7 +24,7 @@ from epsdpo_kernels.integrations.transformers import (
 
 from . import data
 from .methods import MovingReference, make_loss
-from .options import PairOptions, TrainingArguments, parse
+from .options import PairOptions, TrainingArguments, parse, veto_bounds
 from .record import Recorder
 from .trainer import PairRecord, PairTrainer, last_checkpoint
 
@@ -104,7 +104,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     pairs, held_out, reports = load_data(options, tokenizer, args.seed)
     loss_fn = make_loss(
         options.method, beta=options.beta, epsilon=options.epsilon, beta_update=options.beta_update,
-        label_smoothing=options.label_smoothing, alpha=options.beta_dpo_alpha, keep=options.beta_dpo_keep,
+        label_smoothing=options.label_smoothing, veto=veto_bounds(options.veto),
+        alpha=options.beta_dpo_alpha, keep=options.beta_dpo_keep,
     )  # fmt: skip
     done = int(resume.name.rpartition("-")[2]) if resume else None
     epsilon = options.epsilon if options.method == "eps-dpo" else 0.0

@@ -64,7 +64,7 @@ class BetaDPOLoss(nn.Module):
         losses = torch.where(kept, preference_losses(*logps, beta=beta), 0)
         out = output(
             losses.sum() * share / len(margins), losses.detach(), torch.zeros_like(margins, dtype=torch.int8), beta,
-            [t.detach() for t in logps], stats[4:6], stats[6:8], stats[8:],
+            [t.detach() for t in logps], stats[4:6], stats[6:8], stats[8:], torch.zeros_like(kept),
         )  # fmt: skip
         return out._replace(beta=torch.where(kept, beta, 0))
 
@@ -148,14 +148,19 @@ class MovingReference:
         self.reference.load_state_dict(load_file(path), strict=False)
 
 
-def make_loss(method: str, *, beta: float, epsilon: float, beta_update: str, label_smoothing: float, **beta_dpo) -> Any:
-    """The loss module of a method.
+def make_loss(
+    method: str, *, beta: float, epsilon: float, beta_update: str, label_smoothing: float, veto: dict[str, float],
+    **beta_dpo,
+) -> Any:  # fmt: skip
+    """The loss module of a method; ``veto`` are ``max_entropy`` and ``max_kl`` of ε-DPO, where there are any.
 
     Raises:
         ValueError: an unknown method, or a number out of range.
     """
     if method == "eps-dpo":
-        return EpsilonDPOLoss(beta, epsilon, beta_update, label_smoothing)
+        return EpsilonDPOLoss(beta, epsilon, beta_update, label_smoothing, **veto)
+    if veto:
+        raise ValueError(f"veto: got {veto} with method {method}, which relaxes nothing; takes method eps-dpo")
     if method in ("dpo", "tr-dpo"):
         return EpsilonDPOLoss(beta, 0.0, "none", label_smoothing)
     if method == "beta-dpo":

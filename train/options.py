@@ -41,6 +41,13 @@ class PairOptions:
         default="mean-step", metadata={"help": "of the running β", "choices": ["mean-step", "mean-beta", "none"]}
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "share of labels assumed flipped, in [0, 0.5)"})
+    veto: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "bounds above which eps-dpo withholds a relaxation: entropy=NATS a token of the policy on the "
+            "chosen answer, kl=NATS of the pair; an extension of this project, not of the paper"
+        },
+    )
     beta_dpo_alpha: float = field(default=0.6, metadata={"help": "how strongly beta-dpo's β follows the margin"})
     beta_dpo_keep: float = field(default=0.8, metadata={"help": "share of pairs that beta-dpo keeps"})
     sync_alpha: float = field(default=0.6, metadata={"help": "tr-dpo: share of the policy in a synced reference"})
@@ -68,6 +75,22 @@ class TrainingArguments(transformers.TrainingArguments):
     # Rows carry columns that no model's forward names.
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay false"})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "see transformers"})
+
+
+def veto_bounds(veto: list[str] | None) -> dict[str, float]:
+    """``["entropy=3.5", "kl=40"]`` as arguments of the loss.
+
+    Raises:
+        ValueError: a bound of another name, or no number.
+    """
+    bounds = {}
+    for one in veto or ():
+        name, _, value = one.partition("=")
+        try:
+            bounds[{"entropy": "max_entropy", "kl": "max_kl"}[name]] = float(value)
+        except (KeyError, ValueError):
+            raise ValueError(f"veto: got {one!r}, takes entropy=NATS and kl=NATS") from None
+    return bounds
 
 
 def parse(arguments: list[str] | None = None) -> tuple[PairOptions, TrainingArguments]:

@@ -257,7 +257,7 @@ class PairRecord:
             "step": step,
             "micro": self._micro,
             "epoch": float(state.epoch or 0),
-            "vetoed": False,
+            "vetoed": out.vetoed.cpu().numpy(),
         }
         columns |= {"row": rows, "pair_id": [self.ids[r] for r in rows]}
         if self.labels:

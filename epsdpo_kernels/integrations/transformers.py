@@ -179,4 +179,5 @@ def pair_metrics(out: EpsilonDPOOutput) -> dict[str, Tensor]:
         "beta/relaxed": (out.step == 1).float(),
         "beta/kept": (out.step == 0).float(),
         "beta/tightened": (out.step == -1).float(),
+        "beta/vetoed": out.vetoed.float(),
     }

@@ -1,0 +1,70 @@
+"""Calls that are spread over the ranks of a process group: slices of the vocabulary, or parts of the completions.
+
+Both join sums that a sweep keeps anyway, so no logit and no hidden state travels. Groups go by their names, which are
+what a custom op can take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from . import statistics as st
+from .pair import perturbation_step
+from .statistics import Tokens
+
+# A label that another rank's slice holds.
+ELSEWHERE = -1
+
+
+def _group(name: str) -> Any:
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def slices(words: int, group: str, device: torch.device) -> tuple[list[int], int]:
+    """The sizes of all ranks' slices of the vocabulary, in the order of the ranks, and the number of this rank."""
+    of_group = _group(group)
+    own = torch.tensor([words], device=device)
+    sizes = [torch.empty_like(own) for _ in range(of_group.size())]
+    dist.all_gather(sizes, own, of_group)
+    return [int(size) for size in torch.cat(sizes).tolist()], of_group.rank()
+
+
+def labels_in_slice(labels: Tensor, start: int, words: int) -> Tensor:
+    """(N,) labels of the whole vocabulary -> those of the slice from ``start``, ``ELSEWHERE`` where it has not them."""
+    inside = (labels >= start) & (labels < start + words)
+    return torch.where(inside, labels - start, ELSEWHERE)
+
+
+def merge_slices(swept: Tensor, group: str) -> None:
+    """Joins a tile's (SWEPT, rows) sums of this rank's slice with the other slices', in one packed exchange."""
+    of_group = _group(group)
+    own = swept.contiguous()
+    parts = [torch.empty_like(own) for _ in range(of_group.size())]
+    dist.all_gather(parts, own, of_group)
+    swept.copy_(st.merge(torch.stack(parts)))
+
+
+def join_completions(tokens: Tokens, pairs: range, group: str) -> None:
+    """Adds the sums of the pairs' tokens on other ranks to those on this one, and decides.
+
+    This rank may hold no token of a completion, or none of the pair.
+    """
+    part = slice(pairs.start, pairs.stop)
+    count = tokens.bounds.diff().view(-1, 2)[part].double()
+    sums = tokens.sums[:, part]
+    sums[st.ENTROPY] *= count
+    packed = torch.cat((torch.where(count > 0, sums, 0), count[None]))
+    dist.all_reduce(packed, group=_group(group))
+    sums.copy_(packed[:-1])
+    sums[st.ENTROPY] /= packed[-1]
+    tokens.step[part] = perturbation_step(*st.shifts(sums))
+
+
+def sum_over(tensor: Tensor, group: str) -> None:
+    """Adds up the ranks' tensors, in place."""
+    dist.all_reduce(tensor, group=_group(group))
