@@ -25,6 +25,8 @@ from .__main__ import load_model
 from .methods import METHODS
 
 FINAL = "against_original.json"
+# What a comparison calls eps-dpo with a veto.
+VETO = "eps-dpo-veto"
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -34,18 +36,23 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs, the table and the picture")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    return parser.parse_known_args(arguments)
+    parser.add_argument("--veto", nargs="+", metavar="BOUND", help=f"also runs eps-dpo with this veto, as {VETO}")
+    options, flags = parser.parse_known_args(arguments)
+    if options.veto:
+        options.methods.append(VETO)
+    return options, flags
 
 
-def train(run: Path, method: str, seed: int, flags: list[str]) -> None:
+def train(run: Path, method: str, seed: int, flags: list[str], veto: list[str] | None = None) -> None:
     """One run, unless it is done already."""
     if (run / "trainer_state.json").exists():
         print(f"{run}: done before", flush=True)
         return
     resume = ["--resume_from_checkpoint=last"] if any(run.glob("checkpoint-*/trainer_state.json")) else []
+    method_flags = [f"--method={method}"] if method != VETO else ["--method=eps-dpo", "--veto", *(veto or ())]
     command = [
-        sys.executable, "-m", "train", f"--method={method}", f"--seed={seed}", f"--output_dir={run}",
-        "--disable_tqdm=true", *flags, *resume,
+        sys.executable, "-m", "train", *method_flags, f"--seed={seed}", f"--output_dir={run}", "--disable_tqdm=true",
+        *flags, *resume,
     ]  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     print(f"{run}: {'resumed' if resume else 'started'}", flush=True)
@@ -146,7 +153,8 @@ def picture(runs: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     # Okabe and Ito's colours, which the colour-blind tell apart, and a marker each.
-    looks = dict(zip(METHODS, (("#0072B2", "o"), ("#000000", "s"), ("#D55E00", "^"), ("#009E73", "D")), strict=True))
+    colours = (("#0072B2", "o"), ("#000000", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC79A7", "v"))
+    looks = dict(zip((*METHODS, VETO), colours, strict=True))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for run in runs:
         colour, marker = looks[run["method"]]
@@ -178,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, flags = parse(arguments)
     for seed in options.seeds:
         for method in options.methods:
-            train(options.out / f"{method}-{seed}", method, seed, flags)
+            train(options.out / f"{method}-{seed}", method, seed, flags, options.veto)
     runs = collect(options.out, options.methods, options.seeds)
     (options.out / "comparison.md").write_text(table(runs) + "\n", encoding="utf-8")
     picture(runs, options.out / "comparison.png")
