@@ -5,6 +5,8 @@ Both walk over a few rows at a time, so that the dozen elementwise passes run in
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,10 @@ from .statistics import Tokens
 # Elements a chunk of rows may hold. Measured on 2 CPU cores at V 49152: 4 to 8 rows are fastest, 64 take 1.6 times
 # as long.
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+# e^x as 2^(x·log₂e): exp2 takes a tenth of exp's time on a CPU, whose exp may come from a library made for another one.
+LOG2_E = math.log2(math.e)
+# Up to here Taylor's polynomial of degree 6 in u is as good as fp32.
+SMALL_U = 0.25
 
 
 def _chunks(tile: Tensor) -> range:
@@ -51,29 +57,54 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
         for row, logits in ((st.LABEL, a_), (st.REF_LABEL, b_)):
             of_label = logits.gather(1, labels[part].clamp_min(0))
             o[row] = of_label.masked_fill_(labels[part] < 0, -torch.inf)[:, 0]
-        centred, e, u = scratch[:, : a_.shape[0]]
+        centred, e, d = scratch[:, : a_.shape[0]]
         top, ref_top = a_.amax(1, keepdim=True), b_.amax(1, keepdim=True)
         torch.sub(a_, top, out=centred)
-        torch.exp(centred, out=e)
-        torch.sub(a_, b_, out=u)
+        torch.mul(centred, LOG2_E, out=e).exp2_()
+        torch.sub(a_, b_, out=d)
         if masked:
             impossible = a_ == -torch.inf
-            u.masked_fill_(impossible, 0)
+            d.masked_fill_(impossible, 0)
             centred.masked_fill_(impossible, 0)
         o[st.MAX], o[st.REF_MAX] = top[:, 0], ref_top[:, 0]
         o[st.SUM] = e.sum(1)
-        o[st.REF_SUM] = b_.sub_(ref_top).exp_().sum(1)
+        o[st.REF_SUM] = b_.sub_(ref_top).mul_(LOG2_E).exp2_().sum(1)
         o[st.CENTRED] = torch.linalg.vecdot(e, centred)
-        o[st.DIFFERENCE] = torch.linalg.vecdot(e, u)
+        o[st.DIFFERENCE] = torch.linalg.vecdot(e, d)
         if epsilon == 0:
             o[st.RELAXED] = o[st.TIGHTENED] = 0
-            continue
-        grown = torch.expm1(u.mul_(epsilon), out=u)
-        o[st.RELAXED] = torch.linalg.vecdot(e, grown)
-        # e^−u − 1 = −w / (1 + w) with w = e^u − 1: a division instead of a second exponential.
-        torch.add(grown, 1, out=centred)
-        o[st.TIGHTENED] = -torch.linalg.vecdot(e, grown.div_(centred))
+        elif d.device.type == "cpu" and d.dtype == torch.float32:
+            # Row by row, so that a token's sums do not depend on its neighbours'.
+            large = ~(torch.maximum(d.amax(1), -d.amin(1)) * epsilon <= SMALL_U)
+            o[st.RELAXED], o[st.TIGHTENED] = _perturbed_by_moments(e, d, o[st.DIFFERENCE], epsilon, b_, centred)
+            if large.any():
+                o[st.RELAXED, large], o[st.TIGHTENED, large] = _perturbed(e[large], d[large], epsilon)
+        else:
+            o[st.RELAXED], o[st.TIGHTENED] = _perturbed(e, d, epsilon)
     st.reduce_pairs(tokens, tokens.completed(tile), epsilon)
+
+
+def _perturbed(e: Tensor, d: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Σ e·(e^u − 1) and Σ e·(e^−u − 1) over the vocabulary with u = ε·d: (rows, V) -> 2 × (rows,). Overwrites d."""
+    u = d.mul_(epsilon)
+    return torch.linalg.vecdot(e, torch.expm1(u)), torch.linalg.vecdot(e, torch.expm1(u.neg_()))
+
+
+def _perturbed_by_moments(
+    e: Tensor, d: Tensor, first: Tensor, epsilon: float, square: Tensor, product: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same from the moments Σ e·d^k, for |u| up to ``SMALL_U``.
+
+    ``first`` is Σ e·d, ``square`` and ``product`` are scratch like e.
+    """
+    torch.mul(d, d, out=square)
+    torch.mul(e, square, out=product)
+    second, third = product.sum(1), torch.linalg.vecdot(product, d)
+    product.mul_(square)
+    fourth, fifth, sixth = product.sum(1), torch.linalg.vecdot(product, d), torch.linalg.vecdot(product, square)
+    sinh = epsilon * first + epsilon**3 / 6 * third + epsilon**5 / 120 * fifth
+    cosh_1 = epsilon**2 / 2 * second + epsilon**4 / 24 * fourth + epsilon**6 / 720 * sixth
+    return cosh_1 + sinh, cosh_1 - sinh
 
 
 def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy: Head) -> Tensor:
@@ -98,7 +129,7 @@ def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy
         part = slice(start, start + chunks.step)
         logits = _logits(a[part], policy)
         slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1)
-        g = torch.sub(logits, top[part], out=a[part]).exp_().mul_(factor[part])
+        g = torch.sub(logits, top[part], out=a[part]).mul_(LOG2_E).exp2_().mul_(factor[part])
         g.scatter_add_(1, labels[part].clamp_min(0), -minus[part])
         if slope is not None:
             g.mul_(slope)

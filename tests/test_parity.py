@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import make_case, pack, relative_error, worst_error
-from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo
+from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo, tiles_torch
 
 GRADS = ("hidden", "weight", "bias")
 TRANSFORMS = [
@@ -92,6 +92,20 @@ def test_float32(pairs):
             assert relative_error(g, e) < 1e-5
 
 
+@pytest.mark.parametrize("epsilon", [1e-4, 0.02, 0.06, 0.3, 0.9])
+def test_float32_shifts_where_the_perturbation_is_small_and_large(epsilon):
+    """From |u| of 1e-3 to some 10, with tokens on both sides of the polynomials' limit."""
+    case = make_case(4, length=20, width=32, vocabulary=2003, drift=1.0, spread=1.0, seed=7)
+    case.ref_hidden.copy_(case.hidden)
+    case.ref_hidden[:, ::2] *= 0.125
+    args, _ = case.arguments()
+    truth = epsilon_dpo_reference(*args, epsilon=epsilon)
+    got = linear_epsilon_dpo(*case.arguments(torch.float32)[0], epsilon=epsilon)
+    assert relative_error(got.relaxed_shift, truth.relaxed_shift) < 1e-6
+    assert relative_error(got.tightened_shift, truth.tightened_shift) < 1e-6
+    assert torch.equal(got.step, truth.step)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spread", [1.0, 6.0], ids=["flat", "peaked"])
 def test_16_bit_inputs_err_no_more_than_the_naive_code(dtype, spread):
@@ -152,3 +166,19 @@ def test_gradcheck():
             ).loss  # fmt: skip
 
         assert torch.autograd.gradcheck(loss, (args[0], args[1], biases["bias"]))
+
+
+def test_perturbed_sums_of_one_word():
+    """e^u − 1 and e^−u − 1 to the last digits of fp32, from u of 1e-6 to 40, by either way of forming them."""
+    size = torch.logspace(-6, 1.6, 200)
+    d = torch.cat((-size, size))[:, None]
+    for epsilon in (0.01, 1.0):
+        e = torch.ones_like(d)
+        ways = [tiles_torch._perturbed(e, d.clone(), epsilon)]
+        small = (d.abs() * epsilon <= tiles_torch.SMALL_U)[:, 0]
+        moments = tiles_torch._perturbed_by_moments(e, d, d[:, 0], epsilon, torch.empty_like(d), torch.empty_like(d))
+        ways.append(tuple(torch.where(small, m, w) for m, w in zip(moments, ways[0], strict=True)))
+        assert 50 < small.sum() < 400
+        for relaxed, tightened in ways:
+            for got, u in ((relaxed, epsilon * d[:, 0].double()), (tightened, -epsilon * d[:, 0].double())):
+                assert (got.double() / torch.expm1(u) - 1).abs().max() < 4e-6
