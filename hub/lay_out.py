@@ -1,7 +1,7 @@
 """Lays the kernels out in the format of the Hub's ``kernels`` library: ``python hub/lay_out.py FOLDER``.
 
     FOLDER/build.toml, CARD.md, flake.nix, tests/   what kernel-builder takes
-    FOLDER/torch-ext/epsdpo_kernels/                the package; it names its op through ``_ops``, which the builder makes
+    FOLDER/torch-ext/epsdpo_kernels/                the package; its op is named by ``_ops``, which the builder makes
     FOLDER/build/torch-{cpu,cuda,rocm}/             what kernel-builder makes of that, ready to load or to upload
 
 There is nothing to compile, so the same Python serves every backend ("noarch", once called universal). The integrations
