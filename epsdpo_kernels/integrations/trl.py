@@ -92,6 +92,7 @@ class EpsilonDPOTrainer(DPOTrainer):
     """
 
     args: DPOConfig
+    model: Any
     loss_fn: _Loss
 
     _tag_names = ["trl", "dpo", "epsilon-dpo"]
@@ -347,12 +348,12 @@ def _refuse_adapters(model: Any, peft_config: Any) -> None:
         peft_config = model.active_peft_config
     if peft_config is not None and peft_config.is_prompt_learning:
         raise ValueError(
-            f"peft_config: got {type(peft_config).__name__}, takes adapters on the backbone's layers, such as LoraConfig. "
+            f"peft_config: got {type(peft_config).__name__}, takes adapters on the backbone's layers, like LoraConfig. "
             "The loss runs the backbone itself, without the tokens that prompt learning puts before a prompt"
         )
 
 
-def _refuse_launch(trainer: DPOTrainer) -> None:
+def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
     """Raises ValueError where the model would be split in a way that the loss does not know."""
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.tp_size > 1 or parallelism.cp_size > 1 or parallelism.sp_size > 1):
