@@ -135,3 +135,17 @@ def test_fsdp2_as_written_fails_rather_than_train_wrongly(tiny, tmp_path):
     done = launch(tiny, tmp_path, "as written")
     assert done.returncode != 0 and not (tmp_path / "result.safetensors").exists()
     assert "DTensor" in done.stderr
+
+
+def test_the_figures_of_migrating(capsys):
+    """The page's script prints what the page says; naive fp32 may round one pair's check otherwise elsewhere."""
+    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "docs" / "migrating.md").read_text(), re.DOTALL)
+    (place,) = (i for i, block in enumerate(blocks) if "def decisions" in block)
+    exec(blocks[place], {})
+    printed, stated = capsys.readouterr().out.splitlines(), blocks[place + 1].splitlines()
+    assert len(printed) == len(stated) == 3
+    for ours, theirs in zip(printed, stated, strict=True):
+        ours, theirs = ([float(n) for n in re.findall(r"(?<![a-z])\d+\.?\d*", line)] for line in (ours, theirs))
+        _, _, package, fp32, bf16, kept, _ = ours
+        assert (package, bf16, kept) == (0, 40, 40)
+        assert ours[:3] + ours[4:] == theirs[:3] + theirs[4:] and abs(fp32 - theirs[3]) <= 2
