@@ -145,7 +145,7 @@ def test_the_figures_of_migrating(capsys):
     printed, stated = capsys.readouterr().out.splitlines(), blocks[place + 1].splitlines()
     assert len(printed) == len(stated) == 3
     for ours, theirs in zip(printed, stated, strict=True):
-        ours, theirs = ([float(n) for n in re.findall(r"(?<![a-z])\d+\.?\d*", line)] for line in (ours, theirs))
+        ours, theirs = ([float(n) for n in re.findall(r"(?<![a-z\d])\d+\.?\d*", line)] for line in (ours, theirs))
         _, _, package, fp32, bf16, kept, _ = ours
         assert (package, bf16, kept) == (0, 40, 40)
         assert ours[:3] + ours[4:] == theirs[:3] + theirs[4:] and abs(fp32 - theirs[3]) <= 2

@@ -191,6 +191,29 @@ def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, with_peft):
     assert ours.loss_fn.beta.item() == pytest.approx(0.1)
 
 
+def test_a_mixture_of_experts_keeps_its_balance(tiny, tmp_path):
+    """TRL weighs the router's loss in by default; the reference is a second model, as from_pretrained would give it."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, router_aux_loss_coef=0.3,
+    )  # fmt: skip
+    start = transformers.MixtralForCausalLM(config)
+    logs = []
+    for name, trainer, more in (
+        ("ours", EpsilonDPOTrainer, {"epsilon": 0.0}),
+        ("theirs", trl.DPOTrainer, {"config": trl.DPOConfig}),
+    ):
+        models = {"model": copy.deepcopy(start), "ref_model": copy.deepcopy(start)}
+        run = make(tiny, tmp_path / name, trainer=trainer, max_steps=4, **models, **more)
+        run.train()
+        logs.append(entries(run))
+    for a, b in zip(*logs, strict=True):
+        for name in ("loss", "aux_loss", "rewards/margins", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-5), name
+    assert logs[0][0]["aux_loss"] > 0.1 and logs[0][0]["loss"] > math.log(2) + 0.03
+
+
 def test_evaluation(tiny, tmp_path):
     """Metrics are means over pairs, and nothing moves."""
     held_out = trl_runs.pairs(tiny, 7)
