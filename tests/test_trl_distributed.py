@@ -1,0 +1,71 @@
+"""EpsilonDPOTrainer in two processes on gloo, by DDP and by FSDP2, against one process: steps, β and weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the extra 'trl' is not installed")
+pytest.importorskip("peft", reason="the trainer's extra is not installed")
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file  # noqa: E402
+
+import trl_runs  # noqa: E402
+import trl_worker  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+FSDP2 = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
+def launch(processes: int, folder: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    worker = [str(ROOT / "tests" / "trl_worker.py"), str(folder)]
+    done = subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run(folder: Path, tiny: Path, processes: int, pairs: int, lora=False, **more):
+    folder.mkdir(exist_ok=True)
+    options = trl_runs.options(folder / "run", gradient_accumulation_steps=2 // processes, max_steps=8, epsilon=0.05)
+    job = {"tiny": str(tiny), "options": options | more, "pairs": pairs, "lora": lora}
+    (folder / "job.json").write_text(json.dumps(job))
+    if processes == 1:
+        trl_worker.main(folder)
+    else:
+        launch(processes, folder)
+    return json.loads((folder / "result.json").read_text()), load_file(folder / "weights.safetensors")
+
+
+def same(two, one):
+    (ours, our_weights), (theirs, their_weights) = two, one
+    train = [[e for e in facts["log"] if "loss" in e] for facts in (ours, theirs)]
+    assert len(train[0]) == len(train[1]) > 0
+    names = ("loss", "kl/beta", "kl/relaxed", "kl/kept", "kl/tightened", "kl/chosen", "rewards/margins", "num_tokens")
+    for a, b in zip(*train, strict=True):
+        assert [a[n] for n in names] == pytest.approx([b[n] for n in names], rel=5e-4, abs=2e-6), a["step"]
+    # The loss of an evaluation is transformers', which counts repeated pairs.
+    for name in ("kl/beta", "kl/relaxed", "rewards/chosen", "logps/rejected"):
+        values = [facts["evaluation"][f"eval_{name}"] for facts in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=5e-4, abs=2e-6), name
+    assert train[0][-1]["kl/beta"] != pytest.approx(0.1, rel=1e-3)
+    assert our_weights.keys() == their_weights.keys()
+    for name, p in our_weights.items():
+        torch.testing.assert_close(p, their_weights[name], rtol=1e-3, atol=3e-5, msg=name)
+
+
+def test_ddp_is_one_process(tiny, tmp_path):
+    """In batches of 3 a rank, 43 pairs leave 1 for two ranks, which accelerate fills up with 5 repeats."""
+    same(run(tmp_path / "two", tiny, 2, 43), run(tmp_path / "one", tiny, 1, 43))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_fsdp2_is_one_process(tiny, tmp_path, lora):
+    two = run(tmp_path / "two", tiny, 2, 43, lora, **FSDP2)
+    assert any("lm_head" in name for name in two[0]["sharded"])
+    same(two, run(tmp_path / "one", tiny, 1, 43, lora=lora))

@@ -1,0 +1,30 @@
+"""Short runs of TRL's trainers on the tiny model, offline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+
+
+def pairs(folder: Path, count: int | None = None) -> Dataset:
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()[:count]]
+    # The tokenizer splits at spaces, and TRL joins prompt and completion without one.
+    return Dataset.from_list([row | {name: " " + row[name] for name in ("chosen", "rejected")} for row in rows])
+
+
+def model(folder: Path):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def options(run: Path, **more) -> dict:
+    """Arguments of DPOConfig: 12 pairs an optimizer step, in 4 micro-batches."""
+    return {
+        "output_dir": str(run), "max_length": 16, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "seed": 3,
+        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_steps": 10, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True,
+        "gradient_checkpointing": False, "weight_decay": 0.0,
+    } | more  # fmt: skip

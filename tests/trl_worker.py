@@ -1,0 +1,70 @@
+"""What tests/test_trl_distributed.py runs in several processes: ``torchrun … trl_worker.py FOLDER``.
+
+The folder holds the arguments of a run as JSON; its log and the full weights at the end go back into it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+import trl.trainer.base_trainer
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+import trl_runs
+from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
+
+
+def shard_on_cpu() -> None:
+    """accelerate takes FSDP for GPUs alone; its preparation of model and optimizer runs on gloo all the same."""
+    create = EpsilonDPOTrainer.create_accelerator_and_postprocess
+
+    def created(self):
+        create(self)
+        state = self.accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        # The one is copied over the other whenever accelerate looks up its state.
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+    EpsilonDPOTrainer.create_accelerator_and_postprocess = created
+
+
+def main(folder: Path) -> None:
+    trl.trainer.base_trainer.send_telemetry = lambda *_, **__: None
+    job = json.loads((folder / "job.json").read_text())
+    if job["options"].get("fsdp"):
+        shard_on_cpu()
+    trainer = EpsilonDPOTrainer(
+        model=trl_runs.model(Path(job["tiny"])),
+        args=EpsilonDPOConfig(**job["options"]),
+        train_dataset=trl_runs.pairs(Path(job["tiny"]), job["pairs"]),
+        eval_dataset=trl_runs.pairs(Path(job["tiny"]), 7),
+        processing_class=transformers.AutoTokenizer.from_pretrained(job["tiny"]),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if job["lora"] else None,
+    )
+    trainer.train()
+    parameters = dict(trainer.model.named_parameters())
+    sharded = sorted(name for name, p in parameters.items() if isinstance(p, DTensor))
+    weights = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for name, p in parameters.items()
+        if p.requires_grad
+    }
+    facts = {"evaluation": trainer.evaluate(), "log": trainer.state.log_history, "sharded": sharded}
+    if trainer.is_world_process_zero():
+        save_file(weights, folder / "weights.safetensors")
+        (folder / "result.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
