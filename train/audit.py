@@ -187,7 +187,7 @@ def _check_values(result: Audit, rows: Columns) -> None:
         step = np.zeros_like(step)
     vetoed = _vetoed(rows, step, options.get("veto") or [])
     _name_rows(result, rows, "value", "vetoed", rows["vetoed"] != vetoed, vetoed)
-    decision = np.where(rows["vetoed"] & (step == 1), 0, step).astype(np.int8)
+    decision = np.where(vetoed, 0, step).astype(np.int8)
     _name_rows(result, rows, "value", "decision", rows["decision"] != decision, decision)
 
     beta, beta_used = _betas(result, rows, decision)
