@@ -98,8 +98,8 @@ def dots(rows: Columns, seed: int = 0) -> dict[str, Any]:
 def by_pair(rows: Columns) -> Columns:
     """One entry a pair (by its row in the data), in the order of rows: what its visits add up to.
 
-    ``order`` and ``start`` lead from a pair to its visits: ``order[start[i] : start[i + 1]]`` are places in ``rows``, by
-    step. ``lean`` is the mean of margin − KL difference.
+    ``order`` and ``start`` lead from a pair to its visits: ``order[start[i] : start[i + 1]]`` are places in ``rows``,
+    by step. ``lean`` is the mean of margin − KL difference.
     """
     order = np.lexsort([rows["step"], rows["row"]])
     row = rows["row"][order]
@@ -189,8 +189,8 @@ def alarms(rows: Columns, decides: bool) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
 
-    def state(name: str, met: bool | None, **measured) -> None:
-        found[name] = {"state": "none" if met is None else "look" if met else "fine", **measured}
+    def state(alarm: str, met: bool | None, /, **measured) -> None:
+        found[alarm] = {"state": "none" if met is None else "look" if met else "fine", **measured}
 
     drift = float(rows["beta"][-1]) / float(rows["beta"][0])
     state("drift", max(drift, 1 / drift) > DRIFT if drift > 0 else True, value=drift)
