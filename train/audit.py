@@ -89,11 +89,13 @@ class Audit:
 
     def __str__(self) -> str:
         steps = np.unique(self.table["step"].to_numpy()[self.table["split"].to_numpy() == SPLITS[0]])
-        counted = f"{len(self.table):,} rows, {len(steps):,} training steps, {self.parts:,} parts"
+        counted = (
+            f"{len(self.table):,} rows, {len(steps):,} training steps, {self.parts:,} part{'s' * (self.parts != 1)}"
+        )
         if self.ok:
             return f"OK, {counted}"
         found = sum(self.counts.values())
-        lines = [f"NOT OK, {found:,} finding{'s' if found > 1 else ''} in {counted}"]
+        lines = [f"NOT OK, {found:,} finding{'s' * (found != 1)} in {counted}"]
         lines += [f"  {finding}" for finding in self.findings[:SHOWN]]
         if found > SHOWN:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common())
@@ -130,8 +132,8 @@ def audit(run: Path) -> Audit:
     split = table["split"].to_numpy() != SPLITS[0]
     table = table.take(np.lexsort([*(table[name].to_numpy() for name in ("rank", "micro", "step")), split]))
     result = Audit(run, facts, table, len(found))
-    for name, error in unreadable:
-        result.add("unreadable", "part", error, "a part of a record", part=name)
+    for name, problem in unreadable:
+        result.add("unreadable", "part", problem, "a part of a record", part=name)
     rows = columns(table)
     rows["train"] = rows["split"] == SPLITS[0]
     _check_values(result, rows)
@@ -197,7 +199,7 @@ def _check_values(result: Audit, rows: Columns) -> None:
 
     logps = [tensor(name) for name in ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")]
     margin = ((logps[0] - logps[1]) - (logps[2] - logps[3])).numpy()
-    size = sum(logp.abs() for logp in logps).numpy()
+    size = torch.stack(logps).abs().sum(0).numpy()
     _name_rows(result, rows, "value", "margin", _differ(rows["margin"], margin, size), margin.astype(np.float32))
     losses, coefficients = losses_and_coefficients(tuple(logps), torch.from_numpy(beta_used), smoothing)
     loss, coefficient = (t.detach().numpy() for t in (losses, coefficients))

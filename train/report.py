@@ -167,7 +167,7 @@ def _summary(
 
 def _alarms(alarms: dict[str, dict[str, Any]], language: str) -> list[dict[str, str]]:
     say, page = words("alarms", language), words("page", language)
-    bounds = {
+    bounds: dict[str, dict[str, Any]] = {
         "drift": {"factor": f"{figures.DRIFT:g}"},
         "takeover": {"share": percent(figures.TAKEOVER)},
         "runaway": {

@@ -13,7 +13,7 @@ import numpy as np
 
 from .audit import Columns
 
-POINTS = 240  # of a curve
+POINTS, PAIRS_A_POINT = 120, 24  # of a curve: at most, and at least where that leaves 20 points
 DOTS = 4000  # of the picture
 CATEGORIES = 20
 # The rules of the alarms; train/report_words.py puts them in words.
@@ -58,7 +58,8 @@ def kl_difference(rows: Columns) -> np.ndarray:
 def series(rows: Columns) -> dict[str, Any]:
     """The measures over steps, at most ``POINTS`` of them; a point is the mean over the pairs of some steps."""
     steps = np.unique(rows["step"])
-    width = max(1, math.ceil(len(steps) / POINTS))
+    smooth = min(math.ceil(PAIRS_A_POINT * len(steps) / len(rows["step"])), len(steps) // 20)
+    width = max(1, smooth, math.ceil(len(steps) / POINTS))
     point = np.searchsorted(steps, rows["step"]) // width
     count = np.bincount(point)
     found: dict[str, Any] = {"step": [int(s) for s in steps[width - 1 :: width]], "steps_a_point": width}
@@ -72,8 +73,8 @@ def series(rows: Columns) -> dict[str, Any]:
 def beta_map(rows: Columns, columns: int = 72, levels: int = 32) -> dict[str, Any]:
     """How the pairs' β is distributed over steps: share[column][level], each column adding up to 1."""
     steps, beta = rows["step"], rows["beta_used"].astype(np.float64)
-    first, last = int(steps.min()), int(steps.max()) + 1
-    columns = min(columns, last - first)
+    first, last = int(steps.min()) - 0.5, int(steps.max()) + 0.5
+    columns = min(columns, int(last - first))
     low, high = float(beta.min()), float(beta.max())
     room = max((high - low) * 0.05, high * 0.01, 1e-9)
     edges = np.linspace(first, last, columns + 1), np.linspace(max(0.0, low - room), high + room, levels + 1)
@@ -155,7 +156,7 @@ def labels(rows: Columns) -> list[dict[str, Any]]:
     """Decisions by category, the largest first; empty where the record has none."""
     there = np.array([label is not None for label in rows["label"]], bool)
     names, group = np.unique(rows["label"][there].astype(str), return_inverse=True)
-    found = [
+    found: list[dict[str, Any]] = [
         {"label": str(name), "n": int(n)}
         for name, n in zip(names, np.bincount(group, minlength=len(names)), strict=True)
     ]

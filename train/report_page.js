@@ -30,11 +30,12 @@ function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (Number.isInteger(value) && size < 1e6) return String(value);
-  const text = size < 1e-4 || size >= 1e6 ? value.toExponential(digits - 2) : String(Number(value.toPrecision(digits)));
+  let text = String(value);
+  if (size < 1e-4 || size >= 1e9) text = value.toExponential(digits - 2);
+  else if (!Number.isInteger(value)) text = String(Number(value.toPrecision(digits)));
   return text.replace("-", "−");
 }
-const percent = (share) => (share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0) + " %";
+const percent = (share) => (share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0) + "%";
 const decision = (value) => {
   const name = NAME[value];
   return name ? el("span", { class: "decision " + name }, SHAPE[name] + " " + W[name]) : foreign(value);
@@ -84,7 +85,7 @@ function chart(spec) {
     };
     const { X, Y } = scale;
     const nodes = [];
-    for (const t of ticks(y0, y1, height / 60)) nodes.push(
+    for (const t of ticks(y0, y1, height / 45)) nodes.push(
       svg("line", { class: "grid", x1: left, x2: width - right, y1: Y(t), y2: Y(t) }),
       svg("text", { x: left - 7, y: Y(t) + 4, "text-anchor": "end" }, spec.percent ? percent(t) : number(t)));
     for (const t of ticks(x0, x1, width / 110)) nodes.push(
@@ -415,7 +416,7 @@ function settings(run) {
     table([th(W.option), th(W.value)], run.settings.map(([name, value]) => el("tr", null, el("th", { scope: "row" }, foreign(name)), el("td", null, foreign(value)))), { "aria-label": W.settings }));
 }
 
-const own = el("div");
+const own = el("div", { id: "own" });
 
 function choose(i) {
   current = i;

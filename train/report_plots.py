@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ LOOKS = {"relaxed": ("#0072B2", "^"), "kept": ("#7F7F7F", "o"), "tightened": ("#
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 JAPANESE = ("Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "IPAGothic", "Hiragino Sans", "Yu Gothic", "Meiryo")
+JAPANESE_FILE = re.compile("NotoSans(CJK|JP)|ipaexg|ipag|Hiragino|YuGoth|meiryo", re.IGNORECASE)
 CURVES = ("reward_margin", "accuracy", "kl_chosen", "kl_rejected", "entropy_chosen", "entropy_rejected")
 
 
@@ -28,12 +30,16 @@ def draw(runs: list[dict[str, Any]], language: str, out: Path) -> list[Path]:
     import matplotlib.pyplot as plt
     from matplotlib import font_manager
 
+    if language == "ja":
+        # matplotlib's list of fonts may be older than the fonts.
+        for path in filter(JAPANESE_FILE.search, font_manager.findSystemFonts()):
+            font_manager.fontManager.addfont(path)
     fonts = {font.name for font in font_manager.fontManager.ttflist}
     found = next((name for name in JAPANESE if name in fonts), None)
     if language == "ja" and found is None:
         print("No font with Japanese was found: the PNG pictures are in English, the page is not.")
-    family = [found, "DejaVu Sans"] if found else ["DejaVu Sans"]
     say = words("page", language if found else "en")
+    family = [found, "DejaVu Sans"] if found and language == "ja" else ["DejaVu Sans"]
     written = []
 
     def save(figure, name: str) -> None:
@@ -73,9 +79,10 @@ def _margin(plt, run, say):
 def _beta(plt, run, say):
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     share = np.array(run["map"]["share"], float).T
-    mesh = axes.pcolormesh(
-        run["map"]["step"], run["map"]["beta"], np.where(share > 0, share, np.nan), cmap="Greys", vmin=-0.25, vmax=1
-    )
+    # Greys, from one that is seen on white.
+    greys = plt.matplotlib.colors.ListedColormap(plt.get_cmap("Greys")(np.linspace(0.2, 1, 256)))
+    share = np.where(share > 0, share, np.nan)
+    mesh = axes.pcolormesh(run["map"]["step"], run["map"]["beta"], share, cmap=greys, vmin=0, vmax=1)
     axes.plot(run["series"]["step"], run["series"]["beta"], color="#0072B2", linewidth=2, label=say["running_beta"])
     figure.colorbar(mesh, ax=axes, label=say["share"])
     axes.set(xlabel=say["optimizer_step"], ylabel="β")

@@ -163,7 +163,7 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
     # Sentences of the summary.
     "summary": {
         "size": (
-            "The run made {rows} decisions on {pairs} pairs in {steps} steps ({epochs} passes over the data).",
+            "The run made {rows} decisions on {pairs} pairs in {steps} steps (passes over the data: {epochs}).",
             "この実行では、{pairs} ペアについて {steps} ステップ(データ {epochs} 周)で {rows} 回の判定を行いました。",
         ),
         "beta_lower": (
