@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -132,7 +131,7 @@ def test_what_is_missing_and_what_is_twice(tmp_path):
     run = fresh("steps")
     keep(run, lambda row: row["step"] not in (4, 5) or row["split"] == "eval")
     found = audit(run)
-    assert found.counts["gap"] == 1 and found.findings[0].follows == "steps 4 to 5" and found.counts["missing"] == 8
+    assert found.counts["gap"] == 1 and found.findings[0].follows == "4–5" and found.counts["missing"] == 8
     assert "value" not in found.counts  # the β after a gap can't be worked out, and nothing is claimed
 
     run = fresh("part", rows_per_part=8)
@@ -162,7 +161,7 @@ def test_what_is_missing_and_what_is_twice(tmp_path):
     pq.write_table(table.filter(table["step"].to_numpy() < 8), last)
     found = audit(run)
     assert found.counts["rank"] == 1 and found.findings[-1].kind != "gap"
-    assert next(f for f in found.findings if f.kind == "rank").follows == "rows in steps 8 to 10"
+    assert next(f for f in found.findings if f.kind == "rank").follows == "8–10"
 
     run = fresh("end")
     (run / "checkpoint-23").mkdir()
@@ -170,18 +169,22 @@ def test_what_is_missing_and_what_is_twice(tmp_path):
     (run / "checkpoint-99").mkdir()
     (run / "checkpoint-99" / "trainer_state.json").write_text('{"global_step": 9')
     (finding,) = audit(run).findings
-    assert (finding.kind, finding.holds) == ("end", "20 as the last") and finding.follows.startswith("23")
+    assert (finding.kind, finding.holds, finding.follows) == ("end", "20", "23")
 
     run = fresh("evaluation")
     keep(run, lambda row: (row["split"], row["step"], row["row"]) != ("eval", 10, 42))
     (finding,) = audit(run).findings
-    assert (finding.kind, finding.step, finding.holds) == ("missing", 10, "5 pairs in evaluation")
+    assert (finding.kind, finding.step, finding.holds) == ("missing", 10, "5")
 
     run = fresh("micro")
     part = parts(run / "record")[0]
     alter(run, 12, micro=2)
     found = audit(run)
-    assert found.counts == {"gap": 1} and found.findings[0].column == "micro" and found.findings[0].part == part.name
+    assert (
+        found.counts == {"gap": 1}
+        and found.findings[0].column == "micro, rank 0"
+        and found.findings[0].part == part.name
+    )
 
 
 def test_a_part_that_cannot_be_read_is_named(tmp_path):
@@ -284,11 +287,11 @@ def test_cost_of_the_record(tmp_path):
     out = EpsilonDPOOutput(*(torch.randn(8) for _ in EpsilonDPOOutput._fields))
     out = out._replace(step=torch.ones(8, dtype=torch.int8))
     row, tokens, beta = torch.arange(8), torch.full((2, 8), 100), torch.tensor(0.1)
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     for step in range(200):
         record.append("train", SimpleNamespace(global_step=step, epoch=0.0), row, tokens, beta, out)
     record.flush()
-    cost = (time.perf_counter() - start) / 200
+    cost, processor = (time.perf_counter() - start) / 200, (time.process_time() - processor) / 200
     print(f"\nthe record costs {cost * 1e3:.2f} ms a step of 8 pairs: {cost / 8:.3%} of a step of 8 s")
-    assert len(read(tmp_path)) == 1600 and np.isfinite(cost)
-    assert cost < 0.02
+    assert len(read(tmp_path)) == 1600 and cost > 0
+    assert processor < 0.02

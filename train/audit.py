@@ -39,7 +39,8 @@ class Finding:
         "rank", steps that one process lacks; "short", a step with fewer pairs than the others; "double", a pair that
         comes again; "missing", pairs that an epoch or evaluation lacks; "id", a row of the data with two ids; "end", a
         record that ends before its run.
-    The place is given as far as there is one: part, place in the part (from 0), step, row of the data, pair id.
+    The place is given as far as there is one: part, place in the part (from 0), epoch (from 0), step, row of the data,
+    pair id. ``holds`` and ``follows`` are values, or counts of what ``column`` names, "–" for none.
     """
 
     kind: str
@@ -48,17 +49,18 @@ class Finding:
     follows: str
     part: str = ""
     place: int | None = None
+    epoch: int | None = None
     step: int | None = None
     row: int | None = None
     pair_id: str = ""
 
     def __str__(self) -> str:
         where = [self.part] if self.part else []
-        for name in ("place", "step", "row"):
+        for name in ("place", "epoch", "step", "row"):
             value = getattr(self, name)
             where += [] if value is None else [f"{'row of the part' if name == 'place' else name} {value}"]
         where += [f"pair {self.pair_id}"] if self.pair_id else []
-        return f"{', '.join(where) or 'record'}: {self.column} holds {self.holds}, follows {self.follows}"
+        return f"{', '.join(where) or 'record'}: {self.kind}, {self.column} holds {self.holds}, follows {self.follows}"
 
 
 @dataclass
@@ -83,14 +85,18 @@ class Audit:
     def ok(self) -> bool:
         return not self.findings
 
+    @property
+    def steps(self) -> int:
+        """Training steps in the record."""
+        return len(np.unique(self.table["step"].to_numpy()[self.table["split"].to_numpy() == SPLITS[0]]))
+
     def add(self, kind: str, column: str, holds: Any, follows: Any, count: int = 1, **where) -> None:
         self.findings.append(Finding(kind, column, str(holds), str(follows), **where))
         self.counts[kind] += count
 
     def __str__(self) -> str:
-        steps = np.unique(self.table["step"].to_numpy()[self.table["split"].to_numpy() == SPLITS[0]])
         counted = (
-            f"{len(self.table):,} rows, {len(steps):,} training steps, {self.parts:,} part{'s' * (self.parts != 1)}"
+            f"{len(self.table):,} rows, {self.steps:,} training steps, {self.parts:,} part{'s' * (self.parts != 1)}"
         )
         if self.ok:
             return f"OK, {counted}"
@@ -301,10 +307,10 @@ def _check_steps(result: Audit, rows: Columns) -> None:
     steps, count = np.unique(step, return_counts=True)
     last = int(steps.max(initial=0))
     for first, end in _ranges(np.setdiff1d(np.arange(1, last + 1), steps)):
-        result.add("gap", "step", "no row", f"steps {first} to {end}" if end > first else f"step {first}", step=first)
+        result.add("gap", "step", "–", _range(first, end), step=first)
     done = _steps_done(result.run)
     if done > last:
-        result.add("end", "step", f"{last} as the last", f"{done}, which the run says it has done")
+        result.add("end", "step", last, done)
 
     # At the end of an epoch there may be pairs for some ranks only.
     ends = _ends_of_epochs(result, rows)
@@ -312,10 +318,10 @@ def _check_steps(result: Audit, rows: Columns) -> None:
     if inner.any():
         usual = int(np.bincount(count[inner]).argmax())
         for i in np.flatnonzero(inner & (count != usual)):
-            result.add("short", "step", f"{count[i]} pairs", f"{usual}, as in most steps", step=int(steps[i]))
+            result.add("short", "pairs", count[i], usual, step=int(steps[i]))
     for one in range(int(rank.max(initial=0)) + 1):
         for first, end in _ranges(np.setdiff1d(steps, np.concatenate([step[rank == one], ends]))):
-            result.add("rank", "rank", f"no row of rank {one}", f"rows in steps {first} to {end}", step=first)
+            result.add("rank", f"step, rank {one}", "–", _range(first, end), step=first)
 
     places = np.stack([~train, rows["step"], rows["rank"], rows["micro"]], 1)
     _, index, inverse = np.unique(places[:, :3], axis=0, return_index=True, return_inverse=True)
@@ -326,10 +332,8 @@ def _check_steps(result: Audit, rows: Columns) -> None:
     there = np.bincount(inverse[unique_index], minlength=len(index))
     for i in np.flatnonzero(there < micros):
         at = index[i]
-        result.add(
-            "gap", "micro", f"{there[i]} micro-batches of rank {rows['rank'][at]}", f"{micros[i]}, by their numbers",
-            step=int(rows["step"][at]), part=str(rows["part"][at]),
-        )  # fmt: skip
+        where = {"step": int(rows["step"][at]), "part": str(rows["part"][at])}
+        result.add("gap", f"micro, rank {rows['rank'][at]}", there[i], micros[i], **where)
 
 
 def _check_pairs(result: Audit, rows: Columns) -> None:
@@ -349,15 +353,13 @@ def _check_pairs(result: Audit, rows: Columns) -> None:
     epoch = np.floor(rows["epoch"][of]).astype(np.int64)
     double = np.zeros(len(train), bool)
     double[of] = _again(epoch, rows["row"][of])
-    _name_rows(result, rows, "double", "row", double, "once an epoch")
+    _name_rows(result, rows, "double", "row", double, "–")
     pairs = facts.get("train_pairs", len(np.unique(rows["row"][of])))
     if not facts.get("training_arguments", {}).get("dataloader_drop_last"):
         for one in np.unique(epoch)[:-1]:  # the last one may still go on
             there = len(np.unique(rows["row"][of][epoch == one]))
             if there < pairs:
-                result.add(
-                    "missing", "row", f"{there} pairs in epoch {one}", f"{pairs}, all of the data", pairs - there
-                )
+                result.add("missing", "pairs", there, pairs, pairs - there, epoch=int(one))
 
     of = np.flatnonzero(~train)
     for step in np.unique(rows["step"][of]):
@@ -365,16 +367,10 @@ def _check_pairs(result: Audit, rows: Columns) -> None:
         row, times = np.unique(rows["row"][of][rows["step"][of] == step], return_counts=True)
         usual = int(np.median(times))
         for r, n in zip(row[times != usual], times[times != usual], strict=True):
-            kind = "double" if n > usual else "missing"
-            result.add(
-                kind, "row", f"pair {n} times in evaluation", f"{usual}, as most pairs", step=int(step), row=int(r)
-            )
+            result.add("double" if n > usual else "missing", "eval", n, usual, step=int(step), row=int(r))
         if len(row) < facts.get("eval_pairs", 0):
             there, pairs = len(row), facts["eval_pairs"]
-            result.add(
-                "missing", "row", f"{there} pairs in evaluation", f"{pairs}, all held out", pairs - there,
-                step=int(step),
-            )  # fmt: skip
+            result.add("missing", "eval pairs", there, pairs, pairs - there, step=int(step))
 
 
 def _again(epoch: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -415,6 +411,10 @@ def _ranges(numbers: np.ndarray) -> list[tuple[int, int]]:
     """Runs of consecutive integers, as (first, last)."""
     pieces = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return [(int(piece[0]), int(piece[-1])) for piece in pieces if len(piece)]
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}–{last}" if last > first else str(first)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -93,6 +93,7 @@ def describe(found: Audit, name: str, language: str, visits: int, texts: bool) -
     dots = dots.format(n=f"{len(drawn['x']):,}", of=f"{drawn['of']:,}")
     table = notes["pairs_all" if len(wanted) == len(pairs["row"]) else "pairs_some"]
     table = table.format(n=f"{len(wanted):,}", of=f"{len(pairs['row']):,}")
+    counted = notes["counted"].format(rows=f"{len(found.table):,}", steps=f"{found.steps:,}", parts=f"{found.parts:,}")
     told = [
         notes["record_only"],
         notes["training_only"],
@@ -106,7 +107,7 @@ def describe(found: Audit, name: str, language: str, visits: int, texts: bool) -
         "method": visible(options["method"], 40),
         "summary": _summary(found, train, pairs, alarms, changes, decides, language),
         "alarms": _alarms(alarms, language),
-        "audit": {"ok": found.ok, "text": str(found).splitlines()[0], "findings": _findings(found)},
+        "audit": {"ok": found.ok, "text": counted, "findings": _findings(found)},
         "series": curves,
         "evaluation": _evaluation(held_out),
         "map": figures.beta_map(train),

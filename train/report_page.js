@@ -403,9 +403,9 @@ function openPair(run, i) {
 function auditSection() {
   return section("audit", runs.map((run) => {
     const { ok, text, findings } = run.audit;
-    const head = ["kind", "part", "place", "step", "row", "pair", "column", "holds", "follows"].map((name) => th(W[name]));
-    const rows = findings.map((f) => el("tr", null, td(words.findings[f.kind]),
-      [f.part, f.place, f.step, f.row, f.pair_id, f.column, f.holds, f.follows].map((value) => el("td", null, value === null || value === "" ? "–" : foreign(value)))));
+    const head = ["kind", "part", "place", "epoch", "step", "row", "pair", "column", "holds", "follows"].map((name) => th(W[name]));
+    const rows = findings.map((f) => el("tr", null, td(words.findings[f.kind], "wide"),
+      [f.part, f.place, f.epoch, f.step, f.row, f.pair_id, f.column, f.holds, f.follows].map((value) => el("td", { class: String(value).length > 40 ? "wide" : "id" }, value === null || value === "" ? "–" : foreign(value)))));
     return el("div", null, el("p", null, state(ok ? "fine" : "look"), " ", foreign(run.name), ": ", text),
       findings.length ? table(head, rows, { "aria-label": W.audit }) : null);
   }));

@@ -286,6 +286,10 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
             "Every figure here is from the record in the run's folder; nothing was computed by a model.",
             "この報告の数値はすべて実行フォルダの記録によるもので、モデルによる再計算は行っていません。",
         ),
+        "counted": (
+            "rows: {rows}, training steps: {steps}, parts: {parts}",
+            "{rows} 行、学習 {steps} ステップ、{parts} パート",
+        ),
         "dots_all": ("The picture shows all {n} decisions.", "図には {n} 件の判定をすべて示しています。"),
         "dots_some": (
             "The picture shows {n} of {of} decisions, drawn evenly at random.",
