@@ -62,9 +62,8 @@ def series(rows: Columns) -> dict[str, Any]:
     width = max(1, smooth, math.ceil(len(steps) / POINTS))
     point = np.searchsorted(steps, rows["step"]) // width
     count = np.bincount(point)
-    found: dict[str, Any] = {"step": [int(s) for s in steps[width - 1 :: width]], "steps_a_point": width}
-    if len(steps) % width:
-        found["step"].append(int(steps[-1]))
+    middle = [steps[i : i + width].mean() for i in range(0, len(steps), width)]
+    found: dict[str, Any] = {"step": rounded(middle, 9), "steps_a_point": width}
     for name, values in measures(rows).items():
         found[name] = rounded(np.bincount(point, values) / count)
     return found

@@ -169,9 +169,10 @@ function summary() {
 }
 
 function alarms() {
-  const head = [th(W.alarm), th(W.rule), ...runs.map((run) => el("th", { scope: "col" }, foreign(run.name)))];
-  const rows = runs[0].alarms.map((alarm, i) => el("tr", null, el("th", { scope: "row" }, alarm.name), td(alarm.rule, "rule"),
-    runs.map((run) => el("td", null, state(run.alarms[i].state), el("div", null, run.alarms[i].measured)))));
+  const head = [th(W.alarm), ...runs.map((run) => el("th", { scope: "col" }, foreign(run.name))), th(W.rule)];
+  const rows = runs[0].alarms.map((alarm, i) => el("tr", null, el("th", { scope: "row" }, alarm.name),
+    runs.map((run) => el("td", { class: "wide" }, state(run.alarms[i].state), el("div", null, run.alarms[i].measured))),
+    td(alarm.rule, "rule")));
   return section("alarms", table(head, rows, { "aria-label": W.alarms }));
 }
 

@@ -68,7 +68,7 @@ def _margin(plt, run, say):
     for (name, (colour, shape)), sign in zip(LOOKS.items(), (1, 0, -1), strict=True):
         own = dots["decision"] == sign
         label = f"{say[name]} ({own.sum():,})"
-        axes.scatter(dots["x"][own], dots["y"][own], 14, colour, shape, alpha=0.6, linewidths=0, label=label)
+        axes.scatter(dots["x"][own], dots["y"][own], 14, colour, marker=shape, alpha=0.6, linewidths=0, label=label)
     axes.axline((0, 0), slope=1, color="black", linewidth=1.2, label=say["line"])
     axes.set(xlabel=say["axis_kl"], ylabel=say["axis_margin"])
     _title(axes, f"{say['picture']} · {run['name']}")
