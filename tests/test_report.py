@@ -125,7 +125,7 @@ def test_page_and_pictures(tmp_path, capsys):
     assert any(f["row"] == was["row"] and f["column"] == "decision" for f in shown["audit"]["findings"])
     assert shown["alarms"][-1]["state"] == "look" and "1 finding" in shown["alarms"][-1]["measured"]
     assert "does not agree with itself" in shown["summary"][-1] and "Needs a look" in shown["summary"][-2]
-    assert "on 60 pairs in 30 steps" in shown["summary"][0] and shown["summary"][0].startswith("The run made 120 ")
+    assert "on 60 pairs in 30 steps" in shown["summary"][0] and ": 120 rows of" in shown["summary"][0]
     # A pair's visits are those of the record.
     place = shown["pairs"]["row"].index(was["row"])
     start = sum(shown["pairs"]["visits"][:place])
@@ -267,3 +267,20 @@ def test_histogram_in_tensorboard(tiny, tmp_path):
         assert value.sum == pytest.approx(used.sum(), rel=1e-5)
         assert (value.min, value.max) == pytest.approx((used.min(), used.max()), rel=1e-5)
     assert "train/beta/used" in board.Tags()["scalars"]
+
+
+def test_the_demo_ends_with_its_report(tiny, tmp_path, monkeypatch, capsys):
+    from train import demo
+
+    rows = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | {"topic": "one"}) + "\n" for row in rows))
+    run = tmp_path / "run"
+    more = {"model": tiny, "dataset": tmp_path / "pairs.jsonl", "output_dir": run, "max_steps": 3, "report_to": "none"}
+    monkeypatch.setattr("sys.argv", ["demo", *(f"--{name}={value}" for name, value in more.items())])
+    demo.main()
+    *_, verdict, last = capsys.readouterr().out.strip().splitlines()
+    # 24 pairs of training, and 6 held out before and after.
+    assert verdict == "audit: OK, 36 rows, 3 training steps, 1 part"
+    assert last.endswith(str(run / "report" / "report.html"))
+    (shown,) = data_of(run / "report" / "report.html")["runs"]
+    assert shown["labels"][0]["n"] == 24 and shown["evaluation"]["step"] == [0, 3]

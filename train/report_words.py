@@ -163,8 +163,9 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
     # Sentences of the summary.
     "summary": {
         "size": (
-            "The run made {rows} decisions on {pairs} pairs in {steps} steps (passes over the data: {epochs}).",
-            "この実行では、{pairs} ペアについて {steps} ステップ(データ {epochs} 周)で {rows} 回の判定を行いました。",
+            "The run trained on {pairs} pairs in {steps} steps (passes over the data: {epochs}): {rows} rows "
+            "of the record.",
+            "{pairs} ペアを {steps} ステップ(データ {epochs} 周)で学習し、{rows} 行を記録しました。",
         ),
         "beta_lower": (
             "The KL penalty β went from {first} to {last}, {change} lower: the model may now move further from the "
