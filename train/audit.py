@@ -332,8 +332,8 @@ def _check_steps(result: Audit, rows: Columns) -> None:
     there = np.bincount(inverse[unique_index], minlength=len(index))
     for i in np.flatnonzero(there < micros):
         at = index[i]
-        where = {"step": int(rows["step"][at]), "part": str(rows["part"][at])}
-        result.add("gap", f"micro, rank {rows['rank'][at]}", there[i], micros[i], **where)
+        column, part = f"micro, rank {rows['rank'][at]}", str(rows["part"][at])
+        result.add("gap", column, there[i], micros[i], step=int(rows["step"][at]), part=part)
 
 
 def _check_pairs(result: Audit, rows: Columns) -> None:
