@@ -10,7 +10,9 @@ from pathlib import Path
 from transformers import PrinterCallback, TrainerCallback
 
 from .__main__ import build, checkpoint_to_resume
+from .audit import audit
 from .options import parse
+from .report import report
 
 # Enough to see the preference learnt and β move; a serious run takes a smaller learning rate and more pairs.
 SETTINGS = {
@@ -48,7 +50,8 @@ def main() -> None:
     trainer.record.flush()
     trainer.save_state()
     print(table(trainer.state.log_history, before, after, seconds))
-    print(f"\nEverything of this run is in {args.output_dir}")
+    print(f"\naudit: {audit(Path(args.output_dir))}")
+    print(f"Everything of this run is in {args.output_dir}; a report to look at: {report([Path(args.output_dir)])}")
 
 
 class StepLines(TrainerCallback):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward
@@ -103,6 +104,9 @@ class PairTrainer(Trainer):
             self.add_callback(AfterStep(moving_reference.after_step))
         self._window: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        boards = [one for one in self.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
+        self._board = boards[0] if boards else None
+        self._betas: list[Tensor] = []
 
     def _get_train_sampler(self, train_dataset: Any = None):
         multiple = self.args.world_size * self._train_batch_size
@@ -136,6 +140,8 @@ class PairTrainer(Trainer):
             # Ranks' gradients are averaged, hence times their number.
             loss = loss * ((row != BLANK).sum() * self.args.world_size / num_items_in_batch)
             self._window.append((row, out.losses))
+            if self._board:
+                self._betas.append(torch.where(row != BLANK, out.beta, torch.nan))
             if self.accelerator.gradient_state.sync_gradients:
                 self._stop_if_not_finite()
                 self.loss_fn.update_beta()
@@ -173,7 +179,20 @@ class PairTrainer(Trainer):
                 logs[prefix + name] = total / count
             logs[f"{prefix}beta/running"] = self.loss_fn.beta.item()
             sums.clear()
+        if self._board and self._betas and "loss" in logs:
+            self._log_betas(self._board)
         super().log(logs, start_time)
+
+    def _log_betas(self, board: TensorBoardCallback) -> None:
+        """A histogram in TensorBoard of the β that pairs have used since the last one, over all ranks."""
+        own = torch.cat(self._betas)
+        self._betas.clear()
+        # Ranks' last batches may be of different sizes.
+        padded = self.accelerator.pad_across_processes(own, pad_index=torch.nan)
+        betas = self.accelerator.gather(padded)
+        if board.tb_writer:
+            betas = betas[~betas.isnan()].float().cpu()
+            board.tb_writer.add_histogram("train/beta/pairs", betas, self.state.global_step)
 
     def _save_checkpoint(self, model, trial):
         # First of all, so that the state that transformers writes last marks the checkpoint as complete.
