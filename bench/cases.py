@@ -18,6 +18,16 @@ HEADS: dict[str, tuple[int, int, float | None]] = {
     "tiny": (1031, 64, None),
     "tiny-softcap": (1031, 64, 3.0),
 }
+
+
+def head_shape(head: str) -> tuple[int, int, float | None]:
+    """(V, H, softcap) of a named head, or of one that is spelled out, as "16384x256"."""
+    if head in HEADS:
+        return HEADS[head]
+    vocabulary, hidden = map(int, head.split("x"))
+    return vocabulary, hidden, None
+
+
 # (products of the head's size, which need a gradient) by what is asked for.
 MODES = {"train": (4, ("hidden", "weight")), "frozen": (3, ("hidden",)), "score": (2, ())}
 
@@ -26,7 +36,7 @@ MODES = {"train": (4, ("hidden", "weight")), "frozen": (3, ("hidden",)), "score"
 class Case:
     """One call to measure."""
 
-    head: str  # a key of HEADS
+    head: str  # see head_shape
     rows: int  # tokens per completion, prompt included
     pairs: int = 1
     masked: float = 0.0  # share of each row's tokens that are prompt
@@ -45,7 +55,7 @@ class Case:
     @property
     def product(self) -> int:
         """G: operations of one product of the head over the scored tokens."""
-        vocabulary, hidden, _ = HEADS[self.head]
+        vocabulary, hidden, _ = head_shape(self.head)
         return 2 * self.scored * vocabulary * hidden
 
     @property
@@ -90,7 +100,7 @@ def _normal(shape: tuple[int, ...], std: float, seed: int, dtype: torch.dtype, d
 
 def make_inputs(case: Case, device: str = "cpu", drift: float = 0.02, seed: int = 0) -> Inputs:
     """Seeded tensors near a reference, logits of about unit variance; gradients asked for by the case's mode."""
-    vocabulary, width, softcap = HEADS[case.head]
+    vocabulary, width, softcap = head_shape(case.head)
     dtype = getattr(torch, case.dtype)
     g = torch.Generator().manual_seed(seed)
     shape = 2 * case.pairs, case.rows, width

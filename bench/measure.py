@@ -1,6 +1,6 @@
 """The measuring core: interleaved times, peak memory, operations, and results that survive being stopped.
 
-    python -m bench.measure '<case as JSON>' VARIANT      peak memory of one variant, as JSON, in this fresh process
+python -m bench.measure '<case as JSON>' VARIANT      peak memory of one variant, as JSON, in this fresh process
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from . import variants
-from .cases import HEADS, Case, Inputs, make_inputs
+from .cases import Case, Inputs, head_shape, make_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -104,6 +105,12 @@ def ratio(times: list[float], base: list[float]) -> dict[str, float]:
     return {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
+def exponent(points: list[tuple[float, float]]) -> float:
+    """The k of y ~ xᵏ, by least squares on logarithms."""
+    x, y = ([math.log(p[i]) for p in points] for i in (0, 1))
+    return statistics.linear_regression(x, y).slope
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
@@ -174,7 +181,7 @@ def outcome(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _warmed(variant: str, case: Case, device: str) -> None:
     """Imports, thread pools and compilers are not what a call costs: a small call of the same kind goes first."""
     small = case if variant in variants.COMPILED else replace(case, head="tiny", rows=8, pairs=1)
-    if HEADS[case.head][2] is not None and small is not case:
+    if head_shape(case.head)[2] is not None and small is not case:
         small = replace(small, head="tiny-softcap")
     variants.call(variant, make_inputs(small, device))()
 
@@ -199,11 +206,15 @@ def memory(variant: str, case: Case, device: str) -> dict[str, Any]:
     """
     if device != "cpu":
         return memory_here(variant, case, device)
-    inputs = 2 * (HEADS[case.head][0] + case.total) * HEADS[case.head][1] * getattr(torch, case.dtype).itemsize
+    inputs = (
+        2 * (head_shape(case.head)[0] + case.total) * head_shape(case.head)[1] * getattr(torch, case.dtype).itemsize
+    )
     if inputs > available() - RESERVE:
         return {"outcome": "out of memory", "reason": "the inputs alone"}
     command = [sys.executable, "-m", "bench.measure", json.dumps(_fields(case)), variant]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"}
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
         return {"outcome": "failed", "reason": f"exit status {done.returncode}: {last}"}
@@ -219,7 +230,7 @@ def _fields(case: Case) -> dict[str, Any]:
 
 def checked(variant: str, case: Case, device: str) -> dict[str, Any]:
     """Errors against float64 on a small head with the case's dtype, mode, mask and softcap."""
-    head = "tiny" if HEADS[case.head][2] is None else "tiny-softcap"
+    head = "tiny" if head_shape(case.head)[2] is None else "tiny-softcap"
     small = Case(head, 12, pairs=3, masked=case.masked, mode=case.mode, dtype=case.dtype)
     return outcome(lambda: {"errors": variants.check(variant, make_inputs(small, device))})
 

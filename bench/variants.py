@@ -163,7 +163,14 @@ class TiledLogProb(torch.autograd.Function):
 
 
 def composed(inputs: Inputs) -> Tensor:
-    """ε-DPO from a general log-prob kernel: policy 4 G, reference 1 G, two mixtures of twice the width 2 G each.
+    """ε-DPO from a general log-prob kernel: policy 4 G, reference 1 G, two mixtures of twice the width 2 G each."""
+    logps, ref_logps, shifts = composed_parts(inputs)
+    beta = pair_beta(perturbation_step(*shifts), BETA, EPSILON)
+    return preference_losses(*logps.chunk(2), *ref_logps.chunk(2), beta).mean()
+
+
+def composed_parts(inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(2B,) log-probs of policy and reference, and the two (B,) shifts.
 
     The perturbed logits (1 ± ε)·a ∓ ε·b are one product, [(1 ± ε)·h, ∓ε·h_ref]·[W, W_ref]ᵀ.
     """
@@ -181,11 +188,9 @@ def composed(inputs: Inputs) -> Tensor:
         ref_logps = sequences(ref_x, inputs.ref_weight)
         both = torch.cat((inputs.weight, inputs.ref_weight), 1)
         z = _ratio(logps)
-        shifts = [
-            _ratio(sequences(torch.cat(((1 + e) * x, -e * ref_x), 1), both)) - z for e in (EPSILON, -EPSILON)
-        ]
-        beta = pair_beta(perturbation_step(*shifts), BETA, EPSILON)
-    return preference_losses(*logps.chunk(2), *ref_logps.chunk(2), beta).mean()
+        mixtures = (torch.cat(((1 + e) * x, -e * ref_x), 1) for e in (EPSILON, -EPSILON))
+        shifts = [_ratio(sequences(mixture, both)) - z for mixture in mixtures]
+    return logps, ref_logps, shifts
 
 
 def _sums(per_token: Tensor, scored: Tensor) -> Tensor:
@@ -296,7 +301,10 @@ PLAIN_DPO: dict[str, Call] = {
     "cut-cross-entropy": cce,
     "torch": torch_cross_entropy,
 }
+# For memory against tokens and vocabulary: a budget that every size of these uses up.
+SMALL_TILES = "ours in 16 MiB tiles"
 VARIANTS = EPSILON_DPO | PLAIN_DPO
+CALLS = VARIANTS | {SMALL_TILES: functools.partial(ours, max_tile_bytes=16 << 20)}
 LIMIT = "limit"
 COMPILED = ("materialised compiled", "liger compiled")
 
@@ -327,7 +335,7 @@ def call(variant: str, inputs: Inputs) -> Callable[[], Tensor | None]:
     """
     if variant == LIMIT:
         return Products(inputs)
-    function = VARIANTS[variant]
+    function = CALLS[variant]
     wanted = inputs.hidden.requires_grad
 
     def run() -> Tensor:
@@ -347,14 +355,12 @@ def check(variant: str, inputs: Inputs) -> dict[str, float]:
     assert loss is not None
     got = [loss.detach().double(), inputs.hidden.grad, inputs.weight.grad]
     double = Inputs(
-        *(
-            t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs[:5]
-        ),
+        *(t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs[:5]),
         inputs.softcap,
     )
     # ε-DPO is judged by its own β; a step that rounding decides wrongly shows in fidelity, not here.
     out = epsilon_dpo_reference(
-        *double[:5], beta=BETA, epsilon=EPSILON if variant in EPSILON_DPO else 0.0, softcap=inputs.softcap
+        *double[:5], beta=BETA, epsilon=0.0 if variant in PLAIN_DPO else EPSILON, softcap=inputs.softcap
     )
     if out.loss.requires_grad:
         out.loss.backward()
