@@ -1,7 +1,6 @@
 """Options of the CPU benchmark, and a pytest-benchmark report without the machine's name."""
 
 import pytest
-import torch
 
 from . import measure
 
@@ -33,13 +32,7 @@ def results(request):
 @pytest.fixture(scope="session")
 def rate(results, progress):
     """FLOP/s of this machine's fp32 products, measured first: it decides how many rounds there is time for."""
-    a, b = torch.randn(512, 4096), torch.randn(4096, 8192)
-    out = torch.empty(512, 8192)
-    times = [measure.seconds(lambda: torch.mm(a, b, out=out), "cpu") for _ in range(5)]
-    rate = 2 * 512 * 4096 * 8192 / min(times)
-    # A copy far larger than any cache, read and written.
-    source, target = torch.zeros(1 << 27), torch.empty(1 << 27)
-    bandwidth = 2 * source.nbytes / min(measure.seconds(lambda: target.copy_(source), "cpu") for _ in range(4))
-    results.add(kind="device", flops=rate, bandwidth=bandwidth)
-    progress(f"this machine: {rate / 1e9:.0f} GFLOP/s in fp32 products, {bandwidth / 1e9:.1f} GB/s copied")
-    return rate
+    found = measure.cpu_ceilings()
+    results.add(kind="device", **found)
+    progress(f"this machine: {found['flops'] / 1e9:.0f} GFLOP/s in fp32 products, {found['bandwidth'] / 1e9:.1f} GB/s")
+    return found["flops"]

@@ -33,7 +33,7 @@ DATA = measure.ROOT.parent / "shared" / "data" / "hh_harmless.jsonl.gz"
 STATES = measure.ROOT / "build" / "fidelity"
 DRIFTS = (0.003, 0.01, 0.03, 0.1, 0.3)
 STEPS = (1, 3, 10, 30)
-HELD_OUT, MAX_LENGTH, PAIRS_A_STEP, LEARNING_RATE = 100, 128, 4, 5e-6
+HELD_OUT, MAX_LENGTH, PAIRS_A_STEP, LEARNING_RATE = 100, 128, 2, 5e-6
 GRADIENT_PAIRS = 8
 
 
@@ -146,7 +146,7 @@ def decide_all(batches: Iterable[Inputs], report: Callable[[str], None], what: s
                 lambda i: epsilon_dpo_reference(*i[:5], beta=BETA, epsilon=0.0).loss, inputs, torch.float64
             )
             for name, (loss, dtype) in GRADIENTS.items():
-                result = measure.outcome(lambda loss=loss, dtype=dtype: {"g": gradients(loss, inputs, dtype)})
+                result = measure.outcome(lambda i=inputs, f=loss, d=dtype: {"g": gradients(f, i, d)})
                 if result["outcome"] == "ok":
                     errors[name].append(
                         [float((g.double() - t).norm() / t.norm()) for g, t in zip(result["g"], exact, strict=True)]
@@ -299,14 +299,8 @@ def main() -> None:
         if not results.find(kind="beta"):
             results.add(kind="beta", courses=json.loads((STATES / "courses.json").read_text()))
         for step in STEPS:
-            if not results.find(kind="model", steps=step):
-                found = decide_all(kept_pairs(step), progress, f"after {step} steps")
-                results.add(
-                    kind="model",
-                    steps=step,
-                    **{f"{k}": v for k, v in found.items() if k != "steps"},
-                    decisions=found["steps"],
-                )
+            if not results.find(kind="model", after=step):
+                results.add(kind="model", after=step, **decide_all(kept_pairs(step), progress, f"after {step} steps"))
 
 
 if __name__ == "__main__":

@@ -115,6 +115,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
+def cpu_ceilings() -> dict[str, float]:
+    """What this CPU reaches, measured: what bench/roofline.py predicts from."""
+
+    def best(call: Callable[[], Any], rounds: int = 5) -> float:
+        return min(seconds(call, "cpu") for _ in range(rounds))
+
+    a, b, out = torch.randn(512, 4096), torch.randn(4096, 8192), torch.empty(512, 8192)
+    found = {"flops": 2 * 512 * 4096 * 8192 / best(lambda: torch.mm(a, b, out=out))}
+    source, target = torch.zeros(1 << 27), torch.empty(1 << 27)  # 512 MiB, larger than any cache
+    found["bandwidth"] = 2 * source.nbytes / best(lambda: target.copy_(source))
+    # Elementwise work on the chunk of rows that the sweep works on at a time.
+    x, y = torch.randn(5, 49152), torch.empty(5, 49152)
+    found["exponentials"] = x.numel() * 40 / best(lambda: [torch.exp(x, out=y) for _ in range(40)])
+    found["others"] = x.numel() * 40 / best(lambda: [torch.sub(x, y, out=y) for _ in range(40)])
+    # Memory that the system hands out is cleared at the first touch: fresh against used.
+    size = 1 << 26
+    fresh = best(lambda: torch.empty(size).fill_(1))
+    used = torch.ones(size)
+    found["first_touch"] = used.nbytes / max(fresh - best(lambda: used.fill_(1)), 1e-9)
+    return found
+
+
 # Memory
 
 
