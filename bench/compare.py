@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def worker(tree: str) -> None:
-    """Takes cases and answers with seconds, one JSON value a line. The package is the tree's, all else is this one's."""
+    """Takes cases and answers with seconds, a JSON value a line. The package is the tree's, all else is this one's."""
     sys.path.insert(0, tree)
     import epsdpo_kernels
 
@@ -45,6 +45,7 @@ class Revision:
     """A process that runs one revision."""
 
     def __init__(self, tree: Path):
+        self.tree = tree
         command = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "compare.py"), "--worker", str(tree)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -54,7 +55,7 @@ class Revision:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.process.args[-1]}: stopped with exit status {self.process.wait()}")  # type: ignore[index]
+            raise RuntimeError(f"{self.tree}: stopped with exit status {self.process.wait()}")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -73,13 +74,14 @@ def check_out(revision: str) -> Path:
     tree = ROOT / "build" / f"revision-{found.stdout[:12]}"
     if not tree.exists():
         subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
-        subprocess.run(
-            ["git", "worktree", "add", "--quiet", "--detach", tree, found.stdout.strip()], cwd=ROOT, check=True
-        )
+        add = ["git", "worktree", "add", "--quiet", "--detach", str(tree), found.stdout.strip()]
+        subprocess.run(add, cwd=ROOT, check=True)
     return tree
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(sys.argv[2])
     sys.path.insert(0, str(ROOT))
     from bench import measure
     from bench.cases import Case
@@ -90,11 +92,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--case", nargs="+", help="names of cases, by default all")
     parser.add_argument("--allow", type=float, default=0.05, help="how much slower is not worth an error")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        worker(options.worker)
-        return
     if not options.base:
         parser.error("BASE is missing: make bench-compare BASE=<revision>")
     cases = [
@@ -121,7 +119,8 @@ def main() -> None:
         if found["ratio"] > 1 + options.allow and found["least"] > 1:
             slower.append(case.name)
         progress(f"{case.name} done")
-    base.close(), here.close()
+    base.close()
+    here.close()
     if slower:
         sys.exit(f"slower: {', '.join(slower)}")
 

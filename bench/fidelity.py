@@ -16,6 +16,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ DECIDERS: dict[str, tuple[Callable[[Inputs], tuple[Tensor, ...]], torch.dtype]] 
 def fp32_bound(inputs: Inputs) -> Tensor:
     """(B,) |shift| below which fp32 may decide otherwise: half a dozen roundings a token, of random sign."""
     largest = max(float((h @ w.t()).abs().max()) for h, w in ((inputs.hidden, inputs.weight),) if h.numel())
-    tokens = sum((inputs.labels != -100).sum(1).chunk(2)).double()
+    tokens = (inputs.labels != -100).sum(1).view(2, -1).sum(0).double()
     return 6 * EPSILON * 2**-24 * largest * tokens.sqrt()
 
 
@@ -97,8 +98,11 @@ def cast(inputs: Inputs, dtype: torch.dtype, grad: bool = False) -> Inputs:
 
 def gradients(loss: Callable[[Inputs], Tensor], inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     own = cast(inputs, dtype, grad=True)
-    loss(own).backward()
-    return [own.hidden.grad, own.weight.grad]
+    return list(torch.autograd.grad(loss(own), [own.hidden, own.weight]))
+
+
+def _gradients_record(loss: Callable[[Inputs], Tensor], inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
+    return {"g": gradients(loss, inputs, dtype)}
 
 
 # What a training step would use, by variant: the gradient of plain DPO at the same β, so that a wrong step does not
@@ -146,7 +150,7 @@ def decide_all(batches: Iterable[Inputs], report: Callable[[str], None], what: s
                 lambda i: epsilon_dpo_reference(*i[:5], beta=BETA, epsilon=0.0).loss, inputs, torch.float64
             )
             for name, (loss, dtype) in GRADIENTS.items():
-                result = measure.outcome(lambda i=inputs, f=loss, d=dtype: {"g": gradients(f, i, d)})
+                result = measure.outcome(partial(_gradients_record, loss, inputs, dtype))
                 if result["outcome"] == "ok":
                     errors[name].append(
                         [float((g.double() - t).norm() / t.norm()) for g, t in zip(result["g"], exact, strict=True)]
@@ -234,7 +238,7 @@ def train_and_keep(report: Callable[[str], None]) -> None:
         ).loss
         loss.backward()
         with torch.no_grad():
-            both = {name: [] for name in courses}
+            both: dict[str, list[float]] = {name: [] for name in courses}
             for i in range(PAIRS_A_STEP):
                 rows = [i, i + PAIRS_A_STEP]
                 exact = Inputs(

@@ -12,6 +12,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +87,21 @@ def device(s: Session) -> None:
 # Right answers first
 
 
+def _check(variant: str, case: Case, device: str) -> dict[str, Any]:
+    return {"errors": variants.check(variant, make_inputs(case, device))}
+
+
 def exact(s: Session) -> None:
     """Every variant against float64, decisions of thousands of pairs, and the same bits 50 times over."""
     for dtype in ("bfloat16",) if s.quick else ("bfloat16", "float32"):
         for head in ("tiny", "tiny-softcap"):
             for variant in s.variants:
                 case = Case(head, 12, pairs=3, masked=0.5, dtype=dtype)
-                s.once(
-                    lambda v=variant, c=case: {"errors": variants.check(v, make_inputs(c, s.device))},
-                    kind="check", variant=variant, **case.as_dict(),
-                )  # fmt: skip
+                s.once(partial(_check, variant, case, s.device), kind="check", variant=variant, **case.as_dict())
     for drift in fidelity.DRIFTS[:: 2 if s.quick else 1]:
         batches, vocabulary = (1, 1031) if s.tiny else (20, 16384)
         pairs = fidelity.synthetic(drift, batches, vocabulary=vocabulary, device=s.device)
-        s.once(lambda d=drift, p=pairs: fidelity.decide_all(p, s.progress, f"drift {d}"), kind="synthetic", drift=drift)
+        s.once(partial(fidelity.decide_all, pairs, s.progress, f"drift {drift}"), kind="synthetic", drift=drift)
 
     def repeated() -> dict[str, Any]:
         case = Case("tiny" if s.tiny else "llama3", 16 if s.tiny else 2048, pairs=2, masked=0.25, dtype="bfloat16")
@@ -107,6 +109,7 @@ def exact(s: Session) -> None:
         first: list[torch.Tensor] = []
         for _ in range(50):
             loss = variants.call("ours", inputs)()
+            assert loss is not None and inputs.hidden.grad is not None and inputs.weight.grad is not None
             got = [loss.detach(), inputs.hidden.grad, inputs.weight.grad]
             first = first or [t.clone() for t in got]
             different += any(not torch.equal(a, b) for a, b in zip(got, first, strict=True))
@@ -148,7 +151,7 @@ def measure_case(s: Session, case: Case, names: list[str], rounds: int) -> None:
         if name == LIMIT:
             fits.append(name)
             continue
-        record = s.once(lambda n=name: _memory(n, case, s.device), kind="memory", variant=name, **case.as_dict())
+        record = s.once(partial(_memory, name, case, s.device), kind="memory", variant=name, **case.as_dict())
         if record and record["outcome"] == "ok":
             fits.append(name)
     inputs = 4 * (vocabulary + case.total) * width  # two bf16 heads and hidden states
@@ -206,7 +209,7 @@ def stages(s: Session) -> None:
     heads = ("tiny",) if s.tiny else HEAD_ORDER[:1] if s.quick else HEAD_ORDER
     for head in heads:
         case = Case(head, 16 if s.tiny else 2048, dtype="bfloat16")
-        s.once(lambda c=case: stage_times(c, s.device), kind="stages", **case.as_dict())
+        s.once(partial(stage_times, case, s.device), kind="stages", **case.as_dict())
 
 
 def stage_times(case: Case, device: str) -> dict[str, Any]:
@@ -281,7 +284,7 @@ def training(s: Session) -> None:
         for loss in ("ours", "materialised"):
             for length in lengths:
                 record = s.once(
-                    lambda shape=shape, loss=loss, length=length: training_steps(s, shape, loss, length),
+                    partial(training_steps, s, shape, loss, length),
                     kind="training", model=model, loss=loss, length=length,
                 )  # fmt: skip
                 if record is None or record["outcome"] != "ok":
@@ -296,9 +299,11 @@ def training_steps(s: Session, shape: dict[str, Any], loss: str, length: int) ->
         raise variants.Unavailable("transformers is not installed") from error
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**shape, max_position_embeddings=length, attn_implementation="sdpa")
-    make = lambda: transformers.LlamaForCausalLM(config).to(s.device, torch.bfloat16)  # noqa: E731
-    policy, reference = make(), make().requires_grad_(False)
+    config = transformers.LlamaConfig(**shape, max_position_embeddings=length)
+    policy, reference = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    for model in (policy, reference):
+        torch.nn.Module.to(model, s.device, torch.bfloat16)
+    reference.requires_grad_(False)
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     policy.train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)

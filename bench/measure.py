@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def environment(device: str) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "absent"
-    facts = {"device": device_name(device), "versions": versions, "machine": platform.machine()}
+    facts: dict[str, Any] = {"device": device_name(device), "versions": versions, "machine": platform.machine()}
     if device == "cpu":
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if _linux() else None
         facts["cpu"] = cpu[1] if cpu else platform.processor()
@@ -250,6 +251,15 @@ def _fields(case: Case) -> dict[str, Any]:
 # One case
 
 
+def _made(name: str, inputs: Inputs) -> dict[str, Any]:
+    return {"call": variants.call(name, inputs)}
+
+
+def _done(call: Callable[[], Any]) -> dict[str, Any]:
+    call()
+    return {}
+
+
 def checked(variant: str, case: Case, device: str) -> dict[str, Any]:
     """Errors against float64 on a small head with the case's dtype, mode, mask and softcap."""
     head = "tiny" if head_shape(case.head)[2] is None else "tiny-softcap"
@@ -267,7 +277,7 @@ class Timed:
         self.failed: dict[str, dict[str, Any]] = {}
         self.calls: dict[str, Callable[[], Any]] = {}
         for name in names:
-            made = outcome(lambda name=name: {"call": variants.call(name, self.inputs)})
+            made = outcome(partial(_made, name, self.inputs))
             if made["outcome"] == "ok":
                 self.calls[name], self.times[name] = made["call"], []
             else:
@@ -278,10 +288,9 @@ class Timed:
         for name in list(self.calls):
             if name == variants.LIMIT:
                 continue
-            if self.device != "cpu":  # a second of GPU time buys exact kernels, tuned and loaded
-                result = outcome(lambda name=name: {"value": self.calls[name]()} and {})
-            else:
-                result = outcome(lambda name=name: _warmed(name, self.case, self.device) or {})
+            # On a GPU the case itself, so that its kernels are loaded and its products tuned.
+            call = self.calls[name] if self.device != "cpu" else partial(_warmed, name, self.case, self.device)
+            result = outcome(partial(_done, call))
             self._keep_or_drop(name, result)
 
     def once(self, name: str) -> float | None:
@@ -333,7 +342,7 @@ def count_flops(case: Case, device: str = "cpu") -> int:
     run = variants.call("ours", make_inputs(case, device))
     op = linear.single_pass
     # The counter sees no further than an op; the body of ours is plain torch.
-    linear.single_pass = op._init_fn
+    linear.single_pass = op._init_fn  # type: ignore[assignment]
     try:
         with FlopCounterMode(display=False) as counter:
             run()

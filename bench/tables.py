@@ -57,7 +57,7 @@ def speed(run: Run) -> str:
     for record in run.all(kind="time"):
         measured.setdefault(record["case"], {})[record["variant"]] = record
     order = [variants.LIMIT, *variants.VARIANTS]
-    rows = []
+    rows: list[list[str]] = []
     for name, found in measured.items():
         case = case_of(next(iter(found.values())))
         for variant in sorted(found, key=order.index):
@@ -65,14 +65,14 @@ def speed(run: Run) -> str:
             label = "ε-DPO" if variant in variants.EPSILON_DPO else "" if variant == variants.LIMIT else "plain DPO"
             memory = run.one(kind="memory", case=name, variant=variant) or {}
             if record["outcome"] != "ok":
-                rows.append([say(case), variant, label, record.get("reason", record["outcome"]), "", "", "", ""])
+                rows.append([say(case), variant, label, str(record.get("reason", record["outcome"])), "", "", "", ""])
                 continue
             floor = memory["inputs"] + memory["gradients"] if "inputs" in memory else 0
             rows.append([
                 say(case), f"**{variant}**" if variant == "ours" else variant, label, seconds(record["seconds"]),
                 spread(record["to_limit"]) if "to_limit" in record else "",
                 f"{record['flops'] / 1e9:,.0f}",
-                mib(memory["bytes"]) if "bytes" in memory else memory.get("outcome", ""),
+                mib(memory["bytes"]) if "bytes" in memory else str(memory.get("outcome", "")),
                 f"{(memory['bytes'] + memory['inputs']) / floor:.2f}" if floor else "",
             ])  # fmt: skip
     header = ["case", "variant", "of", "time", "of the limit", "useful GFLOP/s", "memory beyond inputs", "of the floor"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class Products:
         self.x = inputs.hidden.detach().flatten(0, 1)[scored]
         self.ref_x = inputs.ref_hidden.flatten(0, 1)[scored]
         self.weight, self.ref_weight = inputs.weight.detach(), inputs.ref_weight
-        self.wide = {}
+        self.wide: dict[str, Any] = {}
         if self.x.dtype in (torch.bfloat16, torch.float16):
             if self.x.is_cuda:
                 self.wide = {"out_dtype": torch.float32}
@@ -92,7 +93,8 @@ def materialised(inputs: Inputs) -> Tensor:
     """All logits in memory, in fp32 whatever the inputs are."""
     single = [t if t.dtype == torch.float64 else t.float() for t in (inputs.hidden, inputs.weight)]
     ref = [t if t.dtype == torch.float64 else t.float() for t in (inputs.ref_hidden, inputs.ref_weight)]
-    return epsilon_dpo_reference(*single, inputs.labels, *ref, beta=BETA, epsilon=EPSILON, softcap=inputs.softcap).loss
+    args = (*single, inputs.labels, *ref)
+    return epsilon_dpo_reference(*args, beta=BETA, epsilon=EPSILON, softcap=inputs.softcap).loss  # type: ignore[misc]
 
 
 def authors(inputs: Inputs) -> Tensor:
@@ -166,7 +168,8 @@ def composed(inputs: Inputs) -> Tensor:
     """ε-DPO from a general log-prob kernel: policy 4 G, reference 1 G, two mixtures of twice the width 2 G each."""
     logps, ref_logps, shifts = composed_parts(inputs)
     beta = pair_beta(perturbation_step(*shifts), BETA, EPSILON)
-    return preference_losses(*logps.chunk(2), *ref_logps.chunk(2), beta).mean()
+    (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps.chunk(2)
+    return preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta).mean()
 
 
 def composed_parts(inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -354,9 +357,9 @@ def check(variant: str, inputs: Inputs) -> dict[str, float]:
     loss = call(variant, inputs)()
     assert loss is not None
     got = [loss.detach().double(), inputs.hidden.grad, inputs.weight.grad]
+    hidden, weight = (t.detach().double().requires_grad_(t.requires_grad) for t in (inputs.hidden, inputs.weight))
     double = Inputs(
-        *(t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs[:5]),
-        inputs.softcap,
+        hidden, weight, inputs.labels, inputs.ref_hidden.double(), inputs.ref_weight.double(), inputs.softcap
     )
     # ε-DPO is judged by its own β; a step that rounding decides wrongly shows in fidelity, not here.
     out = epsilon_dpo_reference(
