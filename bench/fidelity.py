@@ -13,7 +13,6 @@ import argparse
 import copy
 import gzip
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -36,6 +35,7 @@ DRIFTS = (0.003, 0.01, 0.03, 0.1, 0.3)
 STEPS = (1, 3, 10, 30)
 HELD_OUT, MAX_LENGTH, PAIRS_A_STEP, LEARNING_RATE = 100, 128, 2, 5e-6
 GRADIENT_PAIRS = 8
+RESUME = "resume.safetensors"
 
 
 def ours(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -210,10 +210,11 @@ def head_states(model, batch: dict[str, Tensor]) -> Tensor:
     return model.base_model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
 
 
-def train_and_keep(report: Callable[[str], None]) -> None:
-    """Trains, and keeps the head's inputs of the held-out pairs after each of STEPS steps, and β's courses."""
-    from safetensors.torch import save_file
+def train_and_keep(report: Callable[[str], None]) -> dict[str, list[float]]:
+    """Trains, and keeps the head's inputs of the held-out pairs after each of STEPS steps; gives β's courses.
 
+    Goes on from the last of these steps that is there already.
+    """
     from train.__main__ import load_model
 
     torch.manual_seed(0)
@@ -221,47 +222,82 @@ def train_and_keep(report: Callable[[str], None]) -> None:
     pairs, collate = load_pairs(tokenizer, HELD_OUT + PAIRS_A_STEP * max(STEPS))
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     held_out = [collate([pairs[i]]) for i in range(HELD_OUT)]
-    with torch.no_grad():
-        ref_states = [head_states(reference, batch) for batch in held_out]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     # The check does not read β, so all courses belong to one and the same run.
     deciders = {name: DECIDERS[name] for name in ("ours, bf16", "bf16 logits, then fp32", "bf16 throughout")}
     courses = {name: [BETA] for name in ("float64", *deciders)}
-    for step in range(1, max(STEPS) + 1):
+    done = max((step for step in STEPS if (STATES / f"step-{step}.safetensors").exists()), default=0)
+    if done:
+        courses = resume(policy, optimizer)
+        report(f"going on after step {done}")
+    for step in range(done + 1, max(STEPS) + 1):
         first = HELD_OUT + PAIRS_A_STEP * (step - 1)
         batch = collate([pairs[i] for i in range(first, first + PAIRS_A_STEP)])
         hidden, weight = head_states(policy, batch), policy.lm_head.weight
         with torch.no_grad():
             ref_hidden = head_states(reference, batch)
-        loss = linear_epsilon_dpo(
-            hidden, weight, batch["labels"], ref_hidden, reference.lm_head.weight, beta=BETA, epsilon=0.0
-        ).loss
+        inputs = Inputs(hidden, weight, batch["labels"], ref_hidden, reference.lm_head.weight, None)
+        loss = linear_epsilon_dpo(*inputs[:5], beta=BETA, epsilon=0.0).loss
         loss.backward()
-        with torch.no_grad():
-            both: dict[str, list[float]] = {name: [] for name in courses}
-            for i in range(PAIRS_A_STEP):
-                rows = [i, i + PAIRS_A_STEP]
-                exact = Inputs(
-                    hidden[rows], weight, batch["labels"][rows], ref_hidden[rows], reference.lm_head.weight, None
-                )
-                exact = scored_only(cast(exact, torch.bfloat16))
-                both["float64"].append(throughout(cast(exact, torch.float64))[0].item())
-                for name, (decider, dtype) in deciders.items():
-                    both[name].append(decider(cast(exact, dtype))[0].item())
-            for name, found in both.items():
-                courses[name].append(courses[name][-1] / (1 + EPSILON * sum(found) / len(found)))
+        for name, mean in mean_steps(inputs, deciders).items():
+            courses[name].append(courses[name][-1] / (1 + EPSILON * mean))
         optimizer.step()
         optimizer.zero_grad()
         report(f"step {step} of {max(STEPS)}: loss {loss.item():.4f}")
         if step in STEPS:
+            keep_for_resuming(policy, optimizer, courses)
             kept = {"weight": weight.detach().bfloat16(), "ref_weight": reference.lm_head.weight.bfloat16()}
             with torch.no_grad():
-                for i, (data, ref_state) in enumerate(zip(held_out, ref_states, strict=True)):
+                for i, data in enumerate(held_out):
                     kept[f"hidden.{i}"] = head_states(policy, data).bfloat16()
-                    kept[f"ref_hidden.{i}"], kept[f"labels.{i}"] = ref_state.bfloat16(), data["labels"]
-            save_file(kept, STATES / f"step-{step}.partial")
-            (STATES / f"step-{step}.partial").replace(STATES / f"step-{step}.safetensors")
-    (STATES / "courses.json").write_text(json.dumps(courses))
+                    kept[f"ref_hidden.{i}"] = head_states(reference, data).bfloat16()
+                    kept[f"labels.{i}"] = data["labels"]
+            save(kept, STATES / f"step-{step}.safetensors")
+    return courses
+
+
+def mean_steps(inputs: Inputs, deciders: dict[str, Any]) -> dict[str, float]:
+    """The mean step of a batch's pairs by float64 and by each decider, from the same bf16 inputs."""
+    found: dict[str, list[float]] = {name: [] for name in ("float64", *deciders)}
+    pairs = len(inputs.labels) // 2
+    with torch.no_grad():
+        for i in range(pairs):
+            rows = [i, i + pairs]
+            pair = inputs._replace(
+                hidden=inputs.hidden[rows], labels=inputs.labels[rows], ref_hidden=inputs.ref_hidden[rows]
+            )
+            pair = scored_only(cast(pair, torch.bfloat16))
+            found["float64"].append(throughout(cast(pair, torch.float64))[0].item())
+            for name, (decider, dtype) in deciders.items():
+                found[name].append(decider(cast(pair, dtype))[0].item())
+    return {name: sum(steps) / pairs for name, steps in found.items()}
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def keep_for_resuming(policy, optimizer: torch.optim.Optimizer, courses: dict[str, list[float]]) -> None:
+    state = {f"model.{name}": p.detach() for name, p in policy.named_parameters()}
+    for name, p in policy.named_parameters():
+        state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}
+    save(state | {f"course.{n}": torch.tensor(c, dtype=torch.float64) for n, c in courses.items()}, STATES / RESUME)
+
+
+def resume(policy, optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
+    from safetensors.torch import load_file
+
+    state = load_file(STATES / RESUME)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            p.copy_(state[f"model.{name}"])
+            prefix = f"optimizer.{name}."
+            optimizer.state[p] = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return {n.removeprefix("course."): c.tolist() for n, c in state.items() if n.startswith("course.")}
 
 
 def scored_only(inputs: Inputs) -> Inputs:
@@ -298,10 +334,8 @@ def main() -> None:
         if not DATA.exists():
             progress(f"no {DATA.name} beside the project: real pairs left out")
             return
-        if not (STATES / "courses.json").exists():
-            train_and_keep(progress)
         if not results.find(kind="beta"):
-            results.add(kind="beta", courses=json.loads((STATES / "courses.json").read_text()))
+            results.add(kind="beta", courses=train_and_keep(progress))
         for step in STEPS:
             if not results.find(kind="model", after=step):
                 results.add(kind="model", after=step, **decide_all(kept_pairs(step), progress, f"after {step} steps"))

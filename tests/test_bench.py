@@ -266,6 +266,28 @@ def test_gpu_program_measures_cases(tmp_path):
     assert all(r["outcome"] == "ok" and r["tokens_per_second"] > 0 for r in trained), trained
 
 
+def test_cpu_program_times_in_turn(benchmark, tmp_path, monkeypatch):
+    """`make bench` on a case small enough for a test: every record is there, and pytest-benchmark has the ratios."""
+    from types import SimpleNamespace
+
+    from bench import test_speed
+
+    case = Case("tiny", 16)
+    monkeypatch.setattr(test_speed, "CASES", [(case, ["trl", "cut-cross-entropy"], [])])
+    results = measure.Results(tmp_path / "speed.json", "cpu", fresh=True)
+    request = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: 1.0))
+    test_speed.test_case(0, benchmark, results, 1e10, measure.Progress(), request)
+    times = {r["variant"]: r for r in results.data["records"] if r["kind"] == "time"}
+    assert times["ours"]["rounds"] == times["limit"]["rounds"] == times["trl"]["rounds"] == 3
+    assert times["cut-cross-entropy"]["outcome"] == "unavailable"
+    assert benchmark.extra_info["ours"] == pytest.approx(times["ours"]["to_limit"]["ratio"], abs=1e-3)
+    assert {r["variant"] for r in results.data["records"] if r["kind"] == "check"} == {
+        "ours",
+        "trl",
+        "cut-cross-entropy",
+    }
+
+
 def test_heads_are_those_of_the_models():
     assert HEADS["llama3"] == (128256, 4096, None) and HEADS["gemma2"] == (256000, 2304, 30.0)
     assert head_shape("16384x256") == (16384, 256, None)
