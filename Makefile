@@ -15,7 +15,6 @@ test: $(VENV)/.test  ## the whole test suite
 
 bench: $(VENV)/.bench  ## speed and memory on this CPU beside what people would use instead; minutes
 	$(BIN)/python -m pytest bench/test_speed.py bench/test_scaling.py -q -p no:cacheprovider
-	$(BIN)/python -m bench.fidelity synthetic
 	$(BIN)/python -m bench.tables
 
 bench-compare: $(VENV)/.bench  ## two revisions interleaved: make bench-compare BASE=<revision>

@@ -6,7 +6,7 @@ from . import measure
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seconds", type=float, default=760, help="time that `make bench` may take for its cases")
+    parser.addoption("--seconds", type=float, default=700, help="time that `make bench` may take for its cases")
     parser.addoption("--out", default=None, help="folder of the results; by default bench/results/<device>")
 
 

@@ -292,13 +292,12 @@ def draw_speed(data: dict[str, Any]) -> None:
                       weight="bold" if name == "ours" else "normal")  # fmt: skip
     axes.scatter([], [], marker="o", color="tab:red", label="ε-DPO")
     axes.scatter([], [], marker="s", color="tab:blue", label="plain DPO (less work)")
-    axes.set(
-        xlabel="seconds, forward and backward", ylabel="peak memory beyond inputs, MiB", xlim=(0, None), ylim=(0, None)
-    )
+    most = [1.2 * max(values) for values in list(zip(*data["points"], strict=True))[1:]]
+    axes.set(xlabel="seconds, forward and backward", ylabel="peak memory beyond inputs, MiB")
+    axes.set(xlim=(0, most[0]), ylim=(0, most[1]))
     axes.set_title("One pair of 2 × 512 tokens, SmolLM2's head, fp32, CPU", fontsize=11)
-    axes.margins(x=0.15, y=0.1)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left")
 
 
 def draw_fidelity(data: dict[str, list[tuple[float, float]]]) -> None:
@@ -320,7 +319,7 @@ def draw_fidelity(data: dict[str, list[tuple[float, float]]]) -> None:
     axes.set_title("Steps that differ from float64 of the same bf16 inputs (ε = 0.01, V = 16384)", fontsize=11)
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
 def digest(data: Any) -> str:

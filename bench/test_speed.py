@@ -26,12 +26,12 @@ CASES: list[tuple[Case, list[str], list[str]]] = [
     (Case("smollm2", 512, mode="frozen"), NEAREST, ["ours", *NEAREST]),
     (Case("smollm2", 512, mode="score"), NEAREST, []),
     (Case("smollm2", 256, dtype="bfloat16"), ["materialised", "authors", "composed", "trl", "liger", "torch"], []),
-    (Case("llama3", 128, masked=0.5), [*NEAREST, "torch"], ["ours", "liger"]),
-    (Case("llama3", 64, mode="frozen"), NEAREST, []),
-    (Case("qwen3", 64), NEAREST, []),
-    (Case("gemma2", 64), ["trl"], []),
+    (Case("llama3", 64, masked=0.5), [*NEAREST, "torch"], ["ours", "liger"]),
+    (Case("llama3", 32, mode="frozen"), NEAREST, []),
+    (Case("qwen3", 32), NEAREST, []),
+    (Case("gemma2", 32), ["trl"], []),
     (Case("mistral", 256), NEAREST, []),
-    (Case("smollm2", 512, pairs=2), ["ours at ε = 0"], []),
+    (Case("smollm2", 256, pairs=2), ["ours at ε = 0"], []),
 ]
 MOST_ROUNDS = 7
 
