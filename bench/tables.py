@@ -1,0 +1,388 @@
+"""README's and docs' tables and pictures, made from the committed results.
+
+python -m bench.tables            writes them
+python -m bench.tables --check    fails where one is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from . import fidelity, roofline, variants
+from .cases import MODES, Case, head_shape
+from .goals import goal_rows
+from .measure import ROOT
+from .results import Run, mib, runs, spread
+
+README, ROOFLINE, IMAGES = ROOT / "README.md", ROOT / "docs" / "roofline.md", ROOT / "docs" / "img"
+# How far a ratio may lie from what the roofline predicts, as a share of it.
+MARGIN = 0.15
+Record = dict[str, Any]
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def command(text: str) -> str:
+    return f"`{text}`"
+
+
+def case_of(record: Record) -> Case:
+    return Case(**{name: record[name] for name in Case.__dataclass_fields__})
+
+
+def say(case: Case) -> str:
+    """A case in words: head, tokens, and what is out of the ordinary."""
+    size = f"{case.pairs} pair{'s' * (case.pairs > 1)} of 2 × {case.rows}"
+    notes = [case.mode] if case.mode != "train" else []
+    notes += [f"{case.masked:.0%} prompt"] if case.masked else []
+    notes += [case.dtype] if case.dtype != "float32" else []
+    return f"{case.head}, {size}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+# README
+
+
+def speed(run: Run) -> str:
+    """Every case: the ratio to the bare products of each variant."""
+    measured: dict[str, dict[str, Record]] = {}
+    for record in run.all(kind="time"):
+        measured.setdefault(record["case"], {})[record["variant"]] = record
+    order = [variants.LIMIT, *variants.VARIANTS]
+    rows: list[list[str]] = []
+    for name, found in measured.items():
+        case = case_of(next(iter(found.values())))
+        for variant in sorted(found, key=order.index):
+            record = found[variant]
+            label = "ε-DPO" if variant in variants.EPSILON_DPO else "" if variant == variants.LIMIT else "plain DPO"
+            memory = run.one(kind="memory", case=name, variant=variant) or {}
+            if record["outcome"] != "ok":
+                rows.append([say(case), variant, label, str(record.get("reason", record["outcome"])), "", "", "", ""])
+                continue
+            floor = memory["inputs"] + memory["gradients"] if "inputs" in memory else 0
+            rows.append([
+                say(case), f"**{variant}**" if variant == "ours" else variant, label, seconds(record["seconds"]),
+                spread(record["to_limit"]) if "to_limit" in record else "",
+                f"{record['flops'] / 1e9:,.0f}",
+                mib(memory["bytes"]) if "bytes" in memory else str(memory.get("outcome", "")),
+                f"{(memory['bytes'] + memory['inputs']) / floor:.2f}" if floor else "",
+            ])  # fmt: skip
+    header = ["case", "variant", "of", "time", "of the limit", "useful GFLOP/s", "memory beyond inputs", "of the floor"]
+    return table(header, rows)
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def goals(run: Run) -> str:
+    return table(["goal on this CPU", "measured", ""], goal_rows(run))
+
+
+def fidelity_table(run: Run) -> str:
+    """Wrong steps of every variant, against drift and optimizer steps."""
+    judged = [(f"noise of {r['drift']}", r) for r in run.all(kind="synthetic")]
+    judged += [(f"SmolLM2, {r['after']} optimizer step{'s' * (r['after'] > 1)}", r) for r in run.all(kind="model")]
+    header = ["wrong steps, of pairs", *(name for name, _ in judged)]
+    rows = [["pairs (within the fp32 bound)", *(f"{r['pairs']} ({r['near']})" for _, r in judged)]]
+    for name in fidelity.DECIDERS:
+        rows.append([name, *(str(r["wrong"][name]) if name in r["wrong"] else "" for _, r in judged)])
+    return table(header, rows)
+
+
+def gradient_table(run: Run) -> str:
+    """Relative errors of dX and dW, the largest of some pairs."""
+    judged = run.all(kind="synthetic") + run.all(kind="model")
+    with_errors = [r for r in judged if r["gradient_error"]]
+    if not with_errors:
+        return ""
+    r = with_errors[-1]
+    rows = [[name, f"{e['hidden']:.1e}", f"{e['weight']:.1e}"] for name, e in r["gradient_error"].items()]
+    what = f"after {r['after']} optimizer steps" if r["kind"] == "model" else f"noise of {r['drift']}"
+    return table([f"gradient error against float64, {what}", "hidden", "weight"], rows)
+
+
+def beta_table(run: Run) -> str:
+    record = run.one(kind="beta")
+    if not record:
+        return ""
+    last = {name: course[-1] for name, course in record["courses"].items()}
+    steps = len(record["courses"]["float64"]) - 1
+    return table([f"β after {steps} steps from {fidelity.BETA}", "β"], [[n, f"{b:.5f}"] for n, b in last.items()])
+
+
+def scaling(run: Run) -> str:
+    rows = []
+    for record in run.all(kind="scaling"):
+        exponents = record["exponents"]
+        sizes = " → ".join(str(p["size"]) for p in record["points"])
+        rows.append([
+            record["what"], sizes, f"{exponents['time']:.2f}",
+            *(f"{exponents[k]:.2f}" if k in exponents else "" for k in ("memory", "memory beyond gradients")),
+        ])  # fmt: skip
+    for record in run.all(kind="time", variant="ours at ε = 0"):
+        if "to_ours" in record:
+            overhead = f"{1 / record['to_ours']['ratio']:.3f} × its time"
+            rows.append([f"ε against plain DPO, {say(case_of(record))}", overhead, "", "", ""])
+    return table(["against", "sizes", "time ~ xᵏ, k", "memory, k", "without dX, dW, k"], rows)
+
+
+def training(run: Run) -> str:
+    rows = []
+    for record in run.all(kind="training"):
+        done = record["outcome"] == "ok"
+        rows.append([
+            record["model"], record["loss"], str(record["length"]),
+            f"{record['tokens_per_second']:,.0f}" if done else record["outcome"],
+            mib(record["bytes"] + record["weights"]) if done else "",
+        ])  # fmt: skip
+    return table(["model", "loss", "tokens a completion", "tokens a second", "peak memory"], rows)
+
+
+def readme_tables() -> dict[str, str]:
+    """Every marker of the README and its table."""
+    cpu, gpu = [r for r in runs() if r.is_cpu], [r for r in runs() if not r.is_cpu]
+
+    def joined(make: Callable[[Run], str], which: list[Run], how: str, needed: str) -> str:
+        parts = [
+            f"{command(how.format(run.name))} — {run.machine()}:\n\n{made}" for run in which
+            if run.all(kind=needed) and (made := make(run))
+        ]  # fmt: skip
+        return "\n\n".join(parts) or f"Not measured yet: {command(how.format('DIR'))}."
+
+    found = {
+        "goals": joined(goals, cpu, "make bench", "time"),
+        "speed": joined(speed, cpu, "make bench", "time"),
+        "scaling": joined(scaling, cpu, "make bench", "scaling"),
+        "fidelity": "\n\n".join(
+            part for part in (
+                joined(fidelity_table, cpu, "python -m bench.fidelity", "synthetic"),
+                *(t for run in cpu for t in (gradient_table(run), beta_table(run)) if t),
+            )
+        ),
+        "gpu": joined(speed, gpu, "python -m bench.gpu --out bench/results/{}", "time"),
+        "gpu-training": joined(training, gpu, "python -m bench.gpu --out bench/results/{}", "training"),
+    }  # fmt: skip
+    return found
+
+
+# docs/roofline.md
+
+
+def cpu_device(run: Run) -> roofline.Device | None:
+    found = run.one(kind="device", what=None)
+    if not found:
+        return None
+    names = ("flops", "bandwidth", "exponentials", "others", "first_touch")
+    return roofline.Device(run.name, *(found[name] for name in names))
+
+
+def roofline_cpu() -> str:
+    """Predicted and measured ratios to the limit, fp32 cases of this package."""
+    rows = []
+    for run in (r for r in runs() if r.is_cpu):
+        device = cpu_device(run)
+        if device is None:
+            continue
+        for record in run.all(kind="time", variant="ours", dtype="float32"):
+            if "to_limit" not in record:
+                continue
+            case, got = case_of(record), record["to_limit"]["ratio"]
+            predicted = roofline.predicted_ratio(case, device)
+            off = got / predicted - 1
+            verdict = "" if abs(off) <= MARGIN else f"**outside {MARGIN:.0%}**"
+            rows.append([say(case), f"{predicted:.2f}", spread(record["to_limit"]), f"{off:+.0%}", verdict])
+    if not rows:
+        return f"Not measured yet: {command('make bench')}."
+    return f"{command('make bench')}\n\n" + table(["case", "predicted", "measured", "off by", ""], rows)
+
+
+def roofline_gpu() -> str:
+    def prediction(case: Case, gpu: roofline.Device) -> str:
+        milliseconds = sum(roofline.stages(case, gpu).values()) * 1e3
+        return f"{roofline.predicted_ratio(case, gpu):.2f} ({milliseconds:.1f} ms)"
+
+    cases = [Case(head, 4096, dtype="bfloat16") for head in ("llama3", "qwen3", "gemma2", "mistral", "smollm2")]
+    cases += [Case("llama3", 4096, mode=mode, dtype="bfloat16") for mode in MODES if mode != "train"]
+    rows = [[say(case), *(prediction(case, gpu) for gpu in roofline.GPUS)] for case in cases]
+    first = table(["of the limit (time)", *(gpu.name for gpu in roofline.GPUS)], rows)
+    rows = [["rows at balance", *(f"{roofline.balanced_rows(gpu):.0f}" for gpu in roofline.GPUS)]]
+    for head in ("llama3", "smollm2"):
+        for tile in (512, 1024, 2048, 4096):
+            budget = 8 * tile * head_shape(head)[0]
+            case = Case(head, 4096, dtype="bfloat16")
+            rows.append([
+                f"{head}, {tile} rows ({mib(budget)})",
+                *(f"{roofline.predicted_ratio(case, gpu, budget):.2f}" for gpu in roofline.GPUS),
+            ])  # fmt: skip
+    second = table(["tile rows against dW's traffic", *(gpu.name for gpu in roofline.GPUS)], rows)
+    return f"{command('python -m bench.roofline')}\n\n{first}\n\n{second}"
+
+
+def roofline_head() -> str:
+    rows = []
+    for model in roofline.LARGE:
+        for tensor, sequence in ((1, 1), (8, 1), (8, 4)):
+            s = roofline.sharded(model, 8192, tensor, sequence)
+            sums = mib(s.statistics) if s.statistics >= 1 << 20 else f"{s.statistics / 1024:.0f} KiB"
+            held = [mib(size) for size in (s.logits, s.tiles, s.gradient)]
+            name = f"{model.name}, TP {tensor}, SP {sequence}"
+            rows.append([name, f"{s.share:.1%}", *held, sums, mib(s.hidden_gradient)])
+    header = [
+        "one pair of 2 × 8192, per rank",
+        "head's share",
+        "one logits tensor",
+        "tiles",
+        "dW, fp32",
+        "sums sent",
+        "dX sent",
+    ]
+    return table(header, rows)
+
+
+def roofline_tables() -> dict[str, str]:
+    return {"roofline-cpu": roofline_cpu(), "roofline-gpu": roofline_gpu(), "roofline-head": roofline_head()}
+
+
+# Pictures
+
+
+def pictures() -> dict[str, tuple[Any, Callable[[Any], None]]]:
+    """File name -> (the data that it shows, how it is drawn). Made for the first CPU that has results."""
+    found: dict[str, tuple[Any, Callable[[Any], None]]] = {}
+    for run in (r for r in runs() if r.is_cpu):
+        case = Case("smollm2", 512).name
+        points = [
+            (r["variant"], r["seconds"], m["bytes"] / 2**20)
+            for r in run.all(kind="time", case=case)
+            if r["outcome"] == "ok" and (m := run.one(kind="memory", case=case, variant=r["variant"])) and "bytes" in m
+        ]
+        limit = run.one(kind="time", case=case, variant=variants.LIMIT)
+        if points and limit and "speed.png" not in found:
+            found["speed.png"] = ({"points": points, "limit": limit["seconds"], "machine": run.machine()}, draw_speed)
+        wrong = {
+            name: [(r["mean_abs_margin"], r["wrong"][name] / r["pairs"]) for r in run.all(kind="synthetic")]
+            for name in fidelity.DECIDERS
+        }
+        if run.all(kind="synthetic") and "fidelity.png" not in found:
+            found["fidelity.png"] = (wrong, draw_fidelity)
+    return found
+
+
+def draw_speed(data: dict[str, Any]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.axvline(data["limit"], color="grey", linestyle="--", linewidth=1)
+    axes.annotate("four bare products", (data["limit"], 1), xycoords=("data", "axes fraction"), xytext=(4, -14),
+                  textcoords="offset points", color="grey", fontsize=9)  # fmt: skip
+    for name, time, memory in data["points"]:
+        plain = name in variants.PLAIN_DPO
+        axes.scatter(time, memory, s=60, marker="s" if plain else "o", color="tab:blue" if plain else "tab:red",
+                     zorder=3)  # fmt: skip
+        axes.annotate(name, (time, memory), xytext=(7, 4), textcoords="offset points", fontsize=9,
+                      weight="bold" if name == "ours" else "normal")  # fmt: skip
+    axes.scatter([], [], marker="o", color="tab:red", label="ε-DPO")
+    axes.scatter([], [], marker="s", color="tab:blue", label="plain DPO (less work)")
+    most = [1.2 * max(values) for values in list(zip(*data["points"], strict=True))[1:]]
+    axes.set(xlabel="seconds, forward and backward", ylabel="peak memory beyond inputs, MiB")
+    axes.set(xlim=(0, most[0]), ylim=(0, most[1]))
+    axes.set_title("One pair of 2 × 512 tokens, SmolLM2's head, fp32, CPU", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+
+
+def draw_fidelity(data: dict[str, list[tuple[float, float]]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    shown = {
+        "ours, bf16": ("tab:red", "o"),
+        "bf16 logits, then fp32": ("tab:orange", "s"),
+        "composed from a log-prob kernel, bf16": ("tab:purple", "^"),
+        "bf16 throughout": ("tab:blue", "D"),
+    }
+    for name, (color, marker) in shown.items():
+        x, y = zip(*sorted(data[name]), strict=True)
+        axes.plot(x, [100 * v for v in y], color=color, marker=marker, label=name)
+    axes.set(
+        xscale="log", xlabel="drift from the reference: mean |margin|, nats", ylabel="pairs whose step is wrong, %"
+    )
+    axes.set_title("Steps that differ from float64 of the same bf16 inputs (ε = 0.01, V = 16384)", fontsize=11)
+    axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+
+def digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def png_digest(path: Path) -> str:
+    """The digest of the data that a picture was drawn from, kept in its own text chunk."""
+    data = path.read_bytes() if path.exists() else b""
+    start = data.find(b"digest\0")
+    return data[start + 7 : start + 23].decode(errors="replace") if start >= 0 else ""
+
+
+# Files
+
+
+def stale(text: str, tables: dict[str, str], file: str) -> tuple[str, list[str]]:
+    """The text with every table in its place, and what was wrong with it."""
+    wrong = []
+    for name, content in tables.items():
+        begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+            wrong.append(f"{file}: the marker {begin} … {end} is missing")
+            continue
+        head, rest = text.split(begin)
+        old, tail = rest.split(end)
+        new = f"\n{content}\n"
+        if old != new:
+            wrong.append(f"{file}: the table {name} is not what the results say")
+        text = f"{head}{begin}{new}{end}{tail}"
+    return text, wrong
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something is stale")
+    options = parser.parse_args(arguments)
+    problems = []
+    for path, tables in ((README, readme_tables()), (ROOFLINE, roofline_tables())):
+        text, wrong = stale(path.read_text(encoding="utf-8"), tables, path.name)
+        problems += wrong
+        if not options.check:
+            path.write_text(text, encoding="utf-8")
+    for name, (data, draw) in pictures().items():
+        if png_digest(IMAGES / name) == digest(data):
+            continue
+        problems.append(f"{name}: the picture is not what the results say")
+        if not options.check:
+            import matplotlib
+
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+
+            IMAGES.mkdir(parents=True, exist_ok=True)
+            draw(data)
+            plt.savefig(IMAGES / name, dpi=130, metadata={"digest": digest(data)})
+            plt.close()
+    missing = [p for p in problems if "missing" in p]
+    if options.check and problems or missing:
+        sys.exit("\n".join([*(problems if options.check else missing), "python -m bench.tables writes them"]))
+    for problem in problems:
+        print(f"written: {problem.partition(':')[0]}: {problem.partition(': ')[2].split(' is not')[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""The benchmark measures what it says: operations, rivals' results, memory, ratios, tables."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import fidelity, goals, measure, roofline, tables, variants
+from bench.cases import HEADS, MODES, Case, head_shape, make_inputs
+from bench.results import Run
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_operations_are_four_three_and_two_products(mode):
+    for case in (Case("2003x128", 32, mode=mode), Case("2003x128", 9, pairs=5, masked=0.4, mode=mode)):
+        assert case.product == 2 * case.scored * 2003 * 128
+        assert measure.count_flops(case) == pytest.approx(case.limit * case.product, rel=0.02)
+
+
+RIVALS = [v for v in variants.VARIANTS if v not in variants.COMPILED]
+
+
+@pytest.mark.parametrize("dtype, allowed", [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("variant", RIVALS)
+def test_every_variant_gives_the_loss_and_gradients_of_float64(variant, dtype, allowed):
+    for case in (Case("tiny", 12, pairs=3, masked=0.5, dtype=dtype), Case("tiny-softcap", 7, dtype=dtype)):
+        found = measure.outcome(lambda c=case: {"errors": variants.check(variant, make_inputs(c))})
+        if found["outcome"] == "unavailable":
+            assert re.search("GPU|installed|softcap|capped|same as|torch 2.13", found["reason"])
+            continue
+        assert found["outcome"] == "ok", found
+        assert set(found["errors"]) == {"loss", "hidden", "weight"}
+        assert max(found["errors"].values()) < allowed, found
+
+
+def test_a_wrong_rival_is_found_out(monkeypatch):
+    monkeypatch.setitem(variants.CALLS, "trl", lambda inputs: variants.ours(inputs, epsilon=0.0) * 1.01)
+    assert variants.check("trl", make_inputs(Case("tiny", 12, pairs=3)))["loss"] > 5e-3
+
+
+def test_bare_products_are_the_products_of_the_call():
+    inputs = make_inputs(Case("tiny", 6, pairs=2, masked=0.5))
+    products = variants.call(variants.LIMIT, inputs)
+    products.g.normal_()
+    g = products.g.clone()
+    scored = (inputs.labels != -100).flatten()
+    x = inputs.hidden.detach().flatten(0, 1)[scored]
+    products.logits = torch.empty_like(products.logits)  # in fp32 the logits would overwrite the gradient's stand-in
+    products()
+    torch.testing.assert_close(products.logits, x @ inputs.weight.detach().t())
+    torch.testing.assert_close(products.dx, g @ inputs.weight.detach())
+    torch.testing.assert_close(products.dw, g.t() @ x)
+
+
+def test_peak_memory_is_what_a_call_held():
+    size = 200 << 20
+    peak = measure.peak_bytes(lambda: torch.ones(size // 4).sum(), "cpu")
+    assert size * 0.97 < peak < size * 1.1
+    held = torch.ones(size // 4)
+    assert measure.peak_bytes(lambda: held.sum(), "cpu") < size * 0.1
+
+
+def test_out_of_memory_is_a_result():
+    found = measure.outcome(lambda: {"bytes": measure.peak_bytes(lambda: torch.ones(1 << 45), "cpu")})
+    assert found == {"outcome": "out of memory"}
+    assert measure.memory("ours", Case("llama3", 1 << 24), "cpu")["outcome"] == "out of memory"
+
+
+def test_memory_in_a_fresh_process():
+    case = Case("16384x64", 512)
+    found = measure.memory("materialised", case, "cpu")
+    assert found["outcome"] == "ok", found
+    logits = 4 * case.total * 16384
+    assert 4 * logits < found["bytes"] < 15 * logits
+    assert found["gradients"] == 4 * 64 * (16384 + case.total)
+    assert measure.memory("cut-cross-entropy", case, "cpu")["outcome"] == "unavailable"
+
+
+def test_ratios_are_of_the_same_round():
+    found = measure.ratio([2.0, 40.0, 6.0], [1.0, 10.0, 2.0])
+    assert found == {"ratio": 3.0, "least": 2.0, "most": 4.0}
+    assert measure.exponent([(1, 3), (2, 12), (4, 48)]) == pytest.approx(2)
+
+
+def test_variants_take_turns(monkeypatch):
+    order = []
+    monkeypatch.setitem(variants.CALLS, "trl", lambda i: order.append("trl") or variants.ours(i))
+    monkeypatch.setitem(variants.CALLS, "liger", lambda i: (_ for _ in ()).throw(MemoryError()))
+    timed = measure.Timed(Case("tiny", 4), ["ours", variants.LIMIT, "trl", "liger"], "cpu")
+    for _ in range(3):
+        for name in ("ours", variants.LIMIT, "trl", "liger"):
+            timed.once(name)
+    records = dict(timed.records())
+    assert len(order) == 3 and records["liger"] == {"outcome": "out of memory"}
+    assert records["trl"]["rounds"] == 3
+    per_round = [a / b for a, b in zip(records["trl"]["times"], records["limit"]["times"], strict=True)]
+    assert records["trl"]["to_limit"]["ratio"] == sorted(per_round)[1]
+
+
+def test_results_survive_a_stop_and_not_another_environment(tmp_path):
+    first = measure.Results(tmp_path / "r.json", "cpu")
+    first.add(kind="a", value=1.23456789)
+    again = measure.Results(tmp_path / "r.json", "cpu")
+    assert again.find(kind="a")["value"] == 1.23457 and again.find(kind="b") is None
+    text = (tmp_path / "r.json").read_text()
+    assert not re.search(re.escape(measure.platform.node()) + "|" + re.escape(str(measure.ROOT)), text)
+    data = json.loads(text)
+    data["environment"]["versions"]["torch"] = "0.1"
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    assert measure.Results(tmp_path / "r.json", "cpu").data["records"] == []
+
+
+def test_fidelity_tells_right_from_wrong():
+    found = fidelity.decide_all(fidelity.synthetic(0.01, 2, vocabulary=1031), lambda _: None, "test")
+    assert found["pairs"] == 20 and found["near"] <= 1
+    assert all(found["wrong"][name] == 0 for name in found["wrong"] if name.startswith("ours"))
+    assert found["wrong"]["bf16 throughout"] >= 10 and found["wrong"]["bf16 logits, then fp32"] >= 1
+    steps = found["steps"]["float64"]
+    assert sum(steps.values()) == 20 and min(steps["relaxed"], steps["tightened"]) > 0
+
+
+# Roofline
+
+
+DEVICE = roofline.Device("test", flops=1e12, bandwidth=1e11, exponentials=1e11, others=1e12)
+
+
+def test_roofline_counts_the_products():
+    """With memory and elementwise work for nothing, a call is its products and costs what they do."""
+    free = replace(DEVICE, bandwidth=1e30, exponentials=1e30, others=1e30)
+    for mode in MODES:
+        case = Case("llama3", 700, pairs=2, mode=mode)
+        assert sum(roofline.stages(case, free).values()) == pytest.approx(case.limit * case.product / 1e12)
+        assert roofline.predicted_ratio(case, free) == pytest.approx(1)
+
+
+def test_roofline_of_small_tiles_is_dw_traffic():
+    case, rows = Case("llama3", 1024), 16
+    vocabulary, width, _ = head_shape("llama3")
+    found = roofline.stages(case, DEVICE, max_tile_bytes=8 * rows * vocabulary)
+    tiles = case.scored // rows
+    traffic = (8 * (tiles - 1) + 4) * vocabulary * width + 4 * case.scored * (vocabulary + width)
+    assert rows < roofline.balanced_rows(DEVICE)
+    assert found["dW"] == pytest.approx(traffic / 1e11, rel=1e-6)
+
+
+def test_sharded_heads():
+    model = roofline.LARGE[0]
+    one, split = roofline.sharded(model, 8192), roofline.sharded(model, 8192, tensor=8, sequence=4)
+    assert one.logits == 4 * 2 * 8192 * model.vocabulary and split.logits == pytest.approx(one.logits / 32)
+    assert split.gradient == pytest.approx(one.gradient / 8)
+    assert one.share == pytest.approx(split.share) and 0.01 < one.share < 0.03
+    assert one.statistics == one.hidden_gradient == 0 < split.statistics
+
+
+# Tables
+
+
+def test_no_table_is_stale():
+    """README's and docs' tables and pictures are what the committed results say."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.tables", "--check"], cwd=measure.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def made_up(tmp_path, seconds=1.0) -> Run:
+    """Results of a run that never was: ours at `seconds` against a limit of 1 s."""
+    folder = tmp_path / "cpu-2"
+    results = measure.Results(folder / "speed.json", "cpu")
+    for case in (Case("llama3", 512), Case("smollm2", 512), Case("smollm2", 1024), Case("smollm2", 1024, masked=0.5)):
+        for variant, time in (("ours", seconds), ("limit", 1.0), ("trl", 2.0), ("liger", 3.0), ("materialised", 4.0)):
+            results.add(
+                kind="time", variant=variant, **case.as_dict(), outcome="ok", flops=1e9, **measure.summary([time]),
+                to_limit=measure.ratio([time], [1.0]), to_ours=measure.ratio([time], [seconds]),
+            )  # fmt: skip
+            if variant != variants.LIMIT:
+                results.add(
+                    kind="memory", variant=variant, **case.as_dict(), outcome="ok", bytes=int(time * 2**28),
+                    inputs=2**20, gradients=2**20,
+                )  # fmt: skip
+    return Run(folder)
+
+
+def test_goals_say_met_and_missed(tmp_path):
+    rows = {goal: verdict for goal, _, verdict in goals.goal_rows(made_up(tmp_path / "a", 1.05))}
+    assert list(rows.values()).count("met") == 8, rows
+    assert list(rows.values()).count("not measured") == 2, rows
+    slow = {goal: (figure, verdict) for goal, figure, verdict in goals.goal_rows(made_up(tmp_path / "b", 2.5))}
+    missed = [goal for goal, (_, verdict) in slow.items() if verdict == "**missed**"]
+    assert len(missed) == 7, slow
+    figure, verdict = slow[goals.TRL]
+    assert figure.startswith("it takes 0.80 to 0.80 × our time") and verdict == "**missed**"
+    assert "**missed**" in tables.goals(made_up(tmp_path / "c", 2.5))
+
+
+def test_speed_table_has_every_figure(tmp_path):
+    lines = tables.speed(made_up(tmp_path)).splitlines()
+    assert len(lines) == 2 + 4 * 5
+    assert lines[3] == "| llama3, 1 pair of 2 × 512 | **ours** | ε-DPO | 1.00 s | 1.00 | 1 | 256 MiB | 128.50 |"
+    assert "plain DPO | 2.00 s | 2.00 |" in lines[5]
+
+
+def test_a_stale_table_and_a_missing_marker_are_found():
+    text = "a\n<!-- bench:one -->\nold\n<!-- /bench:one -->\nb\n"
+    fresh, wrong = tables.stale(text, {"one": "new"}, "F")
+    assert fresh == text.replace("old", "new") and wrong == ["F: the table one is not what the results say"]
+    assert tables.stale(fresh, {"one": "new"}, "F") == (fresh, [])
+    same, wrong = tables.stale(text, {"two": "new"}, "F")
+    assert same == text and "missing" in wrong[0]
+
+
+def test_pictures_are_drawn_from_the_results(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    run = made_up(tmp_path)
+    monkeypatch.setattr(tables, "runs", lambda: [run])
+    ((name, (data, draw)),) = tables.pictures().items()
+    assert name == "speed.png" and data["limit"] == 1.0 and ("trl", 2.0, 512.0) in data["points"]
+    import matplotlib.pyplot as plt
+
+    draw(data)
+    plt.savefig(tmp_path / name, metadata={"digest": tables.digest(data)})
+    plt.close()
+    assert tables.png_digest(tmp_path / name) == tables.digest(data)
+
+
+# Programs
+
+
+def test_gpu_program_runs_resumes_and_stops(tmp_path, capfd):
+    """The GPU's program on a CPU with tiny shapes: what it would do first of all must not be to fail."""
+    from bench import gpu
+
+    base = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--quick"]
+    gpu.main([*base, "--seconds", "0"])
+    assert "time is up" in capfd.readouterr().err
+    gpu.main([*base, "--part", "device", "exact", "stages"])
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    kinds = {r["kind"] for r in data["records"]}
+    assert kinds == {"device", "check", "synthetic", "repeated", "stages"}
+    assert not [r for r in data["records"] if r["outcome"] == "failed"]
+    assert [r for r in data["records"] if r["kind"] == "repeated"][0]["different"] == 0
+    stages = [r for r in data["records"] if r["kind"] == "stages"][0]["stages"]
+    assert set(stages) == {"policy product", "reference product", "sweep", "decide", "gradient", "dX", "dW"}
+    gpu.main([*base, "--part", "device", "exact", "stages"])
+    assert json.loads((tmp_path / "gpu.json").read_text()) == data
+
+
+def test_gpu_program_measures_cases(tmp_path):
+    from bench import gpu
+
+    results = measure.Results(tmp_path / "gpu.json", "cpu")
+    session = gpu.Session("cpu", results, measure.Progress(), 1e9, quick=True, tiny=True)
+    gpu.measure_case(session, Case("tiny", 16, dtype="bfloat16"), ["trl", "cut-cross-entropy"], rounds=2)
+    times = {r["variant"]: r for r in results.data["records"] if r["kind"] == "time"}
+    assert times["ours"]["rounds"] == 2 and times["ours"]["to_limit"]["ratio"] > 1
+    assert results.find(kind="memory", variant="cut-cross-entropy")["outcome"] == "unavailable"
+    pytest.importorskip("transformers")
+    gpu.training(session)
+    trained = [r for r in results.data["records"] if r["kind"] == "training"]
+    assert [r["loss"] for r in trained] == ["ours", "materialised"]
+    assert all(r["outcome"] == "ok" and r["tokens_per_second"] > 0 for r in trained), trained
+
+
+def test_cpu_program_times_in_turn(benchmark, tmp_path, monkeypatch):
+    """`make bench` on a case small enough for a test: every record is there, and pytest-benchmark has the ratios."""
+    from types import SimpleNamespace
+
+    from bench import test_speed
+
+    case = Case("tiny", 16)
+    monkeypatch.setattr(test_speed, "CASES", [(case, ["trl", "cut-cross-entropy"], [])])
+    results = measure.Results(tmp_path / "speed.json", "cpu", fresh=True)
+    request = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: 1.0))
+    test_speed.test_case(0, benchmark, results, 1e10, measure.Progress(), request)
+    times = {r["variant"]: r for r in results.data["records"] if r["kind"] == "time"}
+    assert times["ours"]["rounds"] == times["limit"]["rounds"] == times["trl"]["rounds"] == 3
+    assert times["cut-cross-entropy"]["outcome"] == "unavailable"
+    assert benchmark.extra_info["ours"] == pytest.approx(times["ours"]["to_limit"]["ratio"], abs=1e-3)
+    assert {r["variant"] for r in results.data["records"] if r["kind"] == "check"} == {
+        "ours",
+        "trl",
+        "cut-cross-entropy",
+    }
+
+
+def test_heads_are_those_of_the_models():
+    assert HEADS["llama3"] == (128256, 4096, None) and HEADS["gemma2"] == (256000, 2304, 30.0)
+    assert head_shape("16384x256") == (16384, 256, None)
+    case = Case("smollm2", 100, pairs=3, masked=0.25)
+    assert (case.scored, case.total, case.name) == (450, 600, "smollm2-train-3x100-masked25-float32")
+    inputs = make_inputs(Case("tiny", 8, pairs=2, masked=0.5, mode="frozen"))
+    assert inputs.hidden.requires_grad and not inputs.weight.requires_grad
+    assert (inputs.labels != -100).sum() == 16 and not torch.equal(inputs.weight, inputs.ref_weight)
