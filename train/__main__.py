@@ -74,6 +74,8 @@ def load_data(options: PairOptions, tokenizer, seed: int):
 
 def build(options: PairOptions, args: TrainingArguments, resume: Path | None = None) -> PairTrainer:
     """Everything of a run, ready to train; ``resume`` is the checkpoint that it will go on from."""
+    if args.fsdp and options.method == "tr-dpo":
+        raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
     transformers.set_seed(args.seed)
     model, tokenizer = load_model(options.model, options.dtype)
     check_head(model)
