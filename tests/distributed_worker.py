@@ -10,7 +10,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -99,6 +98,7 @@ def gradients(folder: Path) -> None:
     torch.distributed.all_gather(steps, out.step)
     if rank == 0:
         save_file(found | {"step": torch.cat(steps)}, folder / "found.safetensors")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

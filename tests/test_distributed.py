@@ -114,23 +114,23 @@ def test_gradients_are_one_process(tiny, tmp_path, wrap, blank):
     g = torch.Generator().manual_seed(2)
     batches = []
     for scored in (True, not blank):
-        ids = torch.randint(3, 20, (4, 9), generator=g)
+        ids = torch.randint(3, 20, (6, 9), generator=g)
         labels = ids.roll(-1, 1)
         labels[:, :3] = labels[:, -1] = -100
         if not scored:
             labels[:] = -100
         batches.append({
-            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pair_labels": labels, "row": torch.arange(2),
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pair_labels": labels, "row": torch.arange(3),
         })  # fmt: skip
     for rank, batch in enumerate(batches):
         save_file(batch, tmp_path / f"batch-{rank}.safetensors")
-    pairs = 2 if blank else 4
+    pairs = 3 if blank else 6
     (tmp_path / "facts.json").write_text(json.dumps({"model": str(tiny), "wrap": wrap, "pairs": pairs}))
     launch(2, "gradients", tmp_path)
     found = load_file(tmp_path / "found.safetensors")
     model, loss_fn = policy(tiny)
     outs = [model(**batch) for batch in batches]
-    sum(out.loss * 2 / pairs for out in outs[: pairs // 2]).backward()
+    sum(out.loss * 3 / pairs for out in outs[: pairs // 3]).backward()
     loss_fn.update_beta()
     assert found["step"].tolist() == [s for out in outs for s in out.step.tolist()] and found["step"].any()
     assert found["beta"] == loss_fn.beta != 0.1
