@@ -159,7 +159,7 @@ class CachedReference:
         self.hidden, self.checksums = _open(self.folder, self.facts, "r")
         if (done := _read_json(self.folder / PROGRESS)["pairs"]) != len(pairs):
             raise ValueError(f"cache_reference: {folder} holds {done} of {len(pairs)} pairs")
-        head = load_file(self.folder / HEAD, device=str(device))
+        head = {name: tensor.to(device) for name, tensor in load_file(self.folder / HEAD).items()}
         self.weight, self.bias = head["weight"], head.get("bias")
         self.places: dict[bytes, Place] = {}
         start = 0

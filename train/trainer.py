@@ -196,8 +196,7 @@ class PairTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = load_file(Path(resume_from_checkpoint) / LOSS_STATE, device=str(self.args.device))
-        self.loss_fn.load_state_dict(state)
+        self.loss_fn.load_state_dict(load_file(Path(resume_from_checkpoint) / LOSS_STATE))
         if self.moving_reference:
             self.moving_reference.load(Path(resume_from_checkpoint) / REFERENCE_STATE)
 
