@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epsdpo_kernels import __version__
 from epsdpo_kernels.integrations.transformers import (
+    Reference,
     adapters_disabled,
     causal_lm,
     check_head,
@@ -73,18 +74,20 @@ def load_data(options: PairOptions, tokenizer, seed: int):
     return pairs, held_out, {split: one.as_dict() for split, one in reports.items()}
 
 
-def cached_reference(options: PairOptions, args: TrainingArguments, model, pairs, held_out) -> CachedReference:
+def cached_reference(
+    folder: str, options: PairOptions, args: TrainingArguments, model, pairs, held_out
+) -> CachedReference:
     """The reference's hidden states from their folder; rank 0 writes first what is missing there."""
     everything = [pair for part in (pairs, held_out) if part is not None for pair in part]
     with args.main_process_first(local=False, desc="the reference's hidden states"):
         if args.process_index == 0:
             reference = load_model(options.ref_model, options.dtype)[0] if options.ref_model else model
             cache.write(
-                options.cache_reference, reference.to(args.device), everything,
+                folder, reference.to(args.device), everything,
                 batch_size=args.per_device_eval_batch_size, progress_bar=not args.disable_tqdm,
                 autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
             )  # fmt: skip
-    return CachedReference(options.cache_reference, everything, args.device)
+    return CachedReference(folder, everything, args.device)
 
 
 def build(options: PairOptions, args: TrainingArguments, resume: Path | None = None) -> PairTrainer:
@@ -97,7 +100,9 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     model, tokenizer = load_model(options.model, options.dtype)
     check_head(model)
     pairs, held_out, reports = load_data(options, tokenizer, args.seed)
-    cached = cached_reference(options, args, model, pairs, held_out) if options.cache_reference else None
+    cached = None
+    if options.cache_reference:
+        cached = cached_reference(options.cache_reference, options, args, model, pairs, held_out)
     base = model
     if options.lora_r:
         import peft
@@ -110,6 +115,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         model = peft.get_peft_model(model, lora)
         lm_head(causal_lm(model))
     moving = None
+    reference: Reference
     if cached:
         reference = cached
         cached.policy = None if options.ref_model else model

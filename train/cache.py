@@ -117,7 +117,7 @@ def write(
             batch = [pairs[i] for i in range(first, min(first + batch_size, len(pairs)))]
             for number, own in enumerate(_states(model, batch, autocast)[1], first):
                 hidden[start : start + len(own)] = own
-                checksums[number] = zlib.crc32(own)
+                checksums[number] = zlib.crc32(own.data)
                 start += len(own)
             done = first + len(batch)
             bar.update(len(batch))
@@ -190,7 +190,7 @@ class CachedReference:
             number, start, prompt = self.places[_key(*(ids[j, : lengths[j]] for j in both))]
             counts = [lengths[j] - prompt for j in both]
             own = np.array(self.hidden[start : start + sum(counts)])
-            if zlib.crc32(own) != self.checksums[number]:
+            if zlib.crc32(own.data) != self.checksums[number]:
                 raise ValueError(
                     f"cache_reference: in {self.folder} the states of pair {number} are damaged; remove the folder to "
                     "write it anew"
@@ -213,9 +213,9 @@ class FirstStep(TrainerCallback):
         if state.global_step:
             self.reference.policy = None
 
-    def on_optimizer_step(self, args, state, control, *, optimizer, **kwargs):
+    def on_optimizer_step(self, args, state, control, **kwargs):
         # A warm-up begins with a learning rate of 0, which moves nothing.
-        if any(group["lr"] for group in optimizer.param_groups):
+        if any(group["lr"] for group in kwargs["optimizer"].param_groups):
             self.reference.policy = None
 
 
@@ -283,7 +283,7 @@ def _tokens(pair: dict[str, Any]) -> int:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _file_hash(path: Path) -> str:

@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.known_optimum", description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder of the table and the picture")
     parser.add_argument("--pairs", type=int, default=1 << 15)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--epsilon", type=float, default=0.01)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args(arguments)
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     for beta in BETAS:
         runs.append((f"DPO, β = {beta}", train(task, pairs, beta=beta, epsilon=0.0, steps=options.steps, seed=0)))
         print(runs[-1][0], flush=True)
-    for beta in (2.0, 0.5):
+    for beta in (2.0, 1.0):
         for seed in options.seeds:
             name = f"ε-DPO from β = {beta}, seed {seed}"
             runs.append((name, train(task, pairs, beta=beta, epsilon=options.epsilon, steps=options.steps, seed=seed)))

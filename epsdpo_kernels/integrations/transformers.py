@@ -67,7 +67,7 @@ def logit_transforms(model: PreTrainedModel) -> tuple[float, float | None]:
     return float(scale), getattr(config, "final_logit_softcapping", None)
 
 
-def gathered(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The whole of a parameter that FSDP2 has sharded; any other as it is.
 
     FSDP gathers a head when the head's own forward is called, which a fused loss never does. One gather a call; the
@@ -76,7 +76,8 @@ def gathered(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if not isinstance(parameter, DTensor):
         return parameter
     ranks = parameter.device_mesh.size()
-    whole = parameter.to(dtype).full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    cast: Any = parameter.to(dtype)
+    whole = cast.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
     if whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / ranks)
     return whole
@@ -106,7 +107,8 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
             out.router_logits, model.num_experts, model.num_experts_per_tok, attention_mask
         )
     hidden = out.last_hidden_state
-    weight, bias = (gathered(parameter, hidden.dtype) for parameter in (head.weight, head.bias))
+    weight = gathered(head.weight, hidden.dtype)
+    bias = None if head.bias is None else gathered(head.bias, hidden.dtype)
     return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
 
 
