@@ -122,9 +122,9 @@ def train(
         schedule.step()
         loss_fn.update_beta()
         if step % 20 == 0 or step == steps:
-            shares = ((out.step == s).double().mean().item() for s in (1, -1))
+            relaxed, tightened = ((out.step == s).double().mean().item() for s in (1, -1))
             now = logits.detach().clone()
-            run.append(Moment(step, loss_fn.beta.item(), *trade_off(task, now), *shares, now))
+            run.append(Moment(step, loss_fn.beta.item(), *trade_off(task, now), relaxed, tightened, now))
     return run
 
 
@@ -179,31 +179,32 @@ def picture(task: Task, runs: list[tuple[str, list[Moment]]], epsilon: float, pa
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    curve = [trade_off(task, optimal(task, math.exp(x / 20))) for x in range(-60, 60)]
-    left.plot(*zip(*curve, strict=True), color="#999999", linewidth=5, alpha=0.5, label="optimum, all β")
+    curve = [trade_off(task, optimal(task, math.exp(x / 20))) for x in range(-28, 60)]
+    left.plot(*zip(*curve, strict=True), color="#999999", linewidth=5, alpha=0.4, label="optimum, all β")
     shares = right.twinx()
+    first = next(name for name, _ in runs if not name.startswith("DPO"))
     for name, run in runs:
         x, y = [moment.kl for moment in run], [moment.reward for moment in run]
         if name.startswith("DPO"):
             left.plot(x[-1], y[-1], "s", color="black", label="DPO" if name == runs[0][0] else None)
             left.annotate(name.removeprefix("DPO, "), (x[-1], y[-1]), (6, -12), textcoords="offset points", fontsize=8)
             continue
-        label = "ε-DPO" if name.endswith("seed 0") else None
+        label = "ε-DPO" if name == first else None
         left.plot(x, y, color="#0072B2", alpha=0.7, label=label)
         left.plot(x[-1], y[-1], "o", color="#0072B2")
         right.plot([m.step for m in run], [m.beta for m in run], color="#0072B2", label=label and "β")
         for what, line in (("relaxed", "-"), ("tightened", ":")):
             values = [getattr(moment, what) for moment in run]
             shares.plot([m.step for m in run], values, line, color="#D55E00", alpha=0.6, label=label and what)
-        if label:
-            for moment in run[:: max(1, len(run) // 4)]:
+        if name.endswith("seed 0"):
+            for moment in run[len(run) // 2 :: max(1, len(run) // 2 - 1)]:
                 for sign, colour in ((1, "#D55E00"), (-1, "#009E73")):
                     # ε itself would be too short an arrow to be seen.
-                    tip = trade_off(task, perturbed(moment.logits, task.ref_logits, sign * 4 * epsilon))
-                    arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.5}
+                    tip = trade_off(task, perturbed(moment.logits, task.ref_logits, sign * 20 * epsilon))
+                    arrow = {"arrowstyle": "->", "color": colour, "linewidth": 2}
                     left.annotate("", tip, (moment.kl, moment.reward), arrowprops=arrow)
-    left.plot([], [], color="#D55E00", label="relaxed policy (4ε)")
-    left.plot([], [], color="#009E73", label="tightened policy (4ε)")
+    left.plot([], [], color="#D55E00", label="relaxed policy (20ε)")
+    left.plot([], [], color="#009E73", label="tightened policy (20ε)")
     left.set(
         xlabel="KL(policy ‖ reference), nats", ylabel="expected reward", title="The trade-off, and who lands where"
     )
@@ -213,7 +214,7 @@ def picture(task: Task, runs: list[tuple[str, list[Moment]]], epsilon: float, pa
         axes.grid(alpha=0.3)
     left.legend(fontsize=8, loc="lower right")
     lines = [line for line in (*right.lines, *shares.lines) if not str(line.get_label()).startswith("_")]
-    right.legend(lines, [str(line.get_label()) for line in lines], fontsize=8)
+    right.legend(lines, [str(line.get_label()) for line in lines], fontsize=8, loc="lower left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
