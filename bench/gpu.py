@@ -224,7 +224,8 @@ def stage_times(case: Case, device: str) -> dict[str, Any]:
     )  # fmt: skip
     budget = 8 * case.total * len(inputs.weight)
     with torch.no_grad():
-        run = linear._pass(*arguments, torch.tensor(BETA, device=device), EPSILON, engine, budget, True)
+        by = plan.Decision(torch.tensor(BETA, device=device), 0.0, None, None)
+        run = linear._pass(*arguments, by.beta, EPSILON, engine, budget, None, None, True)
         into: Gradients = linear._buffers(run, [True, True, False])
         tile, tokens = run.layout.series[0].tiles[0], run.tokens
         a, x = run.project(tile)
@@ -238,9 +239,7 @@ def stage_times(case: Case, device: str) -> dict[str, Any]:
             "policy product": lambda: run.policy.project(x, fp32),
             "reference product": lambda: run.reference.project(ref_x, b),
             "sweep": lambda: run.engine.sweep(fp32, b, tile, tokens, run.policy, run.reference, EPSILON),
-            "decide": lambda: plan.decide(
-                tokens, range(case.pairs), torch.tensor(BETA, device=device), EPSILON, 0.0, out
-            ),
+            "decide": lambda: plan.decide(tokens, range(case.pairs), EPSILON, by, out),
             "gradient": lambda: run.engine.gradient(fp32, tile, tokens, coefficient, run.policy),
             "dX": lambda: run.policy.backward(g, x, rows, Gradients(into.hidden, None, None), False),
             "dW": lambda: run.policy.backward(g, x, rows, Gradients(None, into.weight, None), False),

@@ -7,15 +7,114 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from epsdpo_kernels import EpsilonDPOLoss
+from epsdpo_kernels.integrations.transformers import frozen_reference, run_loss_in_forward
+from train.__main__ import main
+from train.trainer import PairTrainer
 
 
 def ddp(folder: Path) -> None:
     """The trainer, with the flags that the folder holds."""
-    from train.__main__ import main
-
     trainer = main(json.loads((folder / "flags.json").read_text()))
     assert trainer.args.world_size == torch.distributed.get_world_size()
 
 
+def fsdp(folder: Path) -> None:
+    """The same, sharded by accelerate's own FSDP2."""
+    shard_on_cpu()
+    trainer = main(json.loads((folder / "flags.json").read_text()))
+    assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+
+
+def shard_on_cpu() -> None:
+    """accelerate takes FSDP for GPUs alone; its preparation of model and optimizer runs on gloo all the same."""
+    create = PairTrainer.create_accelerator_and_postprocess
+
+    def created(self):
+        create(self)
+        state = self.accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        # The one is copied over the other whenever accelerate looks up its state.
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+    PairTrainer.create_accelerator_and_postprocess = created
+
+
+class InTiles(EpsilonDPOLoss):
+    """A tile holds a few tokens only, so that a call has many."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs, max_tile_bytes=1 << 10)
+
+
+def policy(folder: Path) -> tuple[torch.nn.Module, EpsilonDPOLoss]:
+    """The folder's model, its loss within its forward; the reference is a perturbed copy."""
+    model, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2)
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    loss_fn = InTiles(0.1, 0.05)
+    run_loss_in_forward(model, frozen_reference(reference), loss_fn)
+    return model, loss_fn
+
+
+def gradients(folder: Path) -> None:
+    """One step's gradients, a micro-batch a rank, with the model wrapped as the folder says."""
+    facts = json.loads((folder / "facts.json").read_text())
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model, loss_fn = policy(Path(facts["model"]))
+    wrapped = model
+    if facts["wrap"] == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        # A head that is sharded apart is not gathered by anybody's forward; else the root gathers it.
+        for part in (*model.model.layers, *([model.lm_head] if facts["wrap"] == "head apart" else [])):
+            fully_shard(part)
+        fully_shard(model)
+    counted = count_gathers()
+    batch = load_file(folder / f"batch-{rank}.safetensors")
+    out = wrapped(**batch)
+    scored = int((batch["pair_labels"] != -100).any()) * len(batch["row"])
+    (out.loss * (scored * world / facts["pairs"])).backward()
+    assert len(counted) == (facts["wrap"] == "head apart"), counted
+    loss_fn.update_beta()
+    found = {"beta": loss_fn.beta}
+    for name, p in model.named_parameters():
+        assert isinstance(p.grad, DTensor) == (facts["wrap"] != "ddp"), name
+        found[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+    steps = [torch.zeros_like(out.step) for _ in range(world)]
+    torch.distributed.all_gather(steps, out.step)
+    if rank == 0:
+        save_file(found | {"step": torch.cat(steps)}, folder / "found.safetensors")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def count_gathers() -> list[tuple[int, ...]]:
+    """The shapes of parameters that are gathered by hand from now on."""
+    shapes: list[tuple[int, ...]] = []
+    full_tensor = DTensor.full_tensor
+
+    def counting(self, **kwargs):
+        if "grad_placements" in kwargs:
+            shapes.append(tuple(self.shape))
+        return full_tensor(self, **kwargs)
+
+    DTensor.full_tensor = counting
+    return shapes
+
+
 if __name__ == "__main__":
-    {"ddp": ddp}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "fsdp": fsdp, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))

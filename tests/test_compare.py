@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("matplotlib", reason="the trainer's extra is not installed")
 from runs import flags  # noqa: E402
 from train import compare  # noqa: E402
 from train.data import Collator, load_pairs  # noqa: E402
+from train.record import read  # noqa: E402
 
 
 def test_compare(tiny, tmp_path, monkeypatch, capsys):
@@ -23,12 +25,24 @@ def test_compare(tiny, tmp_path, monkeypatch, capsys):
     passed_on = [
         f for f in flags(tiny, tmp_path, eval_fraction=0.25) if not f.startswith(("--output", "--seed", "--disab"))
     ]
-    arguments = ["--out", str(tmp_path), "--methods", "dpo", "eps-dpo", "--seeds", "5", *passed_on]
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--methods",
+        "dpo",
+        "eps-dpo",
+        "--seeds",
+        "5",
+        "--micro-steps",
+        "6",
+        *passed_on,
+    ]
     compare.main(arguments)
     assert "written to" in capsys.readouterr().out
     runs = compare.collect(tmp_path, ["dpo", "eps-dpo"], [5])
     text = (tmp_path / "comparison.md").read_text()
-    assert len(text.splitlines()) == 4 and f"{runs[1]['margin']:.3f}" in text
+    rows = [line.split(" | ") for line in text.splitlines()]
+    assert len(rows) == 15 and f"{runs[1]['margin']:.3f}" in text
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
     # The held-out figures, worked out again with all logits.
@@ -50,8 +64,31 @@ def test_compare(tiny, tmp_path, monkeypatch, capsys):
         kl = (x.exp() * (x - y)).sum(-1)[:12][chosen].mean().item()
         assert runs[1][name] == pytest.approx(kl, rel=1e-3)
 
+    # The batch in micro-batches: six steps of eight pairs, decided alike for ε-DPO; β-DPO's β is another.
+    micro = rows[-6:]
+    assert [row[1] for row in micro] == ["1 × 8", "2 × 4", "8 × 1"] * 2
+    beta = [float(row[-1].strip(" |")) for row in micro]
+    assert [row[0] for row in micro] == ["| eps-dpo"] * 3 + ["| beta-dpo"] * 3
+    assert [row[2:5] for row in micro[:3]] == [["48", "0", "0.00%"]] * 3 and beta[0] == beta[1] == beta[2] != 0.1
+    assert all(float(row[4].strip("%")) > 0 for row in micro[4:]) and len(set(beta[3:])) == 3
+    decided = [
+        read(tmp_path / "micro-batches" / f"eps-dpo-{count}x{size}" / "record").to_pandas().query("split == 'train'")
+        for size, count in compare.MICRO_BATCHES
+    ]
+    steps = [run.set_index(["step", "row"])["decision"].sort_index() for run in decided]
+    assert steps[0].equals(steps[1]) and steps[0].equals(steps[2]) and steps[0].any()
+
+    # A run of other pairs under the same name is no comparison.
+    broken = tmp_path / "micro-batches" / "eps-dpo-2x4"
+    broken.rename(tmp_path / "kept")
+    shutil.copytree(tmp_path / "dpo-5", broken)
+    with pytest.raises(ValueError, match="its steps are of other pairs than the first run's"):
+        compare.micro_table(tmp_path)
+    shutil.rmtree(broken)
+    (tmp_path / "kept").rename(broken)
+
     # Nothing is run a second time.
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/trainer_state.json")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("trainer_state.json")}
     start = time.perf_counter()
     compare.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in before} == before and time.perf_counter() - start < 20

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
+from cases import relative_error  # noqa: E402
+from distributed_worker import policy  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
+from train.record import read  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,12 +39,40 @@ def log_of(run: Path) -> list[dict]:
     return [entry for entry in history if "loss" in entry]
 
 
+def cut(tiny: Path, folder: Path, pairs: int) -> Path:
+    """A file with the first pairs of the tiny data set."""
+    lines = (tiny / "pairs.jsonl").read_text().splitlines(keepends=True)[:pairs]
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return folder / "pairs.jsonl"
+
+
+def assert_same_run(two: Path, one: Path, steps: int) -> None:
+    """Decisions and β pair by pair, losses, and the weights in the end."""
+    ours, theirs = (
+        read(run / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True) for run in (two, one)
+    )
+    for name in ("split", "step", "row", "pair_id", "decision"):
+        assert ours[name].tolist() == theirs[name].tolist(), name
+    assert ours["step"].max() == steps and set(ours["rank"]) == {0, 1}
+    for name in ("beta", "beta_used", "loss"):
+        assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), rel=1e-6, abs=1e-6), name
+    # A difference of log-probs of some 20 nats, which fp32 rounds to 2e-6 each.
+    assert ours["margin"].tolist() == pytest.approx(theirs["margin"].tolist(), rel=1e-5, abs=1e-5)
+    for a, b in zip(log_of(two), log_of(one), strict=True):
+        # transformers logs the loss rounded to four digits of its own.
+        assert a["loss"] == pytest.approx(b["loss"], abs=1.1e-4)
+        assert a["beta/running"] == pytest.approx(b["beta/running"], rel=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    weights = load_file(next(one.glob("*model.safetensors")))
+    for name, p in load_file(next(two.glob("*model.safetensors"))).items():
+        if name in weights:  # a gathered checkpoint spells a tied head out
+            assert ((p - weights[name]).norm() / weights[name].norm()).item() < 1e-5, name
+
+
 @pytest.mark.parametrize("method, pairs", [("eps-dpo", 48), ("eps-dpo", 43), ("eps-dpo", 38), ("beta-dpo", 43)])
 def test_ddp_is_one_process(tiny, tmp_path, pairs, method):
-    """48 pairs fill every batch of 6; 43 leave 1 for two ranks, 38 leave 2."""
-    lines = (tiny / "pairs.jsonl").read_text().splitlines(keepends=True)[:pairs]
-    (tmp_path / "pairs.jsonl").write_text("".join(lines))
-    more = {"dataset": tmp_path / "pairs.jsonl", "method": method, "num_train_epochs": 2, "eval_fraction": 0.0}
+    """48 pairs fill every batch of 6; 43 leave 1 for two ranks, so one of them has nothing to score; 38 leave 2."""
+    more = {"dataset": cut(tiny, tmp_path, pairs), "method": method, "num_train_epochs": 2, "eval_fraction": 0.0}
     # One process takes the two ranks' micro-batches one after the other.
     one = flags(tiny, tmp_path / "one", **more, gradient_accumulation_steps=2)
     two = flags(tiny, tmp_path / "two", **more, gradient_accumulation_steps=1)
@@ -49,18 +81,70 @@ def test_ddp_is_one_process(tiny, tmp_path, pairs, method):
     main(one)
     (tmp_path / "flags.json").write_text(json.dumps(two))
     launch(2, "ddp", tmp_path)
-    ours, theirs = log_of(tmp_path / "two"), log_of(tmp_path / "one")
-    assert len(ours) == len(theirs) == 2 * -(-pairs // 6)
-    names = ["loss", "beta/running", "beta/relaxed", "beta/kept", "beta/tightened", "kl/chosen", "rewards/margins"]
-    for a, b in zip(ours, theirs, strict=True):
-        for name in names:
-            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-6), (name, a["step"])
-    for (name, p), q in zip(
-        load_file(tmp_path / "two" / "model.safetensors").items(),
-        load_file(tmp_path / "one" / "model.safetensors").values(),
-        strict=True,
-    ):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=name)
+    assert_same_run(tmp_path / "two", tmp_path / "one", 2 * -(-pairs // 6))
+
+
+@pytest.mark.parametrize("pairs, tied, more", [
+    (43, False, {"gradient_accumulation_steps": 1}),
+    (43, True, {"gradient_accumulation_steps": 2}),
+    (32, False, {"gradient_accumulation_steps": 1, "lora_r": 4, "eval_fraction": 0.25}),
+], ids=["uneven", "tied, accumulated", "lora, evaluated"])  # fmt: skip
+def test_fsdp_is_one_process(tiny, tmp_path, pairs, tied, more):
+    """accelerate's FSDP2 shards backbone and head."""
+    model = tiny
+    if tied:
+        model = shutil.copytree(tiny, tmp_path / "tied")
+        config = transformers.AutoConfig.from_pretrained(tiny, tie_word_embeddings=True)
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    more |= {"model": model, "dataset": cut(tiny, tmp_path, pairs), "per_device_eval_batch_size": 3}
+    accumulated = 2 * more["gradient_accumulation_steps"]
+    main(flags(tiny, tmp_path / "one", **more | {"gradient_accumulation_steps": accumulated}))
+    (tmp_path / "fsdp.json").write_text(json.dumps({"version": 2}))
+    sharded = ["--fsdp=full_shard", f"--fsdp_config={tmp_path / 'fsdp.json'}"]
+    (tmp_path / "flags.json").write_text(json.dumps([*flags(tiny, tmp_path / "two", **more), *sharded]))
+    launch(2, "fsdp", tmp_path)
+    trained = pairs - round(pairs * more.get("eval_fraction", 0))
+    assert_same_run(tmp_path / "two", tmp_path / "one", -(-trained // (3 * accumulated)))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "by the root", "head apart"])
+@pytest.mark.parametrize("blank", [False, True], ids=["both score", "one has nothing to score"])
+def test_gradients_are_one_process(tiny, tmp_path, wrap, blank):
+    g = torch.Generator().manual_seed(2)
+    batches = []
+    for scored in (True, not blank):
+        ids = torch.randint(3, 20, (6, 9), generator=g)
+        labels = ids.roll(-1, 1)
+        labels[:, :3] = labels[:, -1] = -100
+        if not scored:
+            labels[:] = -100
+        batches.append({
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pair_labels": labels, "row": torch.arange(3),
+        })  # fmt: skip
+    for rank, batch in enumerate(batches):
+        save_file(batch, tmp_path / f"batch-{rank}.safetensors")
+    pairs = 3 if blank else 6
+    (tmp_path / "facts.json").write_text(json.dumps({"model": str(tiny), "wrap": wrap, "pairs": pairs}))
+    launch(2, "gradients", tmp_path)
+    found = load_file(tmp_path / "found.safetensors")
+    model, loss_fn = policy(tiny)
+    outs = [model(**batch) for batch in batches]
+    sum(out.loss * 3 / pairs for out in outs[: pairs // 3]).backward()
+    loss_fn.update_beta()
+    assert found["step"].tolist() == [s for out in outs for s in out.step.tolist()] and found["step"].any()
+    assert found["beta"] == loss_fn.beta != 0.1
+    for name, p in model.named_parameters():
+        assert relative_error(found[name], p.grad) < 1e-5, name
+
+
+def test_what_is_not_sharded_is_refused(tiny, tmp_path):
+    """The trainer asked for FSDP where accelerate would replicate, and a reference that reads whole weights."""
+    with pytest.raises(ValueError, match="fsdp: tr-dpo mixes whole weights"):
+        main([*flags(tiny, tmp_path / "moving", method="tr-dpo"), "--fsdp"])
+    (tmp_path / "flags.json").write_text(json.dumps([*flags(tiny, tmp_path / "ddp"), "--fsdp"]))
+    with pytest.raises(AssertionError, match="fsdp: accelerate makes MULTI_CPU of it here, takes several GPUs"):
+        launch(2, "ddp", tmp_path)
 
 
 def test_micro_batches_do_not_matter(tiny, tmp_path):
@@ -68,10 +152,8 @@ def test_micro_batches_do_not_matter(tiny, tmp_path):
     logs = []
     for size in (8, 4, 1):
         more = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "num_train_epochs": 2}
-        lines = (tiny / "pairs.jsonl").read_text().splitlines(keepends=True)[:45]
-        (tmp_path / "pairs.jsonl").write_text("".join(lines))
         run = tmp_path / str(size)
-        main(flags(tiny, run, dataset=tmp_path / "pairs.jsonl", **more))
+        main(flags(tiny, run, dataset=cut(tiny, tmp_path, 45), **more))
         logs.append(log_of(run))
     for entries in zip(*logs, strict=True):
         for name in ("loss", "beta/running", "beta/relaxed", "beta/tightened", "rewards/margins"):

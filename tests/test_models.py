@@ -1,5 +1,7 @@
 """Heads of real model classes, small and random: what the loss is given is what the model's own forward computes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,8 +18,10 @@ SMALL = {
 MODELS = {
     "Llama": ("LlamaConfig", {"tie_word_embeddings": False}),
     "Llama tied": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "Qwen2": ("Qwen2Config", {}),
-    "Qwen3": ("Qwen3Config", {}),
+    "Qwen2": ("Qwen2Config", {"tie_word_embeddings": False}),
+    "Qwen2 tied": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
+    "Qwen3 tied": ("Qwen3Config", {"tie_word_embeddings": True}),
     "Mistral": ("MistralConfig", {"sliding_window": 4}),
     "Gemma2": ("Gemma2Config", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
     "Gemma3": ("Gemma3TextConfig", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
@@ -62,6 +66,8 @@ def test_loss_follows_from_the_models_own_logits(name):
         for p in reference.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     check_head(policy)
+    if name.endswith(" tied"):
+        assert policy.lm_head.weight is policy.model.embed_tokens.weight
     ids, mask, labels = batch()
     ours, ref = head_inputs(policy, ids, mask), head_inputs(reference, ids, mask)
     out = linear_epsilon_dpo(
@@ -92,7 +98,24 @@ def test_loss_follows_from_the_models_own_logits(name):
         assert ours.router_loss is None
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Cohere", "Phi"])
+def test_the_table_names_them_all():
+    """docs/models.md: a row a configuration, with what its head has and how that is read."""
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    rows = {row[0]: row for row in rows if row[0] in MODELS}
+    assert list(rows) == list(MODELS)
+    for name, (_, tied, scale, softcap, bias, router) in rows.items():
+        model = build(name)
+        embeddings = model.get_input_embeddings().weight
+        assert (tied == "yes") == (model.get_output_embeddings().weight is embeddings), name
+        found = head_inputs(model, *batch()[:2])
+        assert (bias == "yes") == (found.bias is not None), name
+        assert (scale != "–") == (found.logit_scale != 1), name
+        assert (softcap != "–") == (found.softcap is not None), name
+        assert (router == "yes") == (found.router_loss is not None), name
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_bf16_weights(name):
     model = build(name, torch.bfloat16)
     check_head(model)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epsdpo_kernels import __version__
 from epsdpo_kernels.integrations.transformers import (
+    Reference,
     adapters_disabled,
     causal_lm,
     check_head,
@@ -22,7 +23,8 @@ from epsdpo_kernels.integrations.transformers import (
     lm_head,
 )
 
-from . import data
+from . import cache, data
+from .cache import CachedReference, FirstStep
 from .methods import MovingReference, make_loss
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
 from .record import Recorder
@@ -72,11 +74,35 @@ def load_data(options: PairOptions, tokenizer, seed: int):
     return pairs, held_out, {split: one.as_dict() for split, one in reports.items()}
 
 
+def cached_reference(
+    folder: str, options: PairOptions, args: TrainingArguments, model, pairs, held_out
+) -> CachedReference:
+    """The reference's hidden states from their folder; rank 0 writes first what is missing there."""
+    everything = [pair for part in (pairs, held_out) if part is not None for pair in part]
+    with args.main_process_first(local=False, desc="the reference's hidden states"):
+        if args.process_index == 0:
+            reference = load_model(options.ref_model, options.dtype)[0] if options.ref_model else model
+            cache.write(
+                folder, reference.to(args.device), everything,
+                batch_size=args.per_device_eval_batch_size, progress_bar=not args.disable_tqdm,
+                autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            )  # fmt: skip
+    return CachedReference(folder, everything, args.device)
+
+
 def build(options: PairOptions, args: TrainingArguments, resume: Path | None = None) -> PairTrainer:
     """Everything of a run, ready to train; ``resume`` is the checkpoint that it will go on from."""
+    if args.fsdp and options.method == "tr-dpo":
+        raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
+    if options.cache_reference and options.method == "tr-dpo":
+        raise ValueError("cache_reference: tr-dpo's reference follows the policy, takes no cache")
     transformers.set_seed(args.seed)
     model, tokenizer = load_model(options.model, options.dtype)
     check_head(model)
+    pairs, held_out, reports = load_data(options, tokenizer, args.seed)
+    cached = None
+    if options.cache_reference:
+        cached = cached_reference(options.cache_reference, options, args, model, pairs, held_out)
     base = model
     if options.lora_r:
         import peft
@@ -89,7 +115,11 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         model = peft.get_peft_model(model, lora)
         lm_head(causal_lm(model))
     moving = None
-    if options.lora_r and options.method != "tr-dpo":
+    reference: Reference
+    if cached:
+        reference = cached
+        cached.policy = None if options.ref_model else model
+    elif options.lora_r and options.method != "tr-dpo":
         reference = adapters_disabled(model)
     else:
         if options.ref_model:
@@ -101,7 +131,6 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
             moving = MovingReference(model, ref_model, options.sync_alpha, options.sync_steps)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
-    pairs, held_out, reports = load_data(options, tokenizer, args.seed)
     loss_fn = make_loss(
         options.method, beta=options.beta, epsilon=options.epsilon, beta_update=options.beta_update,
         label_smoothing=options.label_smoothing, veto=veto_bounds(options.veto),
@@ -119,6 +148,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         data_collator=data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
         processing_class=tokenizer,
     )  # fmt: skip
+    if cached:
+        trainer.add_callback(FirstStep(cached))
     if trainer.is_world_process_zero():
         facts = {
             "version": __version__, "torch": torch.__version__, "transformers": transformers.__version__,

@@ -2,7 +2,8 @@
 
 Every run is a ``python -m train`` of its own, so that memory and time are its own; a run that is there is not made
 again, and one that was cut short goes on. Each final policy is then measured against the ORIGINAL reference, also
-where the method's own reference has moved.
+where the method's own reference has moved. Short runs beside them show what the same batch, cut into other
+micro-batches, decides.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from torch.utils.data import DataLoader
 from epsdpo_kernels import linear_pair_stats
 from epsdpo_kernels.integrations.transformers import head_inputs
 
-from . import data
+from . import data, record
 from .__main__ import load_model
 from .methods import METHODS
 
 FINAL = "against_original.json"
 # What a comparison calls eps-dpo with a veto.
 VETO = "eps-dpo-veto"
+# The same eight pairs a step: pairs a micro-batch × micro-batches.
+MICRO_BATCHES = ((8, 1), (4, 2), (1, 8))
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -37,6 +40,9 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--veto", nargs="+", metavar="BOUND", help=f"also runs eps-dpo with this veto, as {VETO}")
+    parser.add_argument(
+        "--micro-steps", type=int, default=12, help="steps of the runs that compare micro-batches; 0 leaves them out"
+    )
     options, flags = parser.parse_known_args(arguments)
     if options.veto:
         options.methods.append(VETO)
@@ -145,6 +151,43 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def train_micro(out: Path, seed: int, steps: int, flags: list[str]) -> None:
+    """The runs of :func:`micro_table`."""
+    for method in ("eps-dpo", "beta-dpo"):
+        for size, count in MICRO_BATCHES:
+            own = [
+                f"--max_steps={steps}", f"--per_device_train_batch_size={size}",
+                f"--gradient_accumulation_steps={count}", "--save_strategy=no", "--eval_strategy=no",
+                "--eval_fraction=0",
+            ]  # fmt: skip
+            train(out / "micro-batches" / f"{method}-{count}x{size}", method, seed, [*flags, *own])
+
+
+def micro_table(out: Path) -> str:
+    """Markdown, a row a run: decisions, β and margins of every pair against those of the whole batch at once."""
+    lines = [
+        "| method | micro-batches × pairs | pairs | decided otherwise | largest change of a β used | β at the end |",
+        "| --- |" + " --- |" * 5,
+    ]
+    for method in ("eps-dpo", "beta-dpo"):
+        whole = None
+        for size, count in MICRO_BATCHES:
+            run = out / "micro-batches" / f"{method}-{count}x{size}"
+            pairs = record.read(run / "record").to_pandas().query("split == 'train'")
+            pairs = pairs.sort_values(["step", "row"], ignore_index=True)
+            whole = pairs if whole is None else whole
+            if not pairs[["step", "row"]].equals(whole[["step", "row"]]):
+                raise ValueError(f"{run}: its steps are of other pairs than the first run's; remove the folder")
+            otherwise = (pairs["decision"] != whole["decision"]).sum()
+            # β-DPO leaves pairs out at random, with a β of 0.
+            used = (pairs["beta_used"] > 0) & (whole["beta_used"] > 0)
+            change = (pairs["beta_used"] / whole["beta_used"] - 1).abs()[used].max()
+            log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+            beta = [entry["beta/running"] for entry in log if "loss" in entry][-1]
+            lines.append(f"| {method} | {count} × {size} | {len(pairs)} | {otherwise} | {change:.2%} | {beta:.5f} |")
+    return "\n".join(lines)
+
+
 def picture(runs: list[dict], path: Path) -> None:
     """Margin against KL from the original, and β and decisions over steps."""
     import matplotlib
@@ -187,10 +230,15 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in options.seeds:
         for method in options.methods:
             train(options.out / f"{method}-{seed}", method, seed, flags, options.veto)
+    if options.micro_steps:
+        train_micro(options.out, options.seeds[0], options.micro_steps, flags)
     runs = collect(options.out, options.methods, options.seeds)
-    (options.out / "comparison.md").write_text(table(runs) + "\n", encoding="utf-8")
+    text = table(runs)
+    if options.micro_steps:
+        text += "\n\nThe same eight pairs a step, in micro-batches:\n\n" + micro_table(options.out)
+    (options.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
     picture(runs, options.out / "comparison.png")
-    print(table(runs))
+    print(text)
     print(f"\nwritten to {options.out / 'comparison.md'} and {options.out / 'comparison.png'}")
 
 

@@ -50,6 +50,10 @@ class PairOptions:
     )
     beta_dpo_alpha: float = field(default=0.6, metadata={"help": "how strongly beta-dpo's β follows the margin"})
     beta_dpo_keep: float = field(default=0.8, metadata={"help": "share of pairs that beta-dpo keeps"})
+    cache_reference: str | None = field(
+        default=None,
+        metadata={"help": "folder for the reference's hidden states, written once; training then needs no reference"},
+    )
     sync_alpha: float = field(default=0.6, metadata={"help": "tr-dpo: share of the policy in a synced reference"})
     sync_steps: int = field(default=1, metadata={"help": "tr-dpo: optimizer steps between syncs"})
     lora_r: int = field(default=0, metadata={"help": "rank of LoRA adapters; 0 trains all weights"})

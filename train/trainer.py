@@ -84,6 +84,7 @@ class PairTrainer(Trainer):
         record: a :class:`PairRecord` that takes every micro-batch, or None.
 
     Raises:
+        ValueError: ``args.fsdp`` is asked for where accelerate does not shard.
         NotFiniteError: during training, before the optimizer step, naming step and pairs.
     """
 
@@ -95,6 +96,11 @@ class PairTrainer(Trainer):
             if kwargs.get(name) is not None:
                 kwargs[name] = WithBlank(kwargs[name])
         super().__init__(model, args, **kwargs)
+        if args.fsdp and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
+                "version 2 (the default of fsdp_config); on CPUs it would replicate the model without a word"
+            )
         # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
         self.loss_is_scaled_for_ga = True
         self.loss_fn = loss_fn.to(args.device)
@@ -209,8 +215,7 @@ class PairTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = load_file(Path(resume_from_checkpoint) / LOSS_STATE, device=str(self.args.device))
-        self.loss_fn.load_state_dict(state)
+        self.loss_fn.load_state_dict(load_file(Path(resume_from_checkpoint) / LOSS_STATE))
         if self.moving_reference:
             self.moving_reference.load(Path(resume_from_checkpoint) / REFERENCE_STATE)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from ..linear import EpsilonDPOOutput
@@ -66,6 +67,22 @@ def logit_transforms(model: PreTrainedModel) -> tuple[float, float | None]:
     return float(scale), getattr(config, "final_logit_softcapping", None)
 
 
+def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The whole of a parameter that FSDP2 has sharded; any other as it is.
+
+    FSDP gathers a head when the head's own forward is called, which a fused loss never does. One gather a call; the
+    gradient comes back as FSDP's do, sharded and averaged over the ranks.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    ranks = parameter.device_mesh.size()
+    cast: Any = parameter.to(dtype)
+    whole = cast.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / ranks)
+    return whole
+
+
 def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> HeadInputs:
     """Runs the backbone, never the head.
 
@@ -83,11 +100,16 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
     router_loss = None
     config = model.config.get_text_config()
     if getattr(out, "router_logits", None) is not None and config.output_router_logits:
-        balance = sys.modules[type(model).__module__].load_balancing_loss_func
+        # FSDP2 gives the model a class of its own, in a module of its own.
+        modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
+        balance = next(m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func"))
         router_loss = config.router_aux_loss_coef * balance(
             out.router_logits, model.num_experts, model.num_experts_per_tok, attention_mask
         )
-    return HeadInputs(out.last_hidden_state, head.weight, head.bias, scale, softcap, router_loss)
+    hidden = out.last_hidden_state
+    weight = gathered(head.weight, hidden.dtype)
+    bias = None if head.bias is None else gathered(head.bias, hidden.dtype)
+    return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
 
 
 @torch.no_grad()
