@@ -116,8 +116,11 @@ def linear_epsilon_dpo(
         hidden, weight, labels, ref_hidden, ref_weight, bias, ref_bias, logit_scale, softcap, ref_logit_scale,
         ref_softcap, engine, max_tile_bytes, cu_seqlens,
     )  # fmt: skip
-    double = hidden.dtype == torch.float64
-    beta = torch.as_tensor(beta, dtype=torch.float64 if double else torch.float32).detach().to(hidden.device)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if isinstance(beta, Tensor):
+        beta = beta.detach().to(hidden.device, dtype)
+    else:  # filled on the device: a copy from the host would wait for it
+        beta = torch.full((), beta, dtype=dtype, device=hidden.device)
     loss, r = _SinglePass.apply(*heads, beta.reshape(()), epsilon, label_smoothing, engine, max_tile_bytes)
     return output(
         loss, r[plan.LOSS], r[plan.STEP].to(torch.int8), r[plan.BETA],
@@ -204,12 +207,14 @@ def _heads(
     return (x, weight, bias, labels.reshape(-1), cu_seqlens.long(), ref_x, ref_weight, ref_bias, *transforms), engine
 
 
-def _engine(name: str) -> ModuleType:
+def _engine(name: str, device: torch.device) -> ModuleType:
     """The module of an engine's tile operations; Triton's kernels are imported when first asked for."""
     if name == "torch":
         return tiles_torch
-    from . import tiles_triton
+    from . import tiles_triton, triton_blocks
 
+    if device.type != "cuda" and not triton_blocks.INTERPRETED:
+        raise ValueError(f"engine: got 'triton' for tensors on {device}, takes 'torch' or 'auto' there")
     return tiles_triton
 
 
@@ -218,6 +223,7 @@ def _pass(
     epsilon, engine, max_tile_bytes, keep,
 ) -> plan.Pass:  # fmt: skip
     """Lays the call out. The numbers of scored tokens are read here, once, before any work."""
+    tiles = _engine(engine, x.device)
     lengths = checks.scored_lengths(labels, cu_seqlens, weight.shape[0], beta)
     logit_free = engine == "triton" and (TRAIN_LOGIT_FREE or not keep)
     itemsize = 8 if x.dtype == torch.float64 else 4
@@ -225,8 +231,15 @@ def _pass(
     if logit_free and not keep:
         rows = max(1, len(labels))  # there are no logits to find room for
     layout = plan.lay_out(labels, cu_seqlens, lengths if any(lengths) else [], rows)
+    # Kernels read biases, and the logit-free one heads, without strides: what has to be copied is copied once a call.
+    bias, ref_bias = (None if t is None else t.contiguous() for t in (bias, ref_bias))
+    if logit_free:
+        same = weight.data_ptr() == ref_weight.data_ptr() and weight.shape == ref_weight.shape
+        same = same and weight.stride() == ref_weight.stride()
+        weight = weight.contiguous()
+        ref_weight = weight if same else ref_weight.contiguous()
     policy, reference = Head(weight, bias, scale, softcap), Head(ref_weight, ref_bias, ref_scale, ref_softcap)
-    return plan.Pass(x, ref_x, labels, policy, reference, layout, epsilon, _engine(engine), logit_free, keep)
+    return plan.Pass(x, ref_x, labels, policy, reference, layout, epsilon, tiles, logit_free, keep)
 
 
 def _buffers(run: plan.Pass, needs: list[bool]) -> Gradients:

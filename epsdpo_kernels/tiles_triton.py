@@ -19,7 +19,7 @@ from .triton_sums import _arrive, _block_sums, _logits, _merge, _no_words, _stor
 __all__ = ["gradient", "project_and_sweep", "sweep"]
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "swept_stride", "pairs"])
 def _sweep_kernel(
     a_ptr,  # (rows, V) the policy's x·Wᵀ
     b_ptr,  # (rows, V) the reference's
@@ -91,7 +91,7 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "swept_stride"])
 def _gradient_kernel(
     a_ptr,  # (rows, V) the policy's x·Wᵀ, overwritten
     out_ptr,  # (rows, V) in the same memory: the same tile, or 16-bit elements in the front half of each row
