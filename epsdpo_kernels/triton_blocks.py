@@ -36,10 +36,8 @@ ROW = {"interpreter": Row(128, 16, 1), "gpu": Row(4096, 512, 8)}
 PRODUCT: dict[str, dict[int, tuple[tuple[int | None, Product], ...]]] = {
     "interpreter": {2: ((None, Product(16, 64, 32, 1, 1)),), 4: ((None, Product(16, 64, 32, 1, 1)),)},
     "sm_80": {2: ((None, Product(64, 128, 64, 8, 3)),), 4: ((None, Product(64, 64, 32, 8, 2)),)},
-    "sm_90": {2: ((None, Product(64, 128, 64, 8, 3)),),
-              4: ((None, Product(64, 64, 32, 8, 2)),)},
-    "sm_100": {2: ((1024, Product(64, 128, 64, 8, 3)), (None, Product(128, 128, 64, 8, 3))),
-               4: ((None, Product(64, 64, 32, 8, 2)),)},
+    "sm_90": {2: ((None, Product(64, 128, 64, 8, 3)),), 4: ((None, Product(64, 64, 32, 8, 2)),)},
+    "sm_100": {2: ((None, Product(128, 128, 64, 8, 3)),), 4: ((None, Product(64, 64, 32, 8, 2)),)},
     "sm_120": {2: ((None, Product(64, 128, 64, 8, 2)),), 4: ((None, Product(64, 64, 32, 8, 2)),)},
     "gfx942": {2: ((None, Product(64, 128, 64, 8, 2)),), 4: ((None, Product(64, 64, 32, 8, 2)),)},
 }  # fmt: skip
@@ -47,9 +45,9 @@ PRODUCT: dict[str, dict[int, tuple[tuple[int | None, Product], ...]]] = {
 # Splits of the vocabulary over programs. One number for all calls: a pair's sums must not depend, not even in their
 # last bit, on how many rows are swept with it.
 SPLITS = {"interpreter": 3, "gpu": 32}
-# Row blocks that go through a split of the head side by side. At H 4096 in 16 bits the hidden states of eight blocks of
-# 128 rows, both models', are 16 MB, a third of an H100's L2; a block of the head then leaves memory once for 1024 rows.
-GROUP = 8
+# Row blocks that go through a split of the head side by side. At H 4096 in 16 bits the hidden states of 16 blocks of 64
+# rows, both models', are 16 MB, a third of an H100's L2; a block of the head then leaves memory once for 1024 rows.
+GROUP = 16
 
 # Architectures whose copy engine loads blocks through tensor descriptors.
 DESCRIPTORS = ("sm_90", "sm_100", "sm_120")

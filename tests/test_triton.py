@@ -301,6 +301,9 @@ def test_rows_beyond_2_31_elements():
     assert results[0][3].abs().sum(1).min() > 0.1
 
 
+GROUP = 2  # row blocks side by side, of which a launch that stops early runs one group
+
+
 def launch_project(rows: int, n: int, a: torch.Tensor, parts: torch.Tensor) -> Tokens:
     """The first group of row blocks of a launch that claims ``rows`` rows, of which there are n."""
     blocks = triton_blocks.product("interpreter", 4, 16)
@@ -309,12 +312,12 @@ def launch_project(rows: int, n: int, a: torch.Tensor, parts: torch.Tensor) -> T
     x, ref_x = torch.randn(2, n, hidden, generator=g)
     weight, ref_weight = torch.randn(2, vocabulary, hidden, generator=g) / 4
     tokens = tokens_of_one_pair(n, vocabulary)
-    programs = min(triton.cdiv(rows, blocks.rows), triton_blocks.GROUP) * splits
+    programs = min(triton.cdiv(rows, blocks.rows), GROUP) * splits
     triton_project._project_kernel[(programs,)](
         x, weight, ref_x, ref_weight, rows, vocabulary, hidden, hidden, None, None, 1.0, None, 1.0, None, 0.01, a,
-        a.stride(0), parts, torch.zeros(triton_blocks.GROUP, dtype=torch.int32), 0, tokens.labels, tokens.completion,
+        a.stride(0), parts, torch.zeros(GROUP, dtype=torch.int32), 0, tokens.labels, tokens.completion,
         tokens.bounds, tokens.arrived, tokens.swept, tokens.swept.stride(0), tokens.sums, tokens.step, 1,
-        PERTURB=True, SHARED=False, DESCRIPTORS=False, SPLITS=splits, GROUP=triton_blocks.GROUP, ROWS=blocks.rows,
+        PERTURB=True, SHARED=False, DESCRIPTORS=False, SPLITS=splits, GROUP=GROUP, ROWS=blocks.rows,
         WORDS=blocks.words, HIDDEN=blocks.hidden, TOKENS=16,
     )  # fmt: skip
     return tokens
@@ -331,7 +334,7 @@ def test_logits_beyond_2_31_elements():
 
 def test_parts_beyond_2_31_elements():
     """The logit-free kernel's partial sums, of a call of 2²⁷ rows of which one group of row blocks is run."""
-    n = 16 * triton_blocks.GROUP
+    n = 16 * GROUP
     logits = torch.zeros(n, 203)
     near = launch_project(n, n, logits, torch.zeros(3, SWEPT, n))
     rows = 1 << 27
