@@ -99,7 +99,8 @@ def linear_epsilon_dpo(
         logit_scale, softcap: logits = softcap·tanh(scale·(x·Wᵀ + bias)/softcap).
         ref_logit_scale, ref_softcap: None takes the policy's.
         label_smoothing: s in [0, 0.5).
-        engine: "torch" runs on any device, "triton" on a GPU and not in float64; "auto" is "triton" where that runs.
+        engine: "torch" runs on any device, "triton" on a GPU and not in float64; "auto" is "triton" on
+            NVIDIA GPUs where that runs.
         max_tile_bytes: budget of the two tiles of logits; None takes max(256 MiB, 4·V·H).
         cu_seqlens: (2B+1,) int, bounds of the completions in the packed form, all chosen first.
 
@@ -201,7 +202,8 @@ def _heads(
     ref_weight, ref_bias = ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
     transforms = (float(scale), softcap, float(ref_scale), ref_softcap)
     if engine == "auto":
-        engine = "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
+        # On AMD a barrier does not wait for loads and stores under way, which two of the kernels count on.
+        engine = "triton" if x.is_cuda and x.dtype != torch.float64 and not torch.version.hip else "torch"
     elif engine == "triton" and x.dtype == torch.float64:
         raise TypeError("hidden: got torch.float64, which the engine 'triton' has not; takes engine 'torch'")
     return (x, weight, bias, labels.reshape(-1), cu_seqlens.long(), ref_x, ref_weight, ref_bias, *transforms), engine
