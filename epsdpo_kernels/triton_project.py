@@ -84,7 +84,22 @@ def _products_of_shared_head(
     return products, ref_products
 
 
-@triton.jit(do_not_specialize=["first", "rows"])
+@triton.jit
+def _halves(block, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """(ROWS, WORDS) as two of half as many words; every thread keeps what it has."""
+    return tl.split(tl.permute(tl.reshape(block, [ROWS, 2, WORDS // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _quarters(block, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """(ROWS, WORDS) as four of a quarter of the words, in their order."""
+    left, right = _halves(block, ROWS, WORDS)
+    first, second = _halves(left, ROWS, WORDS // 2)
+    third, fourth = _halves(right, ROWS, WORDS // 2)
+    return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["first", "rows", "swept_stride", "pairs"])
 def _project_kernel(
     x,  # (rows, H), a descriptor of blocks or a pointer, as the next three
     weight,  # (V, H)
@@ -119,28 +134,32 @@ def _project_kernel(
     SHARED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,  # row blocks
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     HIDDEN: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    # Splits run side by side, so that the few row blocks in flight stay in L2 while the head streams past them.
-    split, block = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    # The row blocks of a group run side by side through one split after the other: their hidden states stay in L2, and
+    # what they read of the head there serves all of them.
+    row_blocks = tl.cdiv(rows, ROWS)
+    group = tl.program_id(0) // (GROUP * SPLITS)
+    width = tl.minimum(row_blocks - group * GROUP, GROUP)
+    of_group = tl.program_id(0) % (GROUP * SPLITS)
+    split, block = of_group // width, group * GROUP + of_group % width
     top_row = block * ROWS
     row = top_row + tl.arange(0, ROWS)
     inside = row < rows
     row, token = row.to(tl.int64), first.to(tl.int64) + row
-    label = tl.load(labels_ptr + token, mask=inside, other=-1)[:, None]
+    label = tl.load(labels_ptr + token, mask=inside, other=-1).to(tl.int32)[:, None]
     share = tl.cdiv(tl.cdiv(vocabulary, WORDS), SPLITS) * WORDS
     MASKED: tl.constexpr = bias_ptr is not None or ref_bias_ptr is not None
 
     sums = _no_words(ROWS)
-    # A label is in one split, and −inf in the others.
+    # A label is in one block of words, and −inf in the others.
     of_label = tl.full([ROWS], -float("inf"), tl.float32)
     ref_of_label = of_label
     for word in range(split * share, tl.minimum(split * share + share, vocabulary), WORDS):
-        columns = word + tl.arange(0, WORDS)[None, :]
-        valid = columns < vocabulary
         if SHARED:
             a, b = _products_of_shared_head(
                 x, ref_x, weight, top_row, word, rows, vocabulary, hidden, DESCRIPTORS, ROWS, WORDS, HIDDEN
@@ -151,12 +170,19 @@ def _project_kernel(
                 ref_x, ref_weight, top_row, word, rows, vocabulary, ref_hidden, DESCRIPTORS, ROWS, WORDS, HIDDEN
             )
         if a_ptr is not None:
-            tl.store(a_ptr + row[:, None] * a_stride + columns, a, mask=inside[:, None] & valid)
-        a = _logits(a, bias_ptr, columns, valid, scale, softcap)
-        b = _logits(b, ref_bias_ptr, columns, valid, ref_scale, ref_softcap)
-        of_label = tl.maximum(of_label, tl.max(tl.where(columns == label, a, -float("inf")), 1))
-        ref_of_label = tl.maximum(ref_of_label, tl.max(tl.where(columns == label, b, -float("inf")), 1))
-        sums = _merge(sums, _block_sums(a, b, valid, epsilon, MASKED, PERTURB))
+            columns = word + tl.arange(0, WORDS)[None, :]
+            tl.store(a_ptr + row[:, None] * a_stride + columns, a, mask=inside[:, None] & (columns < vocabulary))
+        # A quarter of the block after the other: what the sums hold of a word fits the registers beside two
+        # accumulators only so.
+        quarters, ref_quarters = _quarters(a, ROWS, WORDS), _quarters(b, ROWS, WORDS)
+        for i in tl.static_range(4):
+            columns = word + i * (WORDS // 4) + tl.arange(0, WORDS // 4)[None, :]
+            valid = columns < vocabulary
+            a = _logits(quarters[i], bias_ptr, columns, valid, scale, softcap)
+            b = _logits(ref_quarters[i], ref_bias_ptr, columns, valid, ref_scale, ref_softcap)
+            of_label = tl.maximum(of_label, tl.max(tl.where(columns == label, a, -float("inf")), 1))
+            ref_of_label = tl.maximum(ref_of_label, tl.max(tl.where(columns == label, b, -float("inf")), 1))
+            sums = _merge(sums, _block_sums(a, b, valid, epsilon, MASKED, PERTURB))
 
     # Offsets into the parts may pass 2³¹ as well: row is int64.
     part_ptr += row
@@ -200,18 +226,20 @@ def project_and_sweep(
     """
     arch = triton_blocks.architecture(x.device)
     arguments = x, ref_x, tile, tokens, policy, reference, epsilon, a, arch
-    blocks = triton_blocks.product(arch, x.element_size(), max(x.shape[1], ref_x.shape[1]))
+    itemsize = max(x.element_size(), ref_x.element_size())
+    blocks = triton_blocks.product(arch, itemsize, max(x.shape[1], ref_x.shape[1]))
     if os.environ.get("EPSDPO_AUTOTUNE") == "1" and not triton_blocks.INTERPRETED:
         blocks = _tuned(*arguments)
     _launch(*arguments, blocks)
 
 
 def _launch(x, ref_x, tile, tokens, policy, reference, epsilon, a, arch, blocks: Product) -> None:
-    weight, ref_weight = policy.weight.contiguous(), reference.weight.contiguous()
+    weight, ref_weight = policy.weight, reference.weight
+    assert all(m.is_contiguous() for m in (x, weight, ref_x, ref_weight)), "the caller makes them so, once a call"
     shared = weight.data_ptr() == ref_weight.data_ptr() and weight.shape == ref_weight.shape
-    matrices = [x.contiguous(), weight, ref_x.contiguous(), ref_weight]
-    if triton_blocks.INTERPRETED and x.dtype == torch.bfloat16:  # whose products come out wrong there
-        matrices = [m.float() for m in matrices]
+    matrices = [x, weight, ref_x, ref_weight]
+    if triton_blocks.INTERPRETED:  # where products of bf16 come out wrong
+        matrices = [m.float() if m.dtype == torch.bfloat16 else m for m in matrices]
     (rows, hidden), ref_hidden = x.shape, ref_x.shape[1]
     descriptors = triton_blocks.descriptors(arch, matrices)
     if descriptors:
@@ -228,8 +256,9 @@ def _launch(x, ref_x, tile, tokens, policy, reference, epsilon, a, arch, blocks:
             policy.softcap, reference.scale, reference.softcap, epsilon, a, 0 if a is None else a.stride(0), parts,
             finished, tile.start, tokens.labels, tokens.completion, tokens.bounds, tokens.arrived, tokens.swept,
             tokens.swept.stride(0), tokens.sums, tokens.step, len(tokens.step), PERTURB=epsilon != 0, SHARED=shared,
-            DESCRIPTORS=descriptors, SPLITS=splits, ROWS=blocks.rows, WORDS=blocks.words, HIDDEN=blocks.hidden,
-            TOKENS=triton_blocks.row(arch).tokens, num_warps=blocks.warps, num_stages=blocks.stages,
+            DESCRIPTORS=descriptors, SPLITS=splits, GROUP=triton_blocks.GROUP, ROWS=blocks.rows, WORDS=blocks.words,
+            HIDDEN=blocks.hidden, TOKENS=triton_blocks.row(arch).tokens, num_warps=blocks.warps,
+            num_stages=blocks.stages,
         )  # fmt: skip
 
 
@@ -238,11 +267,11 @@ _best: dict[tuple, Product] = {}
 
 def _tuned(x, ref_x, tile, tokens, policy, reference, epsilon, a, arch) -> Product:
     """The fastest of the architecture's blocks for these shapes, measured once, on copies of what the kernel writes."""
-    key = arch, x.dtype, policy.weight.shape, reference.weight.shape, a is None
+    key = arch, x.dtype, ref_x.dtype, policy.weight.shape, reference.weight.shape, a is None
     if key not in _best:
         writes = {name: getattr(tokens, name).clone() for name in ("swept", "sums", "step", "arrived")}
         copy = dataclasses.replace(tokens, **writes)
-        candidates = {blocks for _, blocks in triton_blocks.PRODUCT[arch][x.element_size()]}
+        candidates = {blocks for _, blocks in triton_blocks.PRODUCT[arch][max(x.element_size(), ref_x.element_size())]}
         _best[key] = min(
             sorted(candidates),
             key=lambda blocks: triton.testing.do_bench(

@@ -12,25 +12,34 @@ import triton.language as tl
 
 
 @triton.jit
-def _growth(u):
-    """e^u − 1 and e^−u − 1, as cosh u − 1 ± sinh u, so that no digit is lost where u is small.
-
-    Up to |u| = 1 the Taylor polynomials are as good as fp32; beyond it the subtraction from an exponential is.
-    """
+def _sinh_cosh_1(u):
+    """sinh u and cosh u − 1 by their Taylor polynomials, which up to |u| = 1 are as good as fp32."""
     square = u * u
     sinh = u * (1 + square * (1 / 6 + square * (1 / 120 + square * (1 / 5040 + square * (1 / 362880)))))
     cosh_1 = square * (1 / 2 + square * (1 / 24 + square * (1 / 720 + square * (1 / 40320 + square * (1 / 3628800)))))
+    return sinh, cosh_1
+
+
+@triton.jit
+def _growth(e, x, u):
+    """e·(e^u − 1) and e·(e^−u − 1) for e = e^x, so that no digit is lost where u is small.
+
+    Where u is large, a factor e^u of its own would overflow at a word whose e is nothing: 0·∞.
+    """
+    sinh, cosh_1 = _sinh_cosh_1(u)
     small = tl.abs(u) <= 1
     # Chosen by word: a branch for whole blocks would save exponentials, and keep every intermediate in registers.
-    grown = tl.where(small, cosh_1 + sinh, tl.exp(u) - 1)
-    shrunk = tl.where(small, cosh_1 - sinh, tl.exp(-u) - 1)
+    grown = tl.where(small, e * (cosh_1 + sinh), tl.exp(x + u) - e)
+    shrunk = tl.where(small, e * (cosh_1 - sinh), tl.exp(x - u) - e)
     return grown, shrunk
 
 
 @triton.jit
 def _tanh(x):
     """From e^(−2|x|) − 1, which keeps the digits of a small x; libdevice has no place in the interpreter or on AMD."""
-    minus, _ = _growth(-2 * tl.abs(x))
+    u = -2 * tl.abs(x)
+    sinh, cosh_1 = _sinh_cosh_1(u)
+    minus = tl.where(u >= -1, cosh_1 + sinh, tl.exp(u) - 1)
     tanh = -minus / (2 + minus)
     return tl.where(x < 0, -tanh, tanh)
 
@@ -99,8 +108,8 @@ def _block_sums(
     relaxed = tl.zeros_like(ref_total)
     tightened = tl.zeros_like(ref_total)
     if PERTURB:
-        grown, shrunk = _growth(difference * tl.cast(epsilon, tl.float32))
-        relaxed, tightened = tl.sum(e * grown, 1), tl.sum(e * shrunk, 1)
+        grown, shrunk = _growth(e, centred, difference * tl.cast(epsilon, tl.float32))
+        relaxed, tightened = tl.sum(grown, 1), tl.sum(shrunk, 1)
     return top, tl.sum(e, 1), ref_top, ref_total, tl.sum(e * difference, 1), relaxed, tightened, tl.sum(e * centred, 1)
 
 

@@ -63,6 +63,66 @@ def make_case(
     return Case(hidden, weight, labels, ref_hidden, ref_weight, *biases)
 
 
+def problems():
+    """A hypothesis strategy of (case, options of the loss): what every engine must get right, small enough for each."""
+    from hypothesis import strategies as st  # not on every machine that has a GPU
+
+    sizes = st.fixed_dictionaries(
+        {
+            "pairs": st.integers(1, 3),
+            "length": st.integers(1, 6),
+            "width": st.sampled_from([1, 3, 16, 40]),
+            "ref_width": st.sampled_from([None, None, 5, 33]),
+            "vocabulary": st.sampled_from([2, 17, 64, 65, 130, 259]),
+            "bias": st.booleans(),
+            "drift": st.sampled_from([0.0, 0.05, 1.0]),
+            "spread": st.sampled_from([0.3, 1.0, 4.0]),
+            "seed": st.integers(0, 10_000),
+        }
+    )
+    options = st.fixed_dictionaries(
+        {
+            "epsilon": st.sampled_from([0.0, 0.01, 0.1]),
+            "beta": st.sampled_from([0.01, 0.1, 1.3]),
+            "logit_scale": st.sampled_from([1.0, 0.6, -1.5]),
+            "softcap": st.sampled_from([None, None, 4.0]),
+            "ref_logit_scale": st.sampled_from([None, None, 0.8]),
+            "ref_softcap": st.sampled_from([None, None, 3.0]),
+            "label_smoothing": st.sampled_from([0.0, 0.2]),
+            "max_tile_bytes": st.sampled_from([None, 20_000, 1]),
+        }
+    )
+
+    def build(size, options, peak, forbidden, shared):
+        case = make_case(**size)
+        if shared and case.weight.shape == case.ref_weight.shape:
+            case = case._replace(ref_weight=case.weight)
+        if peak:
+            plant_peaks(case)
+        if forbidden and size["bias"]:
+            forbid_words(case)
+        return case, options
+
+    return st.builds(build, sizes, options, st.booleans(), st.booleans(), st.booleans())
+
+
+def plant_peaks(case: Case) -> None:
+    """Makes the policy nearly certain of the label of each row's last token, and of some other word at its first."""
+    for row in range(len(case.labels)):
+        for token, word in ((0, row % len(case.weight)), (-1, case.labels[row, -1].clamp_min(0))):
+            direction = case.weight[word]
+            largest = (case.weight @ direction).abs().max().clamp_min(1e-6)
+            case.hidden[row, token] = (direction * 30 / largest).bfloat16().double()
+
+
+def forbid_words(case: Case) -> None:
+    """−inf in the policy's bias for up to three words that are no labels, and for one of them in the reference's."""
+    free = [v for v in range(len(case.weight)) if v not in case.labels.unique().tolist()][:3]
+    if len(free) < len(case.weight) - 1:
+        case.bias[free] = -torch.inf
+        case.ref_bias[free[:1]] = -torch.inf
+
+
 def pack(case: Case) -> tuple[Case, Tensor]:
     """The same completions one after the other, each cut to its last scored token, and their cu_seqlens."""
     ends = [int((row != -100).nonzero().max()) + 1 for row in case.labels]

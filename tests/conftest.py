@@ -1,10 +1,14 @@
 """A model small enough to train in a second, and pairs for it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before any test imports the kernels
+    os.environ["TRITON_INTERPRET"] = "1"
 
 WORDS = "the sky is blue green red and so are you my friend not what i said yes no maybe sure".split()
 

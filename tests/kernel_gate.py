@@ -3,18 +3,23 @@
     python tests/kernel_gate.py --out build/kernels
 
 A kernel passes if it becomes machine code, its stack is at most 64 bytes (more is a spill), its shared memory is within
-the architecture's limit, and its products run on the matrix units where the dtype has them. The block sizes are those
-of the package's tables; ``--blocks`` puts others in the place of the logit-free kernel's.
+the architecture's limit, its products run on the matrix units where the dtype has them, and it adds no floats by
+atomics, whose order nobody knows. The block sizes are those of the package's tables; ``--blocks`` puts others in the
+place of the logit-free kernel's. The table goes to standard output and, with the same in JSON, into the folder.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
@@ -28,9 +33,10 @@ from triton.compiler import ASTSource  # noqa: E402
 from epsdpo_kernels import tiles_triton, triton_blocks, triton_project  # noqa: E402
 
 STACK = 64
-# Target, bytes of shared memory that a program may have, and the matrix instruction of the logit-free kernel.
+# Target, bytes of shared memory that a program may have on every card of the generation (an A100 has 163 KiB, 8.6 and
+# 8.9 have 99), and the matrix instruction of the logit-free kernel.
 ARCHITECTURES = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10, "mma.sync"),
+    "sm_80": (GPUTarget("cuda", 80, 32), 99 << 10, "mma.sync"),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10, "wgmma.mma_async"),
     "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10, "tcgen05.mma"),
     "sm_120": (GPUTarget("cuda", 120, 32), 99 << 10, "mma.sync"),
@@ -41,19 +47,8 @@ VARIANTS = ("plain", "softcap", "bias")
 # The logit-free kernel as scoring uses it, as training does, and on a head that both models share.
 KERNELS = ("sweep", "gradient", "project", "project_store", "project_shared")
 HIDDEN = (1024, 4096)
-COLUMNS = (
-    "kernel",
-    "arch",
-    "dtype",
-    "variant",
-    "hidden",
-    "blocks",
-    "registers",
-    "stack",
-    "shared",
-    "seconds",
-    "verdict",
-)
+CASE = ("kernel", "arch", "dtype", "variant", "hidden")
+COLUMNS = (*CASE, "blocks", "registers", "stack", "shared", "seconds", "verdict")
 
 # Types of the kernels' arguments by name; a bias has the head's dtype.
 TYPES = {
@@ -87,7 +82,7 @@ def source(kernel: str, arch: str, dtype: str, variant: str, hidden: int, blocks
         types["ref_weight"] = types["weight"]
         constants |= {
             "SHARED": kernel == "project_shared", "DESCRIPTORS": descriptors, "SPLITS": triton_blocks.splits(arch),
-            "ROWS": blocks.rows, "WORDS": blocks.words, "HIDDEN": blocks.hidden,
+            "GROUP": triton_blocks.GROUP, "ROWS": blocks.rows, "WORDS": blocks.words, "HIDDEN": blocks.hidden,
         }  # fmt: skip
         if kernel != "project_store":
             constants["a_ptr"] = None
@@ -120,14 +115,15 @@ def resources(compiled) -> tuple[int, int]:
     return tuple(int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
 
 
-def check(case: tuple) -> dict:
+def check(case: tuple, blocks=None) -> dict:
     """One line of the table."""
-    kernel, arch, dtype, variant, hidden, blocks = case
+    kernel, arch, dtype, _, _ = case
     target, limit, instruction = ARCHITECTURES[arch]
-    built, options = source(*case)
-    line = dict(zip(COLUMNS, case, strict=False))
-    sizes = {k: v for k, v in built.constants.items() if isinstance(v, int) and not isinstance(v, bool)}
-    line["blocks"] = "×".join(str(v) for k, v in sizes.items())
+    built, options = source(*case, blocks)
+    line = dict(zip(CASE, case, strict=True))
+    sizes = {name: built.constants.get((i,)) for i, name in enumerate(built.fn.arg_names)}
+    shape = [str(sizes[name]) for name in ("ROWS", "WORDS", "HIDDEN") if sizes.get(name)]
+    line["blocks"] = f"{'×'.join(shape)}, {options['num_warps']} warps, {options['num_stages']} stages"
     begin = time.perf_counter()
     try:
         compiled = triton.compile(built, target=target, options=options)
@@ -145,4 +141,58 @@ def check(case: tuple) -> dict:
         text = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
         if instruction not in text:
             faults.append(f"no {instruction}")
+    if re.search(r"tt\.atomic_rmw f|tt\.atomic_\w+ .*tensor<\S*f\d+>", compiled.asm["ttir"]):
+        faults.append("float atomics")
     return line | {"verdict": "; ".join(faults) or "ok"}
+
+
+def distinct(cases: list[tuple], blocks) -> dict[tuple, list[tuple]]:
+    """One case for each thing to compile, and all cases that it is: the sweep's fp32 tiles know no other dtype, say."""
+    groups: dict[str, list[tuple]] = {}
+    for case in cases:
+        built, options = source(*case, blocks)
+        key = repr((built.fn.__name__, case[1], built.signature, built.constants, built.attrs, options, case[0]))
+        groups.setdefault(key, []).append(case)
+    return {group[0]: group for group in groups.values()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the table, as Markdown and as JSON")
+    parser.add_argument("--blocks", help="ROWS,WORDS,HIDDEN,warps,stages of the logit-free kernel, for all cases")
+    parser.add_argument("--processes", type=int, default=2)
+    choices = {"kernel": KERNELS, "arch": tuple(ARCHITECTURES), "dtype": DTYPES, "variant": VARIANTS}
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=values, default=values)
+    options = parser.parse_args()
+    blocks = options.blocks and triton_blocks.Product(*map(int, options.blocks.split(",")))
+
+    begin = time.perf_counter()
+    cases = list(product(*(getattr(options, name) for name in choices), HIDDEN))
+    groups = distinct(cases, blocks)
+    print(f"triton {triton.__version__}: {len(cases)} cases, {len(groups)} to compile", file=sys.stderr)
+    lines = {}
+    with ProcessPoolExecutor(options.processes) as pool:
+        running = {pool.submit(check, case, blocks): case for case in groups}
+        for future in as_completed(running):
+            case, line = running[future], future.result()
+            for name, values in zip(CASE, zip(*groups[case], strict=True), strict=True):
+                line[name] = ", ".join(map(str, dict.fromkeys(values)))
+            lines[case] = line
+            what = " ".join(line[name] for name in CASE)
+            print(f"{len(lines)}/{len(groups)} {what}: {line['verdict']}", file=sys.stderr, flush=True)
+    table = [lines[case] for case in groups]
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *([line.get(c, "") for c in COLUMNS] for line in table)]
+    text = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"triton-{triton.__version__}.md").write_text(text)
+    (options.out / f"triton-{triton.__version__}.json").write_text(json.dumps(table, indent=1) + "\n")
+    failed = sum(line["verdict"] != "ok" for line in table)
+    seconds = time.perf_counter() - begin
+    print(f"{len(table)} kernels in {seconds:.0f} s, {failed} of them fail", file=sys.stderr)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

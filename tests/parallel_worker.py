@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cases import make_case, pack, relative_error, worst_error
-from epsdpo_kernels import EpsilonDPOLoss, linear_epsilon_dpo, linear_pair_stats
+from epsdpo_kernels import EpsilonDPOLoss, linear, linear_epsilon_dpo, linear_pair_stats
 
 GRADS = ("hidden", "weight", "bias")
 # Bytes of two float64 tiles at V 103: all in one tile, some pairs to a tile, less than a pair.
@@ -56,6 +56,28 @@ def vocabulary(rank: int, size: int) -> float:
             for g, e in zip(gradients, (expected[0], expected[1][mine], expected[2][mine]), strict=True):
                 worst = max(worst, relative_error(g, e))
     return worst
+
+
+def kernels(rank: int, size: int) -> float:
+    """Triton's kernels on slices, in fp32, by both routes."""
+    mine = slice(0, 71) if rank == 0 else slice(71, 103)
+    worst = 0.0
+    for linear.TRAIN_LOGIT_FREE in (False, True):
+        case = make_case(2, bias=True, drift=0.2, seed=2)
+        sliced = {name: getattr(case, name)[mine] for name in ("weight", "ref_weight", "bias", "ref_bias")}
+        case, part = (c._replace(**dict(zip(c._fields, f32(c), strict=True))) for c in (case, case._replace(**sliced)))
+        for function in (linear_epsilon_dpo, linear_pair_stats):
+            truth, expected = whole(case, function, engine="torch", epsilon=0.1)
+            options = {"max_tile_bytes": BUDGETS[2], "engine": "triton", "epsilon": 0.1}
+            got, gradients = whole(part, function, vocab_group=dist.group.WORLD, **options)
+            worst = max(worst, same(got, truth))
+            for g, e in zip(gradients, (expected[0], expected[1][mine], expected[2][mine]), strict=True):
+                worst = max(worst, relative_error(g, e))
+    return worst
+
+
+def f32(case):
+    return [t.float() if t is not None and t.is_floating_point() else t for t in case]
 
 
 def sequence(rank: int, size: int) -> float:

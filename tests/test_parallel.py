@@ -1,4 +1,4 @@
-"""Heads and completions that are spread over processes against one that has them whole, in float64 on gloo."""
+"""Heads and completions that are spread over processes against one that has them whole: float64, kernels in fp32."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "processes, subjects",
-    [(2, ("vocabulary", "sequence", "nothing", "refused")), (3, ("vocabulary", "sequence")), (4, ("both",))],
+    [(2, ("vocabulary", "kernels", "sequence", "nothing", "refused")), (3, ("vocabulary", "sequence")), (4, ("both",))],
     ids=str,
 )
 def test_spread_is_whole(tmp_path, processes, subjects):
@@ -21,10 +21,15 @@ def test_spread_is_whole(tmp_path, processes, subjects):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
         str(ROOT / "tests" / "parallel_worker.py"), str(tmp_path), *subjects,
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(processes):
         worst = json.loads((tmp_path / f"{rank}.json").read_text())
         assert worst.keys() == set(subjects)
-        assert max(worst.values()) < 1e-10, (rank, worst)
+        for subject, error in worst.items():
+            assert error < (1e-5 if subject == "kernels" else 1e-10), (rank, subject)
