@@ -100,8 +100,11 @@ def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], max_rows: in
 
 
 def rows_per_tile(vocabulary: int, hidden: int, itemsize: int, max_tile_bytes: int | None) -> int:
-    """Rows of two (rows, V) tiles under the budget; by default 256 MiB, or as much as dW where that is more."""
-    budget = max(256 << 20, vocabulary * hidden * 4) if max_tile_bytes is None else max_tile_bytes
+    """Rows of two (rows, V) tiles under the budget; by default as much as dW, but from 256 MiB to 1 GiB.
+
+    More rows mean that dW is read and written less often; past 1 GiB that no longer shows (docs/roofline.md).
+    """
+    budget = min(max(256 << 20, vocabulary * hidden * 4), 1 << 30) if max_tile_bytes is None else max_tile_bytes
     return max(1, budget // (2 * vocabulary * itemsize))
 
 
