@@ -33,7 +33,7 @@ DATA = measure.ROOT.parent / "shared" / "data" / "hh_harmless.jsonl.gz"
 STATES = measure.ROOT / "build" / "fidelity"
 DRIFTS = (0.003, 0.01, 0.03, 0.1, 0.3)
 STEPS = (1, 3, 10, 30)
-HELD_OUT, MAX_LENGTH, PAIRS_A_STEP, LEARNING_RATE = 100, 128, 2, 5e-6
+HELD_OUT, MAX_LENGTH, PAIRS_A_STEP, LEARNING_RATE = 60, 96, 2, 5e-6
 GRADIENT_PAIRS = 8
 RESUME = "resume.safetensors"
 
