@@ -244,6 +244,9 @@ def _engine(name: str, device: torch.device) -> ModuleType:
 
     if device.type != "cuda" and not triton_blocks.INTERPRETED:
         raise ValueError(f"engine: got 'triton' for tensors on {device}, takes 'torch' or 'auto' there")
+    if torch.version.hip:
+        # Compiled for gfx942, a barrier comes before the stores it should order have arrived.
+        raise ValueError("engine: got 'triton' on an AMD GPU, where its barriers do not order memory; takes 'torch'")
     return tiles_triton
 
 

@@ -137,7 +137,8 @@ def _summary(
 ) -> list[str]:
     say, alarm_names = words("summary", language), words("alarms", language)
     first, last = float(train["beta"][0]), float(train["beta"][-1])
-    moved = "same" if first == last else "lower" if last < first else "higher"
+    # What would round to no change is none.
+    moved = "same" if abs(last / first - 1) < 5e-4 else "lower" if last < first else "higher"
     late = figures.ending(train, 0.1)
     n = f"{len(train['step']):,}"
     shares = {name: percent(float((train["decision"] == sign).mean())) for name, sign in figures.SIGNS.items()}
