@@ -45,9 +45,10 @@ def compare(case, dtype, tolerance: float, options: dict, engine: str, grad=GRAD
         follows_from_step = name in ("loss", "losses", "beta") or name.endswith("rewards")
         if name not in DISCRETE and not (wrong.any() and follows_from_step):
             ours, theirs = (relative_error(getattr(o, name), getattr(truth, name)) for o in (got, naive))
-            if name.endswith("rewards"):
-                # β times a difference of log-probs, so no better than their rounding: over the log-probs' size.
-                size = truth.beta.max() * getattr(truth, name.replace("rewards", "logps")).abs().max()
+            if name.endswith(("rewards", "kl")):
+                # Differences of log-probs, so no better than their rounding: over the log-probs' size.
+                size = getattr(truth, name.replace("rewards", "logps").replace("kl", "logps")).abs().max()
+                size = size * truth.beta.max() if name.endswith("rewards") else size
                 ours, theirs = (
                     ((getattr(o, name).double() - getattr(truth, name)).abs().max() / size).item() for o in (got, naive)
                 )
