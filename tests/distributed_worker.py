@@ -98,8 +98,8 @@ def gradients(folder: Path) -> None:
     torch.distributed.all_gather(steps, out.step)
     if rank == 0:
         save_file(found | {"step": torch.cat(steps)}, folder / "found.safetensors")
+    # The group is not destroyed: the reducer of DDP, its last owner then, would join a thread that waits for the GIL.
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def count_gathers() -> list[tuple[int, ...]]:
