@@ -283,7 +283,7 @@ def test_cost_of_the_record(tmp_path):
     from train.trainer import PairRecord
 
     pairs = {"row": list(range(8)), "pair_id": [f"{n:016x}" for n in range(8)]}
-    record = PairRecord(Recorder(tmp_path), "eps-dpo", 0.05, 0.0, [pairs], None)
+    record = PairRecord(Recorder(tmp_path), "eps-dpo", 0.05, 0.0, {"train": pairs}, None)
     out = EpsilonDPOOutput(*(torch.randn(8) for _ in EpsilonDPOOutput._fields))
     out = out._replace(step=torch.ones(8, dtype=torch.int8))
     row, tokens, beta = torch.arange(8), torch.full((2, 8), 100), torch.tensor(0.1)

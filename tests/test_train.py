@@ -95,6 +95,21 @@ def test_metrics_of_evaluation(tiny, tmp_path):
     assert torch.equal(trainer.loss_fn.beta, beta) and trainer.loss_fn.counts.sum() == 0
 
 
+def test_held_out_pairs_of_another_file_keep_their_ids(tiny, tmp_path):
+    """Rows of two files are numbered alike."""
+    lines = (tiny / "pairs.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("train", lines[:30]), ("held_out", lines[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    more = {"dataset": tmp_path / "train.jsonl", "eval_dataset": tmp_path / "held_out.jsonl", "max_steps": 5}
+    trainer = main(flags(tiny, tmp_path / "run", **more))
+    rows = read(tmp_path / "run" / "record").to_pandas()
+    for split, data in (("train", trainer.train_dataset.pairs), ("eval", trainer.eval_dataset.pairs)):
+        ids = dict(zip(data["row"], data["pair_id"], strict=True))
+        ours = rows[rows.split == split]
+        assert len(ours) == {"train": 30, "eval": 18}[split]
+        assert ours.pair_id.tolist() == [ids[row] for row in ours.row]
+
+
 def test_a_veto_is_on_record(tiny, tmp_path):
     main([*flags(tiny, tmp_path, eval_fraction=0.25), "--veto", "kl=0.02"])
     rows = read(tmp_path / "record").to_pandas()

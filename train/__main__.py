@@ -140,7 +140,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     epsilon = options.epsilon if options.method == "eps-dpo" else 0.0
     record = PairRecord(
         Recorder(Path(args.output_dir, "record"), args.process_index, resume_step=done), options.method, epsilon,
-        options.label_smoothing, [p for p in (pairs, held_out) if p is not None], options.label_column,
+        options.label_smoothing, {"train": pairs, "eval": held_out}, options.label_column,
     )  # fmt: skip
     trainer = PairTrainer(
         model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record,

@@ -238,20 +238,26 @@ class PairRecord:
         recorder: where the rows go.
         method: name of the method.
         epsilon, label_smoothing: of the loss; ε is 0 where the method has none.
-        pairs: data sets with ``row`` and ``pair_id``.
+        pairs: data sets with ``row`` and ``pair_id``, by split; None where there is none.
         label: a column of theirs to carry along, or None.
     """
 
-    def __init__(self, recorder, method: str, epsilon: float, label_smoothing: float, pairs: list, label: str | None):
+    def __init__(
+        self, recorder, method: str, epsilon: float, label_smoothing: float, pairs: dict[str, Any], label: str | None
+    ):
         self.recorder = recorder
         self.label_smoothing = label_smoothing
         self.constants = {"method": method, "epsilon": epsilon, "label_smoothing": label_smoothing}
-        self.ids: dict[int, str] = {}
-        self.labels: dict[int, str] = {}
-        for data in pairs:
-            self.ids |= dict(zip(data["row"], data["pair_id"], strict=True))
+        self.ids: dict[tuple[str, int], str] = {}
+        self.labels: dict[tuple[str, int], str] = {}
+        for split, data in pairs.items():
+            if data is None:
+                continue
+            # A row of one source says nothing of the same row of another.
+            places = [(split, row) for row in data["row"]]
+            self.ids |= dict(zip(places, data["pair_id"], strict=True))
             if label:
-                self.labels |= dict(zip(data["row"], map(str, data[label]), strict=True))
+                self.labels |= dict(zip(places, map(str, data[label]), strict=True))
         self._place, self._micro = ("", 0), 0
 
     def append(self, split: str, state, row: Tensor, tokens: Tensor, beta: Tensor, out: EpsilonDPOOutput) -> None:
@@ -283,9 +289,9 @@ class PairRecord:
             "epoch": float(state.epoch or 0),
             "vetoed": out.vetoed.cpu().numpy(),
         }
-        columns |= {"row": rows, "pair_id": [self.ids[r] for r in rows]}
+        columns |= {"row": rows, "pair_id": [self.ids[split, r] for r in rows]}
         if self.labels:
-            columns["label"] = [self.labels[r] for r in rows]
+            columns["label"] = [self.labels[split, r] for r in rows]
         self.recorder.append(columns)
         self._micro += 1
 
