@@ -205,7 +205,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         for name, values in zip(of_pair, figures, strict=False):
             if name == "losses":
                 self._stop_if_not_finite(split, values)
-            elif name not in ("entropy", "kl/used"):
+            elif name not in ("entropy", "kl/used", "kl/vetoed"):
                 metrics[name].extend(values)
         for i, name in enumerate(sums):
             total, tokens = (sum(figures[len(of_pair) + 2 * i + k]) for k in (0, 1))
