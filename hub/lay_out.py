@@ -24,7 +24,7 @@ BACKENDS = ("cpu", "cuda", "rocm")
 NAME = "epsdpo-kernels"
 # Several versions of a kernel may be loaded in one process, so each names its op after itself.
 OP = '"epsdpo_kernels::single_pass"'
-IMPORT = "from . import checks, plan, tiles_torch\n"
+IMPORT = "from . import checks, parallel, plan, tiles_torch\n"
 
 
 def check_imports(path: Path) -> None:

@@ -386,7 +386,7 @@ def test_opcheck(needs):
     arguments = (
         args[0].flatten(0, 1), args[1], biases["bias"], args[2].flatten(), torch.tensor([0, 3, 6]),
         args[3].flatten(0, 1), args[4], biases["ref_bias"], 1.0, None, 1.0, 3.0, torch.tensor(0.1), 0.01, 0.0,
-        "triton", None, needs,
+        None, 40.0, "triton", None, None, None, needs,
     )  # fmt: skip
     torch.library.opcheck(linear.single_pass, arguments)
 

@@ -208,7 +208,8 @@ def picture(runs: list[dict], path: Path) -> None:
         if run["method"] == "eps-dpo":
             for what, line in (("relaxed", "-"), ("tightened", ":")):
                 label = f"{what}, seed {run['seed']}"
-                right.plot(x, [s[f"beta/{what}"] for s in run["steps"]], line, color=colour, alpha=0.8, label=label)
+                alpha = 0.9 if run["seed"] == runs[0]["seed"] else 0.4
+                right.plot(x, [s[f"beta/{what}"] for s in run["steps"]], line, color=colour, alpha=alpha, label=label)
     left.set(
         xlabel="KL(policy ‖ original), nats a token",
         ylabel="held-out margin, nats",
