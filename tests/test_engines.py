@@ -49,6 +49,7 @@ def compare(case, dtype, tolerance: float, options: dict, engine: str, grad=GRAD
                 # Differences of log-probs, so no better than their rounding: over the log-probs' size.
                 size = getattr(truth, name.replace("rewards", "logps").replace("kl", "logps")).abs().max()
                 size = size * truth.beta.max() if name.endswith("rewards") else size
+                size = torch.maximum(size, getattr(truth, name).abs().max())
                 ours, theirs = (
                     ((getattr(o, name).double() - getattr(truth, name)).abs().max() / size).item() for o in (got, naive)
                 )
