@@ -156,7 +156,7 @@ def refused(rank: int, size: int) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=240))
     worst = {name: globals()[name](dist.get_rank(), dist.get_world_size()) for name in sys.argv[2:]}
     Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(worst))
     dist.destroy_process_group()
