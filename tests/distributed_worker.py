@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from epsdpo_kernels import EpsilonDPOLoss
 from epsdpo_kernels.integrations.transformers import frozen_reference, run_loss_in_forward
+from fsdp_on_cpu import shard_on_cpu
 from train.__main__ import main
 from train.trainer import PairTrainer
 
@@ -28,24 +27,9 @@ def ddp(folder: Path) -> None:
 
 def fsdp(folder: Path) -> None:
     """The same, sharded by accelerate's own FSDP2."""
-    shard_on_cpu()
+    shard_on_cpu(PairTrainer)
     trainer = main(json.loads((folder / "flags.json").read_text()))
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
-
-
-def shard_on_cpu() -> None:
-    """accelerate takes FSDP for GPUs alone; its preparation of model and optimizer runs on gloo all the same."""
-    create = PairTrainer.create_accelerator_and_postprocess
-
-    def created(self):
-        create(self)
-        state = self.accelerator.state
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-        # The one is copied over the other whenever accelerate looks up its state.
-        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-        self.is_fsdp_enabled = True
-
-    PairTrainer.create_accelerator_and_postprocess = created
 
 
 class InTiles(EpsilonDPOLoss):

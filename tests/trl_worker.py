@@ -12,36 +12,20 @@ from pathlib import Path
 import torch
 import transformers
 import trl.trainer.base_trainer
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import trl_runs
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
-
-
-def shard_on_cpu() -> None:
-    """accelerate takes FSDP for GPUs alone; its preparation of model and optimizer runs on gloo all the same."""
-    create = EpsilonDPOTrainer.create_accelerator_and_postprocess
-
-    def created(self):
-        create(self)
-        state = self.accelerator.state
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-        # The one is copied over the other whenever accelerate looks up its state.
-        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-        self.is_fsdp_enabled = True
-
-    EpsilonDPOTrainer.create_accelerator_and_postprocess = created
+from fsdp_on_cpu import shard_on_cpu
 
 
 def main(folder: Path) -> None:
     trl.trainer.base_trainer.send_telemetry = lambda *_, **__: None
     job = json.loads((folder / "job.json").read_text())
     if job["options"].get("fsdp"):
-        shard_on_cpu()
+        shard_on_cpu(EpsilonDPOTrainer)
     trainer = EpsilonDPOTrainer(
         model=trl_runs.model(Path(job["tiny"])),
         args=EpsilonDPOConfig(**job["options"]),
