@@ -35,7 +35,7 @@ ROW = {"interpreter": Row(128, 16, 1), "gpu": Row(4096, 512, 8)}
 # 128 × 128 would read less for each product, and spills nothing with Triton 3.9, but 136 to 288 bytes with 3.6.
 PRODUCT: dict[str, dict[int, tuple[tuple[int | None, Product], ...]]] = {
     "interpreter": {2: ((None, Product(16, 64, 32, 1, 1)),), 4: ((None, Product(16, 64, 32, 1, 1)),)},
-    "sm_80": {2: ((None, Product(64, 64, 32, 8, 3)),), 4: ((None, Product(64, 64, 32, 8, 2)),)},
+    "sm_80": {2: ((None, Product(64, 64, 32, 8, 3)),), 4: ((None, Product(64, 64, 32, 8, 3)),)},
     "sm_90": {2: ((None, Product(64, 128, 64, 8, 3)),), 4: ((None, Product(32, 64, 32, 8, 2)),)},
     "sm_100": {2: ((None, Product(128, 64, 64, 8, 3)),), 4: ((None, Product(32, 64, 32, 8, 2)),)},
     "sm_120": {2: ((None, Product(64, 64, 64, 8, 2)),), 4: ((None, Product(32, 64, 32, 8, 2)),)},
