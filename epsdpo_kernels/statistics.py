@@ -35,7 +35,7 @@ class Tokens:
     swept: Tensor  # (SWEPT, N) in the compute dtype
     sums: Tensor  # (TOKEN, B, 2) float64, summed over a completion's tokens; the entropy is their mean
     step: Tensor  # (B,) int8
-    arrived: Tensor  # (B,) int32, zero before and after; counts a pair's tokens as a kernel finishes them
+    arrived: Tensor  # (B,) int32, zero before; counts a pair's tokens as a kernel finishes them
 
     def completed(self, tile: slice) -> range:
         """The pairs whose last token is in a tile."""

@@ -241,7 +241,7 @@ def _arrive(
     stop,  # this program has written the sums of tokens first … stop − 1
     completion_ptr,  # (N,)
     bounds_ptr,  # (2B+1,)
-    arrived_ptr,  # (B,) tokens of each pair that are swept, also by earlier launches; zero again when all are
+    arrived_ptr,  # (B,) tokens of each pair that are swept, also by earlier launches
     swept_ptr,  # (SWEPT, N)
     swept_stride,
     sums_ptr,  # (TOKEN, B, 2)
@@ -264,4 +264,3 @@ def _arrive(
         before = tl.atomic_add(arrived_ptr + pair, count, sem="acq_rel", scope="gpu")
         if before + count == end - start:
             _reduce_pair(pair, swept_ptr, swept_stride, bounds_ptr, sums_ptr, step_ptr, pairs, epsilon, TOKENS)
-            tl.store(arrived_ptr + pair, 0)
