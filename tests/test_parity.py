@@ -169,16 +169,39 @@ def test_gradcheck():
 
 
 def test_perturbed_sums_of_one_word():
-    """e^u − 1 and e^−u − 1 to the last digits of fp32, from u of 1e-6 to 40, by either way of forming them."""
+    """e^u − 1 and e^−u − 1 to the last digits of fp32, from u of 1e-9 to 40, by either way of forming them."""
     size = torch.logspace(-6, 1.6, 200)
     d = torch.cat((-size, size))[:, None]
-    for epsilon in (0.01, 1.0):
+    for epsilon in (0.001, 0.01, 1.0):
         e = torch.ones_like(d)
-        ways = [tiles_torch._perturbed(e, d.clone(), epsilon)]
-        small = (d.abs() * epsilon <= tiles_torch.SMALL_U)[:, 0]
-        moments = tiles_torch._perturbed_by_moments(e, d, d[:, 0], epsilon, torch.empty_like(d), torch.empty_like(d))
-        ways.append(tuple(torch.where(small, m, w) for m, w in zip(moments, ways[0], strict=True)))
-        assert 50 < small.sum() < 400
-        for relaxed, tightened in ways:
+        moments = tiles_torch._Moments(d, epsilon)
+        for part in (slice(0, 150), slice(150, 400)):
+            moments.add(part, e[part], d[part].clone(), d[part].clone())
+        for relaxed, tightened in (tiles_torch._perturbed(e, d.clone(), epsilon), moments.perturbed()):
             for got, u in ((relaxed, epsilon * d[:, 0].double()), (tightened, -epsilon * d[:, 0].double())):
-                assert (got.double() / torch.expm1(u) - 1).abs().max() < 4e-6
+                assert (got.double() / torch.expm1(u) - 1).abs().max() < 1e-6
+
+
+def test_moments_of_differences_whose_powers_overflow():
+    d = torch.tensor([[6e3], [7e5], [3e7], [-2e5]])
+    moments = tiles_torch._Moments(d, 1e-6)
+    moments.add(slice(0, 4), torch.ones_like(d), d.clone(), d.clone())
+    relaxed, tightened = moments.perturbed()
+    u = 1e-6 * d[:, 0].double()
+    assert (relaxed / torch.expm1(u) - 1).abs().max() < 1e-6
+    assert (tightened / torch.expm1(-u) - 1).abs().max() < 1e-6
+
+
+def test_a_token_alone_has_the_sums_it_has_in_company():
+    """Bitwise, with neighbours whose differences are a thousand times larger or smaller than its own."""
+    g = torch.Generator().manual_seed(3)
+    scale = torch.tensor([1e-3, 1.0, 9.0, 40.0, 70.0, 300.0])[:, None]
+    e, d = torch.rand(6, 515, generator=g), scale * torch.rand(6, 515, generator=g)
+    together = tiles_torch._Moments(d, 0.01)
+    together.add(slice(0, 6), e, d.clone(), e * d)
+    for row in range(6):
+        alone = tiles_torch._Moments(d[:1], 0.01)
+        part = slice(row, row + 1)
+        alone.add(slice(0, 1), e[part], d[part].clone(), e[part] * d[part])
+        for got, wanted in zip(alone.perturbed(), together.perturbed(), strict=True):
+            assert torch.equal(got[0], wanted[row])
