@@ -17,7 +17,7 @@ test: $(VENV)/.test  ## the whole test suite
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.bench  ## speed and memory on this CPU beside what people would use instead; minutes
-	$(BIN)/python -m pytest bench/test_speed.py bench/test_scaling.py -q -p no:cacheprovider
+	$(BIN)/python -m pytest bench/test_speed.py bench/test_scaling.py -q --capture=no -p no:cacheprovider
 	$(BIN)/python -m bench.tables
 
 bench-compare: $(VENV)/.bench  ## two revisions interleaved: make bench-compare BASE=<revision>

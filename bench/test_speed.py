@@ -12,13 +12,13 @@ pytest.importorskip("pytest_benchmark", reason="the extra `bench` is not install
 from . import measure, variants  # noqa: E402
 from .cases import Case  # noqa: E402
 
-EVERYTHING = [v for v in variants.VARIANTS if v != "ours at ε = 0"]
+EVERYTHING = [v for v in variants.VARIANTS if v not in ("ours", "ours at ε = 0")]
 GPU_ONLY = ["ours logit-free", "cut-cross-entropy"]
 NEAREST = ["trl", "liger"]
 
 # (case, rivals, variants whose memory is measured). Shapes whose goals are stated come first, with 1024 scored tokens.
 CASES: list[tuple[Case, list[str], list[str]]] = [
-    (Case("smollm2", 512), EVERYTHING, ["ours", *(v for v in EVERYTHING if v not in ("ours", *GPU_ONLY))]),
+    (Case("smollm2", 512), EVERYTHING, ["ours", *(v for v in EVERYTHING if v not in GPU_ONLY)]),
     (Case("llama3", 512), ["trl"], ["ours", "trl"]),
     (Case("smollm2", 1024), ["materialised"], ["ours"]),
     (Case("smollm2", 1024, masked=0.5), [*NEAREST, "torch"], ["ours", *NEAREST, "torch"]),
@@ -26,7 +26,7 @@ CASES: list[tuple[Case, list[str], list[str]]] = [
     (Case("smollm2", 512, mode="frozen"), NEAREST, ["ours", *NEAREST]),
     (Case("smollm2", 512, mode="score"), NEAREST, []),
     (Case("smollm2", 256, dtype="bfloat16"), ["materialised", "authors", "composed", "trl", "liger", "torch"], []),
-    (Case("llama3", 64, masked=0.5), [*NEAREST, "torch"], ["ours", "liger"]),
+    (Case("llama3", 64, masked=0.5), NEAREST, ["ours", "liger"]),
     (Case("llama3", 32, mode="frozen"), NEAREST, []),
     (Case("qwen3", 32), NEAREST, []),
     (Case("gemma2", 32), ["trl"], []),

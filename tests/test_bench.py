@@ -266,6 +266,14 @@ def test_gpu_program_measures_cases(tmp_path):
     assert all(r["outcome"] == "ok" and r["tokens_per_second"] > 0 for r in trained), trained
 
 
+def test_no_case_times_a_variant_twice_a_round():
+    from bench import test_speed
+
+    for case, rivals, _ in test_speed.CASES:
+        names = ["ours", variants.LIMIT, *rivals]
+        assert len(names) == len(set(names)), case.name
+
+
 def test_cpu_program_times_in_turn(benchmark, tmp_path, monkeypatch):
     """`make bench` on a case small enough for a test: every record is there, and pytest-benchmark has the ratios."""
     from types import SimpleNamespace

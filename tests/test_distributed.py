@@ -108,6 +108,24 @@ def test_fsdp_is_one_process(tiny, tmp_path, pairs, tied, more):
     assert_same_run(tmp_path / "two", tmp_path / "one", -(-trained // (3 * accumulated)))
 
 
+def test_a_sharded_run_goes_on_from_its_checkpoint(tiny, tmp_path):
+    """Weights, optimizer, schedule, β and record: as if the run had never been stopped."""
+    more = {"dataset": cut(tiny, tmp_path, 43), "save_strategy": "steps", "save_steps": 3}
+    main(flags(tiny, tmp_path / "one", **more, gradient_accumulation_steps=2))
+    (tmp_path / "fsdp.json").write_text(json.dumps({"version": 2}))
+    sharded = ["--fsdp=full_shard", f"--fsdp_config={tmp_path / 'fsdp.json'}"]
+    two = [*flags(tiny, tmp_path / "two", **more, gradient_accumulation_steps=1), *sharded]
+    (tmp_path / "flags.json").write_text(json.dumps(two))
+    launch(2, "fsdp", tmp_path)
+    # As a stop between the first checkpoint and the next would leave it.
+    for entry in (tmp_path / "two").iterdir():
+        if entry.name not in ("checkpoint-3", "record", "run.json"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (tmp_path / "flags.json").write_text(json.dumps([*two, "--resume_from_checkpoint=last"]))
+    launch(2, "fsdp", tmp_path)
+    assert_same_run(tmp_path / "two", tmp_path / "one", 8)
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "by the root", "head apart"])
 @pytest.mark.parametrize("blank", [False, True], ids=["both score", "one has nothing to score"])
 def test_gradients_are_one_process(tiny, tmp_path, wrap, blank):
