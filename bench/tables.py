@@ -297,7 +297,7 @@ def draw_speed(data: dict[str, Any]) -> None:
     axes.set(xlim=(0, most[0]), ylim=(0, most[1]))
     axes.set_title("One pair of 2 × 512 tokens, SmolLM2's head, fp32, CPU", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper right")
 
 
 def draw_fidelity(data: dict[str, list[tuple[float, float]]]) -> None:
