@@ -34,7 +34,7 @@ STATES = measure.ROOT / "build" / "fidelity"
 DRIFTS = (0.003, 0.01, 0.03, 0.1, 0.3)
 STEPS = (1, 3, 10, 30)
 HELD_OUT, MAX_LENGTH, PAIRS_A_STEP, LEARNING_RATE = 60, 96, 2, 5e-6
-GRADIENT_PAIRS = 8
+GRADIENT_PAIRS = 3
 RESUME = "resume.safetensors"
 
 
