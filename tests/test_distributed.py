@@ -46,6 +46,12 @@ def cut(tiny: Path, folder: Path, pairs: int) -> Path:
     return folder / "pairs.jsonl"
 
 
+def sharded(folder: Path) -> list[str]:
+    """The flags of FSDP2."""
+    (folder / "fsdp.json").write_text(json.dumps({"version": 2}))
+    return ["--fsdp=full_shard", f"--fsdp_config={folder / 'fsdp.json'}"]
+
+
 def assert_same_run(two: Path, one: Path, steps: int) -> None:
     """Decisions and β pair by pair, losses, and the weights in the end."""
     ours, theirs = (
@@ -100,9 +106,7 @@ def test_fsdp_is_one_process(tiny, tmp_path, pairs, tied, more):
     more |= {"model": model, "dataset": cut(tiny, tmp_path, pairs), "per_device_eval_batch_size": 3}
     accumulated = 2 * more["gradient_accumulation_steps"]
     main(flags(tiny, tmp_path / "one", **more | {"gradient_accumulation_steps": accumulated}))
-    (tmp_path / "fsdp.json").write_text(json.dumps({"version": 2}))
-    sharded = ["--fsdp=full_shard", f"--fsdp_config={tmp_path / 'fsdp.json'}"]
-    (tmp_path / "flags.json").write_text(json.dumps([*flags(tiny, tmp_path / "two", **more), *sharded]))
+    (tmp_path / "flags.json").write_text(json.dumps([*flags(tiny, tmp_path / "two", **more), *sharded(tmp_path)]))
     launch(2, "fsdp", tmp_path)
     trained = pairs - round(pairs * more.get("eval_fraction", 0))
     assert_same_run(tmp_path / "two", tmp_path / "one", -(-trained // (3 * accumulated)))
@@ -112,9 +116,7 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(tiny, tmp_path):
     """Weights, optimizer, schedule, β and record: as if the run had never been stopped."""
     more = {"dataset": cut(tiny, tmp_path, 43), "save_strategy": "steps", "save_steps": 3}
     main(flags(tiny, tmp_path / "one", **more, gradient_accumulation_steps=2))
-    (tmp_path / "fsdp.json").write_text(json.dumps({"version": 2}))
-    sharded = ["--fsdp=full_shard", f"--fsdp_config={tmp_path / 'fsdp.json'}"]
-    two = [*flags(tiny, tmp_path / "two", **more, gradient_accumulation_steps=1), *sharded]
+    two = [*flags(tiny, tmp_path / "two", **more, gradient_accumulation_steps=1), *sharded(tmp_path)]
     (tmp_path / "flags.json").write_text(json.dumps(two))
     launch(2, "fsdp", tmp_path)
     # As a stop between the first checkpoint and the next would leave it.
