@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the default group of the moment as their default argument, and a custom op's first call imports
+# it: after init_process_group that would keep the group, and gloo's threads, alive beyond destroy_process_group.
+import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor
 from torch.distributed import distributed_c10d
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import gloo
 from epsdpo_kernels import EpsilonDPOLoss
 from epsdpo_kernels.integrations.transformers import frozen_reference, run_loss_in_forward
 from fsdp_on_cpu import shard_on_cpu
-from train.__main__ import main
+from train.__main__ import leave_process_group, main
 from train.trainer import PairTrainer
 
 
@@ -82,8 +83,6 @@ def gradients(folder: Path) -> None:
     torch.distributed.all_gather(steps, out.step)
     if rank == 0:
         save_file(found | {"step": torch.cat(steps)}, folder / "found.safetensors")
-    # The group is not destroyed: the reducer of DDP, its last owner then, would join a thread that waits for the GIL.
-    torch.distributed.barrier()
 
 
 def count_gathers() -> list[tuple[int, ...]]:
@@ -102,3 +101,7 @@ def count_gathers() -> list[tuple[int, ...]]:
 
 if __name__ == "__main__":
     {"ddp": ddp, "fsdp": fsdp, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "ddp":
+        gloo.leave(leave_process_group)
+    else:
+        gloo.leave_at_once()

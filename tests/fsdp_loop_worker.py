@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+import gloo
 from epsdpo_kernels import EpsilonDPOLoss
 from epsdpo_kernels.integrations.transformers import frozen_reference, run_loss_in_forward
 
@@ -46,9 +47,8 @@ def main(tiny: Path, folder: Path, how: str) -> None:
     weights = {name: p.full_tensor().detach() for name, p in policy.named_parameters()}
     if rank == 0:
         save_file(weights | {"beta": loss_fn.beta, "step": torch.cat(steps)}, folder / "result.safetensors")
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    gloo.leave_at_once()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import gloo
 from cases import make_case, pack, relative_error, worst_error
 from epsdpo_kernels import EpsilonDPOLoss, linear, linear_epsilon_dpo, linear_pair_stats
 
@@ -159,4 +160,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=240))
     worst = {name: globals()[name](dist.get_rank(), dist.get_world_size()) for name in sys.argv[2:]}
     Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(worst))
-    dist.destroy_process_group()
+    gloo.leave()

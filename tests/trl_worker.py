@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 import trl.trainer.base_trainer
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+import gloo
 import trl_runs
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
 from fsdp_on_cpu import shard_on_cpu
@@ -50,5 +50,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    gloo.leave_at_once()

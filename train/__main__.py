@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import importlib.util
 import json
 import sys
@@ -195,8 +196,16 @@ def main(arguments: list[str] | None = None) -> PairTrainer:
     return trainer
 
 
+def leave_process_group() -> None:
+    """Ends this process's part in the group, if there is one, once all that holds it (DDP's reducer) is gone."""
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     try:
         main()
+        leave_process_group()
     except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
