@@ -28,6 +28,9 @@ def head_shape(head: str) -> tuple[int, int, float | None]:
     return vocabulary, hidden, None
 
 
+# Tokens a completion, 512 … 131072.
+LENGTHS = tuple(512 << k for k in range(9))
+
 # (products of the head's size, which need a gradient) by what is asked for.
 MODES = {"train": (4, ("hidden", "weight")), "frozen": (3, ("hidden",)), "score": (2, ())}
 

@@ -22,12 +22,11 @@ from epsdpo_kernels import linear, plan
 from epsdpo_kernels.head import Gradients
 
 from . import fidelity, measure, variants
-from .cases import Case, head_shape, make_inputs
+from .cases import LENGTHS, Case, head_shape, make_inputs
 from .variants import BETA, EPSILON, LIMIT, VARIANTS
 
 PARTS = ("device", "exact", "speed", "stages", "long", "training")
 HEAD_ORDER = ("llama3", "qwen3", "gemma2", "smollm2")
-LENGTHS = tuple(512 << k for k in range(9))  # tokens a completion, 512 … 131072
 
 
 @dataclass

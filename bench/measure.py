@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "transformers", "numpy")
 # What is left alone of the machine's memory. A variant that wants more is out of memory.
 RESERVE = 1 << 30
+Record = dict[str, Any]
 
 
 def device_name(device: str) -> str:
@@ -210,14 +211,17 @@ def _warmed(variant: str, case: Case, device: str) -> None:
 
 
 def memory_here(variant: str, case: Case, device: str) -> dict[str, Any]:
-    """Peak memory beyond the inputs, and the floor: the gradients that the call hands back."""
+    """Peak memory beyond the inputs, the floor (the gradients that the call hands back), and the call's seconds."""
 
     def work() -> dict[str, Any]:
-        _warmed(variant, case, device)
+        with _address_limit() if device == "cpu" else nullcontext():
+            _warmed(variant, case, device)
         inputs = make_inputs(case, device)
         run = variants.call(variant, inputs)
         gradients = sum(t.nbytes for t in (inputs.hidden, inputs.weight) if t.requires_grad)
-        return {"bytes": peak_bytes(run, device), "inputs": inputs.nbytes, "gradients": gradients}
+        took: list[float] = []
+        peak = peak_bytes(lambda: took.append(seconds(run, device)), device)
+        return {"bytes": peak, "seconds": took[0], "inputs": inputs.nbytes, "gradients": gradients}
 
     return outcome(work)
 

@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .measure import RESULTS
-
-Record = dict[str, Any]
+from .measure import RESULTS, Record
 
 
 class Run:

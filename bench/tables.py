@@ -18,12 +18,11 @@ from . import fidelity, roofline, variants
 from .cases import MODES, Case, head_shape
 from .goals import goal_rows
 from .measure import ROOT
-from .results import Run, mib, runs, spread
+from .results import Record, Run, mib, runs, spread
 
 README, ROOFLINE, IMAGES = ROOT / "README.md", ROOT / "docs" / "roofline.md", ROOT / "docs" / "img"
 # How far a ratio may lie from what the roofline predicts, as a share of it.
 MARGIN = 0.15
-Record = dict[str, Any]
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -135,6 +134,26 @@ def scaling(run: Run) -> str:
     return table(["against", "sizes", "time ~ xᵏ, k", "memory, k", "without dX, dW, k"], rows)
 
 
+def lengths(run: Run) -> str:
+    """Memory and time of one call by tokens a completion, a row a variant."""
+    measured = run.all(kind="length")
+    sizes = sorted({r["rows"] for r in measured})
+    rows = []
+    for variant in dict.fromkeys(r["variant"] for r in measured):
+        found = {r["rows"]: r for r in measured if r["variant"] == variant}
+        cells = [length_cell(found[size]) if size in found else "" for size in sizes]
+        rows.append([f"**{variant}**" if variant == "ours" else variant, *cells])
+    return table([f"{measured[0]['head']}, one pair, memory and time", *(f"2 × {size}" for size in sizes)], rows)
+
+
+def length_cell(record: Record) -> str:
+    if record["outcome"] == "ok":
+        return f"{mib(record['bytes'])}, {seconds(record['seconds'])}"
+    if "expected" in record:
+        return f"{record['outcome']}: about {record['expected']:.0f} s"
+    return str(record.get("reason", record["outcome"]))
+
+
 def training(run: Run) -> str:
     rows = []
     for record in run.all(kind="training"):
@@ -162,6 +181,7 @@ def readme_tables() -> dict[str, str]:
         "goals": joined(goals, cpu, "make bench", "time"),
         "speed": joined(speed, cpu, "make bench", "time"),
         "scaling": joined(scaling, cpu, "make bench", "scaling"),
+        "lengths": joined(lengths, cpu, "python -m bench.lengths", "length"),
         "fidelity": "\n\n".join(
             part for part in (
                 joined(fidelity_table, cpu, "python -m bench.fidelity", "synthetic"),
@@ -268,6 +288,12 @@ def pictures() -> dict[str, tuple[Any, Callable[[Any], None]]]:
         limit = run.one(kind="time", case=case, variant=variants.LIMIT)
         if points and limit and "speed.png" not in found:
             found["speed.png"] = ({"points": points, "limit": limit["seconds"], "machine": run.machine()}, draw_speed)
+        climbed: dict[str, list[tuple[int, float | None]]] = {}
+        for r in run.all(kind="length"):
+            if "expected" not in r:  # one that was not tried says nothing
+                climbed.setdefault(r["variant"], []).append((r["rows"], r["bytes"] / 2**20 if "bytes" in r else None))
+        if climbed and "lengths.png" not in found:
+            found["lengths.png"] = (climbed, draw_lengths)
         wrong = {
             name: [(r["mean_abs_margin"], r["wrong"][name] / r["pairs"]) for r in run.all(kind="synthetic")]
             for name in fidelity.DECIDERS
@@ -298,6 +324,35 @@ def draw_speed(data: dict[str, Any]) -> None:
     axes.set_title("One pair of 2 × 512 tokens, SmolLM2's head, fp32, CPU", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
+
+
+def draw_lengths(data: dict[str, list[tuple[int, float | None]]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for name, points in data.items():
+        x, y = zip(*(p for p in points if p[1] is not None), strict=True)
+        plain = name in variants.PLAIN_DPO
+        axes.plot(x, y, marker="s" if plain else "o", markersize=5, color="tab:blue" if plain else "tab:red",
+                  linewidth=2.5 if name == "ours" else 1.2)  # fmt: skip
+        ended = points[-1][1] is None
+        if ended:
+            axes.plot(x[-1], y[-1], marker="x", markersize=10, markeredgewidth=2, color="black")
+        axes.annotate(name, (x[-1], y[-1]), xytext=(9, 1 if ended else -3), textcoords="offset points", fontsize=8,
+                      rotation=25 if ended else 0, rotation_mode="anchor",
+                      weight="bold" if name == "ours" else "normal")  # fmt: skip
+    axes.plot([], [], marker="o", color="tab:red", label="ε-DPO")
+    axes.plot([], [], marker="s", color="tab:blue", label="plain DPO (less work)")
+    axes.set(xscale="log", yscale="log", xlabel="tokens a completion", ylabel="peak memory beyond inputs, MiB")
+    axes.plot([], [], marker="x", markersize=9, color="black", linestyle="none", label="out of memory at twice as many")
+    ticks = sorted({length for points in data.values() for length, _ in points})
+    axes.set_xlim(ticks[0] / 1.4, ticks[-1] * 2.2)
+    axes.set_ylim(top=1e5)
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.set_title("One pair under SmolLM2's head, fp32, CPU", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
 
 
 def draw_fidelity(data: dict[str, list[tuple[float, float]]]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import fidelity, goals, measure, roofline, tables, variants
+from bench import fidelity, goals, lengths, measure, roofline, tables, variants
 from bench.cases import HEADS, MODES, Case, head_shape, make_inputs
 from bench.results import Run
 
@@ -77,7 +77,33 @@ def test_memory_in_a_fresh_process():
     logits = 4 * case.total * 16384
     assert 4 * logits < found["bytes"] < 15 * logits
     assert found["gradients"] == 4 * 64 * (16384 + case.total)
+    assert 0.01 < found["seconds"] < 60
     assert measure.memory("cut-cross-entropy", case, "cpu")["outcome"] == "unavailable"
+
+
+def test_lengths_end_where_nothing_fits_and_go_on_where_they_stopped(tmp_path, monkeypatch):
+    asked = []
+
+    def memory(variant, case, device):
+        asked.append(case.rows)
+        fits = {"outcome": "ok", "bytes": case.rows << 20, "seconds": case.rows / 16}
+        return fits if case.rows <= 64 else {"outcome": "out of memory"}
+
+    monkeypatch.setattr(measure, "memory", memory)
+    path, progress = tmp_path / "cpu-2" / "lengths.json", measure.Progress()
+    results = measure.Results(path, "cpu")
+    lengths.climb(results, progress, "ours", "tiny", (16, 32))
+    lengths.climb(measure.Results(path, "cpu"), progress, "ours", "tiny", (16, 32, 64, 128, 256))
+    assert asked == [16, 32, 64, 128]
+    lengths.climb(measure.Results(path, "cpu"), progress, "trl", "tiny", (16, 32, 64), longest=3.0)
+    assert asked[4:] == [16, 32]
+    run = Run(path.parent)
+    assert [r["outcome"] for r in run.all(kind="length")] == ["ok"] * 3 + ["out of memory"] + ["ok"] * 2 + ["not tried"]
+    assert tables.lengths(run).splitlines()[0::2] == [
+        "| tiny, one pair, memory and time | 2 × 16 | 2 × 32 | 2 × 64 | 2 × 128 |",
+        "| **ours** | 16 MiB, 1.00 s | 32 MiB, 2.00 s | 64 MiB, 4.00 s | out of memory |",
+    ]
+    assert tables.lengths(run).endswith("| trl | 16 MiB, 1.00 s | 32 MiB, 2.00 s | not tried: about 4 s |  |")
 
 
 def test_ratios_are_of_the_same_round():
