@@ -41,6 +41,8 @@ class EpsilonDPOOutput(NamedTuple):
     rejected_kl: Tensor
     chosen_entropy: Tensor  # (B,) nats, mean per token
     rejected_entropy: Tensor
+    chosen_token_accuracy: Tensor  # (B,) share of the tokens that the policy ranks first
+    rejected_token_accuracy: Tensor
     relaxed_shift: Tensor  # (B,) z_relaxed − z
     tightened_shift: Tensor  # (B,) z_tightened − z
     vetoed: Tensor  # (B,) bool: the check would have relaxed the pair, and a second signal withheld it
@@ -57,16 +59,22 @@ class PairStatistics(NamedTuple):
     rejected_kl: Tensor
     chosen_entropy: Tensor
     rejected_entropy: Tensor
+    chosen_token_accuracy: Tensor
+    rejected_token_accuracy: Tensor
     relaxed_shift: Tensor
     tightened_shift: Tensor
 
 
 def output(
-    loss: Tensor, losses: Tensor, step: Tensor, beta: Tensor, logps, kls, entropies, shifts, vetoed: Tensor
+    loss: Tensor, losses: Tensor, step: Tensor, beta: Tensor, logps, of_completions, shifts, vetoed: Tensor
 ) -> EpsilonDPOOutput:
-    """Joins the parts and adds the rewards; ``logps`` are chosen, rejected, reference chosen, reference rejected."""
+    """Joins the parts and adds the rewards.
+
+    ``logps`` are chosen, rejected, reference chosen, reference rejected; ``of_completions`` KL, entropy and token
+    accuracy, each chosen, then rejected.
+    """
     rewards = [beta * (logps[k] - logps[2 + k]) for k in (0, 1)]
-    return EpsilonDPOOutput(loss, losses, step, beta, *(*logps, *rewards, *kls, *entropies, *shifts, vetoed))
+    return EpsilonDPOOutput(loss, losses, step, beta, *(*logps, *rewards, *of_completions, *shifts, vetoed))
 
 
 def linear_epsilon_dpo(
@@ -143,9 +151,8 @@ def linear_epsilon_dpo(
     )  # fmt: skip
     return output(
         loss, r[plan.LOSS], r[plan.STEP].to(torch.int8), r[plan.BETA],
-        tuple(r[plan.CHOSEN_LOGP : plan.CHOSEN_KL]), r[plan.CHOSEN_KL : plan.CHOSEN_ENTROPY],
-        r[plan.CHOSEN_ENTROPY : plan.PAIR_RELAXED_SHIFT], r[plan.PAIR_RELAXED_SHIFT : plan.VETOED],
-        r[plan.VETOED].bool(),
+        tuple(r[plan.CHOSEN_LOGP : plan.CHOSEN_KL]), r[plan.CHOSEN_KL : plan.PAIR_RELAXED_SHIFT],
+        r[plan.PAIR_RELAXED_SHIFT : plan.VETOED], r[plan.VETOED].bool(),
     )  # fmt: skip
 
 
@@ -169,7 +176,7 @@ def linear_pair_stats(
     vocab_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
 ) -> PairStatistics:
-    """Per-sequence log-probs that carry gradient, with the shifts, KL and entropy beside them, for any other loss.
+    """Per-sequence log-probs that carry gradient, for any other loss, and beside them all statistics of a pair.
 
     Two passes over the policy's logits (5 products instead of 4), because a general loss is not known before all
     log-probs are. Arguments and errors as for :func:`linear_epsilon_dpo`.
@@ -431,7 +438,10 @@ class _TwoPass(torch.autograd.Function):
         sums = run.tokens.sums
         if not run.layout.n_pairs:
             sums = sums.new_zeros(st.TOKEN, len(cu_seqlens) // 2, 2)
-        rows = (*(sums[r, :, k] for r in (st.REF_LOGP, st.KL, st.ENTROPY) for k in (0, 1)), *st.shifts(sums))
+        rows = (
+            *(sums[r, :, k] for r in (st.REF_LOGP, st.KL, st.ENTROPY, st.CORRECT) for k in (0, 1)),
+            *st.shifts(sums),
+        )
         results = torch.stack(rows).to(run.tokens.swept.dtype)
         # The tensors that carry gradient are saved as such, so that a change in place before backward is noticed.
         ctx.save_for_backward(x, weight, bias)

@@ -61,11 +61,11 @@ def join_completions(tokens: Tokens, pairs: range, group: str) -> None:
     part = slice(pairs.start, pairs.stop)
     count = tokens.bounds.diff().view(-1, 2)[part].double()
     sums = tokens.sums[:, part]
-    sums[st.ENTROPY] *= count
+    sums[st.MEANS] *= count
     packed = torch.cat((torch.where(count > 0, sums, 0), count[None]))
     dist.all_reduce(packed, group=_group(group))
     sums.copy_(packed[:-1])
-    sums[st.ENTROPY] /= packed[-1]
+    sums[st.MEANS] /= packed[-1]
     tokens.step[part] = perturbation_step(*st.shifts(sums))
 
 

@@ -24,8 +24,9 @@ IGNORE = -100
 # Rows of the (PAIR, B) tensor that a pass returns.
 (
     LOSS, STEP, BETA, CHOSEN_LOGP, REJECTED_LOGP, REF_CHOSEN_LOGP, REF_REJECTED_LOGP, CHOSEN_KL, REJECTED_KL,
-    CHOSEN_ENTROPY, REJECTED_ENTROPY, PAIR_RELAXED_SHIFT, PAIR_TIGHTENED_SHIFT, VETOED,
-) = range(PAIR := 14)  # fmt: skip
+    CHOSEN_ENTROPY, REJECTED_ENTROPY, CHOSEN_ACCURACY, REJECTED_ACCURACY, PAIR_RELAXED_SHIFT, PAIR_TIGHTENED_SHIFT,
+    VETOED,
+) = range(PAIR := 16)  # fmt: skip
 
 
 class Decision(NamedTuple):
@@ -214,7 +215,7 @@ def decide(tokens: Tokens, pairs: range, epsilon: float, by: Decision, out: Tens
     """Fills the pairs' columns of a pass's result; gives (B,) coefficients ∂loss_i/∂rejected_logps_i of these pairs."""
     part = slice(pairs.start, pairs.stop)
     sums, check, out = tokens.sums[:, part], tokens.step[part], out[:, part]
-    out[CHOSEN_KL:PAIR_RELAXED_SHIFT] = sums[st.KL : st.ENTROPY + 1].transpose(1, 2).flatten(0, 1)
+    out[CHOSEN_KL:PAIR_RELAXED_SHIFT] = sums[st.KL : st.CORRECT + 1].transpose(1, 2).flatten(0, 1)
     # From the very figures that the caller sees.
     kl = out[CHOSEN_KL] + out[REJECTED_KL]
     step = withhold_relaxation(check, out[CHOSEN_ENTROPY], kl, by.max_entropy, by.max_kl)

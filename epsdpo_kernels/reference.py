@@ -61,6 +61,8 @@ def epsilon_dpo_reference(
         entropy = -(p * log_p.masked_fill(impossible, 0)).sum(-1)
         kl = torch.where(scored, kl, 0).sum(-1)
         entropy = torch.where(scored, entropy, 0).sum(-1) / scored.sum(-1)
+        first = a.gather(-1, index)[..., 0] == a.amax(-1)
+        accuracy = (first & scored).sum(-1, dtype=a.dtype) / scored.sum(-1)
         check = perturbation_step(*shifts)
         step = withhold_relaxation(check, entropy.chunk(2)[0], kl.view(2, -1).sum(0), max_entropy, max_kl)
 
@@ -69,13 +71,15 @@ def epsilon_dpo_reference(
     (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps.chunk(2)
     losses = preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta_i, label_smoothing)
     losses = torch.where(torch.isfinite(shifts[0]) & torch.isfinite(shifts[1]), losses, torch.nan)
-    of_logps, of_kl, of_entropy, of_shifts = (
+    of_logps, of_completions, of_shifts = (
         [t.detach().to(dtype) for t in group]
-        for group in ((chosen, rejected, ref_chosen, ref_rejected), kl.chunk(2), entropy.chunk(2), shifts)
+        for group in (
+            (chosen, rejected, ref_chosen, ref_rejected),
+            (*kl.chunk(2), *entropy.chunk(2), *accuracy.chunk(2)),
+            shifts,
+        )
     )
-    return output(
-        losses.mean(), losses.detach(), step, beta_i, of_logps, of_kl, of_entropy, of_shifts, step != check
-    )  # fmt: skip
+    return output(losses.mean(), losses.detach(), step, beta_i, of_logps, of_completions, of_shifts, step != check)
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

@@ -17,8 +17,10 @@ from .pair import perturbation_step
 
 # Rows of the (SWEPT, N) tensor of sums that a sweep writes.
 MAX, SUM, REF_MAX, REF_SUM, DIFFERENCE, RELAXED, TIGHTENED, CENTRED, LABEL, REF_LABEL = range(SWEPT := 10)
-# Rows of the (TOKEN, …) tensors of statistics, all in nats.
-LOGP, REF_LOGP, RELAXED_SHIFT, TIGHTENED_SHIFT, KL, ENTROPY = range(TOKEN := 6)
+# Rows of the (TOKEN, …) tensors of statistics, in nats but for the last: 1 where the policy ranks the label first.
+LOGP, REF_LOGP, RELAXED_SHIFT, TIGHTENED_SHIFT, KL, ENTROPY, CORRECT = range(TOKEN := 7)
+# Those that are means over a completion's tokens; the others are sums.
+MEANS = slice(ENTROPY, TOKEN)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Tokens:
     bounds: Tensor  # (2B+1,) int64, completion j has the tokens bounds[j] … bounds[j+1] − 1
     edges: list[int]  # the same on the host
     swept: Tensor  # (SWEPT, N) in the compute dtype
-    sums: Tensor  # (TOKEN, B, 2) float64, summed over a completion's tokens; the entropy is their mean
+    sums: Tensor  # (TOKEN, B, 2) float64, a completion's, of its tokens; see MEANS
     step: Tensor  # (B,) int8
     arrived: Tensor  # (B,) int32, zero before; counts a pair's tokens as a kernel finishes them
 
@@ -77,6 +79,7 @@ def token_statistics(swept: Tensor, epsilon: float) -> Tensor:
     # The two lse separately would cancel: their maxima differ exactly, their logs are small.
     out[KL] = swept[DIFFERENCE] / swept[SUM] - (swept[MAX] - swept[REF_MAX]) - (log_sum - ref_log_sum)
     out[ENTROPY] = log_sum - swept[CENTRED] / swept[SUM]
+    out[CORRECT] = swept[LABEL] >= swept[MAX]
     return out
 
 
@@ -93,7 +96,7 @@ def reduce_pairs(tokens: Tokens, pairs: range, epsilon: float) -> None:
     for j, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
         sums = tokens.sums[:, pairs.start + j // 2, j % 2]
         torch.sum(of_token[:, start - first : stop - first], 1, dtype=torch.float64, out=sums)
-        sums[ENTROPY] /= stop - start
+        sums[MEANS] /= stop - start
     part = slice(pairs.start, pairs.stop)
     tokens.step[part] = perturbation_step(*shifts(tokens.sums[:, part]))
 

@@ -168,7 +168,7 @@ def _load_sums(ptr, stride, mask):
 
 @triton.jit
 def _token_statistics(sums, label, ref_label, epsilon):
-    """``statistics.token_statistics``, in the order of its rows: 6 × (TOKENS,)."""
+    """``statistics.token_statistics``, in the order of its rows: 7 × (TOKENS,)."""
     top, total, ref_top, ref_total, difference, relaxed, tightened, centred = sums
     log_sum, ref_log_sum = tl.log(total), tl.log(ref_total)
     u = tl.cast(epsilon, tl.float32) * (label - ref_label)
@@ -179,6 +179,7 @@ def _token_statistics(sums, label, ref_label, epsilon):
         -u - _log1p(tightened / total),
         difference / total - (top - ref_top) - (log_sum - ref_log_sum),
         log_sum - centred / total,
+        tl.where(label >= top, 1.0, 0.0),
     )
 
 
@@ -203,7 +204,7 @@ def _reduce_pair(
     for side in range(2):
         start, stop = tl.load(bounds_ptr + 2 * pair + side), tl.load(bounds_ptr + 2 * pair + side + 1)
         zero = tl.zeros([TOKENS], tl.float64)
-        logp, ref_logp, relaxed, tightened, kl, entropy = zero, zero, zero, zero, zero, zero
+        logp, ref_logp, relaxed, tightened, kl, entropy, correct = zero, zero, zero, zero, zero, zero, zero
         for first in range(start, stop, TOKENS):
             token = first + tl.arange(0, TOKENS)
             mask = token < stop
@@ -217,6 +218,7 @@ def _reduce_pair(
             tightened += tl.where(mask, of_token[3], 0).to(tl.float64)
             kl += tl.where(mask, of_token[4], 0).to(tl.float64)
             entropy += tl.where(mask, of_token[5], 0).to(tl.float64)
+            correct += tl.where(mask, of_token[6], 0).to(tl.float64)
         out_ptr = sums_ptr + 2 * pair + side
         relaxed_sum, tightened_sum = tl.sum(relaxed), tl.sum(tightened)
         tl.store(out_ptr, tl.sum(logp))
@@ -224,7 +226,9 @@ def _reduce_pair(
         tl.store(out_ptr + 4 * pairs, relaxed_sum)
         tl.store(out_ptr + 6 * pairs, tightened_sum)
         tl.store(out_ptr + 8 * pairs, tl.sum(kl))
-        tl.store(out_ptr + 10 * pairs, tl.sum(entropy) / (stop - start).to(tl.float64))
+        count = (stop - start).to(tl.float64)
+        tl.store(out_ptr + 10 * pairs, tl.sum(entropy) / count)
+        tl.store(out_ptr + 12 * pairs, tl.sum(correct) / count)
         sign = 1 - 2 * side
         relaxed_shift += sign * relaxed_sum
         tightened_shift += sign * tightened_sum

@@ -115,6 +115,14 @@ def plant_peaks(case: Case) -> None:
             case.hidden[row, token] = (direction * 30 / largest).bfloat16().double()
 
 
+def plant_first(case: Case) -> Case:
+    """Every other label becomes the word that the policy ranks first (logits scaled by a positive number)."""
+    logits = case.hidden @ case.weight.T + (0 if case.bias is None else case.bias)
+    labels = case.labels.clone()
+    labels[..., ::2] = torch.where(labels == -100, labels, logits.argmax(-1))[..., ::2]
+    return case._replace(labels=labels)
+
+
 def forbid_words(case: Case) -> None:
     """−inf in the policy's bias for up to three words that are no labels, and for one of them in the reference's."""
     free = [v for v in range(len(case.weight)) if v not in case.labels.unique().tolist()][:3]

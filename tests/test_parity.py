@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import make_case, pack, relative_error, worst_error
+from cases import make_case, pack, plant_first, relative_error, worst_error
 from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo, tiles_torch
 
 GRADS = ("hidden", "weight", "bias")
@@ -53,6 +53,21 @@ def test_float64_sizes(sizes, budget):
     assert worst_error(got, truth) < 1e-10
     for g, e in zip(gradients, expected, strict=True):
         assert relative_error(g, e) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.7}, {"softcap": 3.0}, {"logit_scale": -1.0}], ids=str)
+def test_token_accuracy(options, dtype):
+    """Labels that the policy ranks first, counted here by argmax."""
+    case = plant_first(make_case(3, length=9, width=32, bias=True, drift=0.2))
+    logits = options.get("logit_scale", 1.0) * (case.hidden @ case.weight.T + case.bias)
+    first, scored = logits.argmax(-1) == case.labels, case.labels != -100
+    share = (first & scored).sum(1).double() / scored.sum(1)
+    args, biases = case.arguments(dtype)
+    out = linear_epsilon_dpo(*args, **biases, **options)
+    assert torch.equal(torch.cat((out.chosen_token_accuracy, out.rejected_token_accuracy)), share.to(out.loss.dtype))
+    if options.get("logit_scale", 1.0) > 0:
+        assert share.min() < share.max() and 0.3 < share.mean() < 0.8
 
 
 @pytest.mark.parametrize("budget", [None, 1])

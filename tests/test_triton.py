@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import forbid_words, make_case, plant_peaks, relative_error, worst_error
+from cases import forbid_words, make_case, plant_first, plant_peaks, relative_error, worst_error
 from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference, linear, linear_epsilon_dpo, linear_pair_stats
 from epsdpo_kernels.head import Head
 from epsdpo_kernels.statistics import SWEPT, TOKEN, Tokens
@@ -94,6 +94,15 @@ def test_scoring(edge):
     """No gradient asked for: no logits are kept, whatever the tile's budget."""
     case, options = edge()
     compare(case, torch.float32, 1e-5, options, "triton", grad=())
+
+
+def test_token_accuracy(route):
+    case = plant_first(make_case(2, length=9, width=16, vocabulary=203, bias=True, drift=0.2))
+    truth = epsilon_dpo_reference(*(args := case.arguments())[0], **args[1], softcap=3.0)
+    got, _ = run(linear_epsilon_dpo, case, torch.float32, softcap=3.0, engine="triton")
+    for name in ("chosen_token_accuracy", "rejected_token_accuracy"):
+        assert torch.equal(getattr(got, name), getattr(truth, name).float()), name
+    assert 0.3 < truth.chosen_token_accuracy.mean() < 0.8
 
 
 def test_a_factor_that_overflows_at_a_word_without_probability():

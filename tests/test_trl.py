@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ trl = pytest.importorskip("trl", reason="the extra 'trl' is not installed")
 peft = pytest.importorskip("peft", reason="the trainer's extra is not installed")
 transformers = pytest.importorskip("transformers")
 
+import accelerate  # noqa: E402
+import datasets  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 import trl_runs  # noqa: E402
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
 from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
-from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer  # noqa: E402
+from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer, _refuse_launch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EPSILON = 0.05
@@ -365,6 +368,61 @@ def test_refused_models(tiny, tmp_path):
     strange.forward = forward
     with pytest.raises(ValueError, match="cannot be fused"):
         make(tiny, tmp_path, model=strange)
+
+
+def launched(fsdp=None, parallelism=None, zero_stage=None, sync=False):
+    """As much of a trainer as says how it was launched: launching it so takes GPUs."""
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage))
+    accelerator = SimpleNamespace(parallelism_config=parallelism, is_fsdp2=fsdp == 2, state=state)
+    return SimpleNamespace(
+        accelerator=accelerator, is_deepspeed_enabled=zero_stage is not None, is_fsdp_enabled=fsdp is not None,
+        args=SimpleNamespace(sync_ref_model=sync),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"parallelism": accelerate.ParallelismConfig(tp_size=2)}, "parallelism_config: got tensor, context"),
+        ({"parallelism": accelerate.ParallelismConfig(cp_size=2)}, "parallelism_config: got tensor, context"),
+        ({"parallelism": accelerate.ParallelismConfig(sp_backend="deepspeed", sp_size=2)}, "parallelism_config"),
+        ({"zero_stage": 3}, "deepspeed: got ZeRO-3.*FSDP2"),
+        ({"fsdp": 1}, "fsdp: got version 1, takes version 2"),
+        ({"fsdp": 2, "sync": True}, "sync_ref_model: got True with FSDP"),
+        ({}, None),
+        ({"parallelism": accelerate.ParallelismConfig(dp_replicate_size=2)}, None),
+        ({"zero_stage": 2, "sync": True}, None),
+        ({"fsdp": 2}, None),
+    ],
+)
+def test_refused_launches(how, said):
+    if said is None:
+        _refuse_launch(launched(**how))
+    else:
+        with pytest.raises(ValueError, match=said):
+            _refuse_launch(launched(**how))
+
+
+def test_images_are_refused(tiny, tmp_path):
+    pil = pytest.importorskip("PIL.Image")
+    text = transformers.AutoConfig.from_pretrained(tiny)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        transformers.AutoTokenizer.from_pretrained(tiny), patch_size=4,
+    )  # fmt: skip
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
+    rows = [row | {"images": [pil.new("RGB", (8, 8))]} for row in trl_runs.pairs(tiny, 2)]
+    args = EpsilonDPOConfig(**trl_runs.options(tmp_path, max_length=None))
+    with pytest.raises(ValueError, match="train_dataset: got images, takes text"):
+        EpsilonDPOTrainer(
+            model=transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava"), args=args,
+            processing_class=processor,
+            train_dataset=datasets.Dataset.from_list(rows),
+        )  # fmt: skip
 
 
 def test_refused_batches(tiny, tmp_path):

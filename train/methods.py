@@ -64,7 +64,7 @@ class BetaDPOLoss(nn.Module):
         losses = torch.where(kept, preference_losses(*logps, beta=beta), 0)
         out = output(
             losses.sum() * share / len(margins), losses.detach(), torch.zeros_like(margins, dtype=torch.int8), beta,
-            [t.detach() for t in logps], stats[4:6], stats[6:8], stats[8:], torch.zeros_like(kept),
+            [t.detach() for t in logps], stats[4:10], stats[10:], torch.zeros_like(kept),
         )  # fmt: skip
         return out._replace(beta=torch.where(kept, beta, 0))
 

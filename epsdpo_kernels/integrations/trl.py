@@ -57,8 +57,6 @@ if trl.__version__.split(".")[:2] != TESTED.split("."):
 LOSS_STATE = "epsilon_dpo.safetensors"
 REFERENCE_STATE = "reference.safetensors"
 IGNORE = -100
-# Of the tile of logits that the token accuracy is read from.
-TILE_BYTES = 1 << 28
 
 
 @dataclass
@@ -186,7 +184,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         # Where TRL averages over tokens: sums over a pair's.
         sums = {
             "entropy": (out.chosen_entropy * chosen + out.rejected_entropy * rejected, chosen + rejected),
-            "mean_token_accuracy": (self.loss_fn.correct, chosen),
+            "mean_token_accuracy": (out.chosen_token_accuracy * chosen, chosen),
         }
         if self.loss_fn.logits is not None:
             sums["logits/chosen"], sums["logits/rejected"] = zip(
@@ -251,31 +249,17 @@ class EpsilonDPOTrainer(DPOTrainer):
 class _Loss(EpsilonDPOLoss):
     """The loss, and what TRL logs of the logits themselves, of which ε-DPO has no need."""
 
-    correct: Tensor  # (B,) tokens of the chosen completions that the policy ranks first
     logits: Tensor | None  # (2B,) sums over a completion's tokens of the mean logit; None where logits are capped
 
     @torch.no_grad()
     def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap) -> None:
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
-        scored = labels != IGNORE
+        self.logits = None
         if softcap is None:
             # The mean over the vocabulary of x·Wᵀ + b is x·mean(W) + mean(b).
-            means = hidden.float() @ weight.mean(0, dtype=torch.float32)
+            with torch.autocast(hidden.device.type, enabled=False):
+                means = hidden.float() @ weight.mean(0, dtype=torch.float32)
             means = logit_scale * (means if bias is None else means + bias.mean(dtype=torch.float32))
-            self.logits = torch.where(scored, means, 0).sum(1)
-        else:
-            self.logits = None
-        pairs = len(labels) // 2
-        scored = scored[:pairs]
-        x, y = hidden[:pairs][scored], labels[:pairs][scored]
-        right = [
-            torch.nn.functional.linear(part, weight, bias).argmax(1)
-            for part in x.split(max(1, TILE_BYTES // (4 * len(weight))))
-        ]
-        correct = torch.cat(right) == y if right else y == y
-        self.correct = torch.zeros_like(labels[:pairs]).masked_scatter(scored, correct.long()).sum(1)
+            self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
 
     def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
         self._read_logits(hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"])
