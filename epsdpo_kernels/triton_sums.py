@@ -168,7 +168,7 @@ def _load_sums(ptr, stride, mask):
 
 @triton.jit
 def _token_statistics(sums, label, ref_label, epsilon):
-    """``statistics.token_statistics``, in the order of its rows: 7 × (TOKENS,)."""
+    """``statistics.token_statistics``, in the order of its rows: 7 × (TOKENS,), the last bool."""
     top, total, ref_top, ref_total, difference, relaxed, tightened, centred = sums
     log_sum, ref_log_sum = tl.log(total), tl.log(ref_total)
     u = tl.cast(epsilon, tl.float32) * (label - ref_label)
@@ -179,7 +179,7 @@ def _token_statistics(sums, label, ref_label, epsilon):
         -u - _log1p(tightened / total),
         difference / total - (top - ref_top) - (log_sum - ref_log_sum),
         log_sum - centred / total,
-        tl.where(label >= top, 1.0, 0.0),
+        label >= top,
     )
 
 
@@ -204,7 +204,8 @@ def _reduce_pair(
     for side in range(2):
         start, stop = tl.load(bounds_ptr + 2 * pair + side), tl.load(bounds_ptr + 2 * pair + side + 1)
         zero = tl.zeros([TOKENS], tl.float64)
-        logp, ref_logp, relaxed, tightened, kl, entropy, correct = zero, zero, zero, zero, zero, zero, zero
+        logp, ref_logp, relaxed, tightened, kl, entropy = zero, zero, zero, zero, zero, zero
+        correct = tl.zeros([TOKENS], tl.int32)
         for first in range(start, stop, TOKENS):
             token = first + tl.arange(0, TOKENS)
             mask = token < stop
@@ -218,7 +219,7 @@ def _reduce_pair(
             tightened += tl.where(mask, of_token[3], 0).to(tl.float64)
             kl += tl.where(mask, of_token[4], 0).to(tl.float64)
             entropy += tl.where(mask, of_token[5], 0).to(tl.float64)
-            correct += tl.where(mask, of_token[6], 0).to(tl.float64)
+            correct += (mask & of_token[6]).to(tl.int32)
         out_ptr = sums_ptr + 2 * pair + side
         relaxed_sum, tightened_sum = tl.sum(relaxed), tl.sum(tightened)
         tl.store(out_ptr, tl.sum(logp))
@@ -228,7 +229,7 @@ def _reduce_pair(
         tl.store(out_ptr + 8 * pairs, tl.sum(kl))
         count = (stop - start).to(tl.float64)
         tl.store(out_ptr + 10 * pairs, tl.sum(entropy) / count)
-        tl.store(out_ptr + 12 * pairs, tl.sum(correct) / count)
+        tl.store(out_ptr + 12 * pairs, tl.sum(correct).to(tl.float64) / count)
         sign = 1 - 2 * side
         relaxed_shift += sign * relaxed_sum
         tightened_shift += sign * tightened_sum
