@@ -23,6 +23,7 @@ CLIMBERS = (
     "materialised compiled",
     "composed",
     "torch",
+    variants.SMALL_TILES,
 )
 # Where the next call would take longer than this, in seconds, it is not made.
 LONGEST = 450.0
@@ -56,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.lengths", description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"by default {', '.join(CLIMBERS)}")
     options = parser.parse_args()
-    if unknown := set(options.variants) - set(variants.VARIANTS):
-        parser.error(f"VARIANT: {', '.join(sorted(unknown))} is not one of {', '.join(variants.VARIANTS)}")
+    if unknown := set(options.variants) - set(variants.CALLS):
+        parser.error(f"VARIANT: {', '.join(sorted(unknown))} is not one of {', '.join(variants.CALLS)}")
     results = measure.Results(measure.RESULTS / measure.device_name("cpu") / "lengths.json", "cpu")
     progress = measure.Progress()
     for variant in options.variants or CLIMBERS:
