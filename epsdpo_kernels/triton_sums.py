@@ -205,7 +205,8 @@ def _reduce_pair(
         start, stop = tl.load(bounds_ptr + 2 * pair + side), tl.load(bounds_ptr + 2 * pair + side + 1)
         zero = tl.zeros([TOKENS], tl.float64)
         logp, ref_logp, relaxed, tightened, kl, entropy = zero, zero, zero, zero, zero, zero
-        correct = tl.zeros([TOKENS], tl.int32)
+        # A count, exact in fp32 up to 2²⁴. In float64 or int32 it spills on sm_100.
+        correct = tl.zeros([TOKENS], tl.float32)
         for first in range(start, stop, TOKENS):
             token = first + tl.arange(0, TOKENS)
             mask = token < stop
@@ -219,7 +220,7 @@ def _reduce_pair(
             tightened += tl.where(mask, of_token[3], 0).to(tl.float64)
             kl += tl.where(mask, of_token[4], 0).to(tl.float64)
             entropy += tl.where(mask, of_token[5], 0).to(tl.float64)
-            correct += (mask & of_token[6]).to(tl.int32)
+            correct += tl.where(mask & of_token[6], 1.0, 0.0)
         out_ptr = sums_ptr + 2 * pair + side
         relaxed_sum, tightened_sum = tl.sum(relaxed), tl.sum(tightened)
         tl.store(out_ptr, tl.sum(logp))
