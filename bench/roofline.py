@@ -18,7 +18,7 @@ from epsdpo_kernels import plan
 from .cases import Case, head_shape
 from .variants import LIMIT_BYTES
 
-# Passes over a tile's elements: (exponentials, other operations), counted in tiles_torch.py.
+# Passes over a tile's elements: (exponentials, other operations), counted in torch_engine.py.
 SWEEP, GRADIENT = (3, 13), (1, 3)
 
 

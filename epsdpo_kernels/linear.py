@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import checks, parallel, plan, tiles_torch
+from . import checks, parallel, plan
 from . import statistics as st
+from .engines import torch_engine
 from .head import Gradients, Head
 
 ENGINES = ("auto", "torch", "triton")
@@ -246,15 +247,15 @@ def _heads(
 def _engine(name: str, device: torch.device) -> ModuleType:
     """The module of an engine's tile operations; Triton's kernels are imported when first asked for."""
     if name == "torch":
-        return tiles_torch
-    from . import tiles_triton, triton_blocks
+        return torch_engine
+    from .engines import triton_blocks, triton_engine
 
     if device.type != "cuda" and not triton_blocks.INTERPRETED:
         raise ValueError(f"engine: got 'triton' for tensors on {device}, takes 'torch' or 'auto' there")
     if torch.version.hip:
         # Compiled for gfx942, a barrier comes before the stores it should order have arrived.
         raise ValueError("engine: got 'triton' on an AMD GPU, where its barriers do not order memory; takes 'torch'")
-    return tiles_triton
+    return triton_engine
 
 
 def _pass(

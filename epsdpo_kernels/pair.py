@@ -60,6 +60,22 @@ def pair_beta(step: Tensor, beta: float | Tensor, epsilon: float) -> Tensor:
     return beta / (1 + epsilon * step.to(dtype))
 
 
+# Of β-DPO's moving averages of a batch's margins, which start at 0 and move before they are used.
+BETA_DPO_MOMENTUM = 0.9
+
+
+def beta_dpo(beta: float, alpha: float, margin: float, average: float) -> float:
+    """The β of a batch in β-DPO (Wu et al., 2024, arXiv 2407.08639): β₀·(1 + α·(margin − average)), at least 1e-3.
+
+    Args:
+        beta: β₀.
+        alpha: how strongly β follows the margin.
+        margin: mean margin of the kept pairs, nats, without β.
+        average: M₀, the moving average of the mean margins of all pairs, nats.
+    """
+    return max(1e-3, beta * (1 + alpha * (margin - average)))
+
+
 def preference_losses(
     chosen_logps: Tensor,
     rejected_logps: Tensor,

@@ -5,7 +5,7 @@
     FOLDER/build/torch-{cpu,cuda,rocm}/             what kernel-builder makes of that, ready to load or to upload
 
 There is nothing to compile, so the same Python serves every backend ("noarch", once called universal). The integrations
-stay behind: a kernel may import torch, triton and itself alone.
+and the record stay behind: a kernel may import torch, triton and itself alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BACKENDS = ("cpu", "cuda", "rocm")
 NAME = "epsdpo-kernels"
 # Several versions of a kernel may be loaded in one process, so each names its op after itself.
 OP = '"epsdpo_kernels::single_pass"'
-IMPORT = "from . import checks, parallel, plan, tiles_torch\n"
+IMPORT = "from . import checks, parallel, plan\n"
 
 
 def check_imports(path: Path) -> None:
@@ -53,20 +53,27 @@ def lay_out(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     source = folder / "torch-ext" / "epsdpo_kernels"
     source.mkdir(parents=True)
-    for path in sorted(PACKAGE.glob("*.py")):
+    (source / "engines").mkdir()
+    for path in sorted((*PACKAGE.glob("*.py"), *PACKAGE.glob("engines/*.py"))):
+        if path.name == "__main__.py":  # the record's commands
+            continue
         check_imports(path)
         text = path.read_text()
         if path.name == "linear.py":
             assert text.count(OP) == text.count(IMPORT) == 1, "linear.py: the op is not where this script expects it"
             text = text.replace(OP, 'add_op_namespace_prefix("single_pass")')
             text = text.replace(IMPORT, IMPORT + "from ._ops import add_op_namespace_prefix\n")
-        (source / path.name).write_text(text)
+        (source / path.relative_to(PACKAGE)).write_text(text)
     for name in ("build.toml", "CARD.md", "flake.nix"):
         shutil.copy(HERE / name, folder)
     shutil.copytree(HERE / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    content = hashlib.sha1(b"".join(path.read_bytes() for path in sorted(source.iterdir()))).hexdigest()
+    content = hashlib.sha1(b"".join(path.read_bytes() for path in files(source))).hexdigest()
     for backend in BACKENDS:
         build_variant(source, folder / "build" / f"torch-{backend}", backend, content[:7])
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def build_variant(source: Path, variant: Path, backend: str, content: str) -> None:
@@ -74,8 +81,8 @@ def build_variant(source: Path, variant: Path, backend: str, content: str) -> No
     identifier = f"_{source.name}_{backend}_{content}"
     (variant / "_ops.py").write_text(ops_module(identifier))
     digests = {
-        path.name: base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
-        for path in sorted(variant.iterdir())
+        path.relative_to(variant).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+        for path in files(variant)
     }
     metadata = {
         "id": identifier, "name": NAME, "version": 0, "license": "Apache-2.0", "python-depends": [],

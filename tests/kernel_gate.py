@@ -30,7 +30,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from epsdpo_kernels import tiles_triton, triton_blocks, triton_project  # noqa: E402
+from epsdpo_kernels.engines import triton_blocks, triton_engine, triton_project  # noqa: E402
 
 STACK = 64
 # Target, bytes of shared memory that a program may have on every card of the generation (an A100 has 163 KiB, 8.6 and
@@ -72,7 +72,7 @@ def source(kernel: str, arch: str, dtype: str, variant: str, hidden: int, blocks
     constants |= {} if variant == "bias" else {"bias_ptr": None, "ref_bias_ptr": None}
     constants |= {"PERTURB": True, "WORDS": row.words, "TOKENS": row.tokens}
     options = {"num_warps": row.warps, "num_stages": 1}
-    function = {"sweep": tiles_triton._sweep_kernel, "gradient": tiles_triton._gradient_kernel}.get(kernel)
+    function = {"sweep": triton_engine._sweep_kernel, "gradient": triton_engine._gradient_kernel}.get(kernel)
     if function is None:
         function = triton_project._project_kernel
         blocks = blocks or triton_blocks.product(arch, itemsize, hidden)

@@ -8,7 +8,7 @@ import torch
 
 from epsdpo_kernels import EpsilonDPOLoss
 from epsdpo_kernels.pair import losses_and_coefficients, pair_beta, perturbation_step
-from train.record import Recorder
+from epsdpo_kernels.record import Recorder
 
 OPTIONS = {
     "model": "made-up", "dataset": "nowhere.jsonl", "dataset_split": "train", "eval_dataset": None,

@@ -15,10 +15,11 @@ import torch
 pa = pytest.importorskip("pyarrow", reason="the trainer's extra is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
 
+from epsdpo_kernels.__main__ import main  # noqa: E402
+from epsdpo_kernels.record import parts, read  # noqa: E402
+from epsdpo_kernels.record.audit import audit  # noqa: E402
 from records import write_run  # noqa: E402
 from runs import flags  # noqa: E402
-from train.audit import audit, main  # noqa: E402
-from train.record import parts, read  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +69,7 @@ def test_an_altered_decision_is_named(tmp_path, capsys):
     write_run(tmp_path)
     was = alter(tmp_path, 17, decision=0)
     assert was["decision"] != 0, "another row, please"
-    assert main([str(tmp_path)]) == 1
+    assert main(["audit", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     (finding,) = audit(tmp_path).findings
     assert (finding.kind, finding.column, finding.place, finding.row) == ("value", "decision", 17, was["row"])
@@ -76,7 +77,7 @@ def test_an_altered_decision_is_named(tmp_path, capsys):
     assert finding.pair_id == was["pair_id"] and finding.follows == str(was["decision"]) and finding.holds == "0"
     assert "NOT OK, 1 finding" in printed and f"row {was['row']}, pair {was['pair_id']}" in printed
     alter(tmp_path, 17, decision=was["decision"])
-    assert main([str(tmp_path)]) == 0 and "OK, 92 rows" in capsys.readouterr().out
+    assert main(["audit", str(tmp_path)]) == 0 and "OK, 92 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_a_large_record_takes_seconds(tmp_path):
 def test_cost_of_the_record(tmp_path):
     """`pytest -s` prints what a step of 8 pairs pays; the bound takes a step of a second, and a busy machine."""
     from epsdpo_kernels import EpsilonDPOOutput
-    from train.record import Recorder
+    from epsdpo_kernels.record import Recorder
     from train.trainer import PairRecord
 
     pairs = {"row": list(range(8)), "pair_id": [f"{n:016x}" for n in range(8)]}

@@ -12,12 +12,12 @@ pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 
 from safetensors.torch import load_file  # noqa: E402
 
+from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from test_distributed import launch  # noqa: E402
 from train import __main__ as command  # noqa: E402
 from train import cache  # noqa: E402
 from train.data import Collator, load_pairs  # noqa: E402
-from train.record import read  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ transformers = pytest.importorskip("transformers", reason="the trainer's extra i
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 pytest.importorskip("matplotlib", reason="the trainer's extra is not installed")
 
+from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
-from train import compare  # noqa: E402
 from train.data import Collator, load_pairs  # noqa: E402
-from train.record import read  # noqa: E402
+from train.studies import compare  # noqa: E402
 
 
 def test_compare(tiny, tmp_path, monkeypatch, capsys):

@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from train import demo_data
-from train.data import Collator, Report, load_pairs, texts
+from epsdpo_kernels.record.sources import texts
+from train.data import Collator, Report, load_pairs
+from train.demo import pairs as demo_data
 
 HH = Path(__file__).parents[2] / "shared/data/hh_harmless.jsonl.gz"
 TEMPLATE = (

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from cases import relative_error  # noqa: E402
 from distributed_worker import policy  # noqa: E402
+from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
-from train.record import read  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

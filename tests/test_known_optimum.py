@@ -7,7 +7,7 @@ import torch
 
 from cases import relative_error
 from epsdpo_kernels import linear_epsilon_dpo
-from train.known_optimum import (
+from train.studies.known_optimum import (
     Pairs,
     best_at,
     loss_inputs,

@@ -21,7 +21,7 @@ def margins_of(out):
 
 
 def test_beta_dpo_is_its_formula():
-    loss_fn = BetaDPOLoss(0.2, alpha=0.6, keep=0.8, momentum=0.9)
+    loss_fn = BetaDPOLoss(0.2, alpha=0.6, keep=0.8)
     mean = std = 0.0
     for seed in range(3):
         case = make_case(10, drift=0.3, seed=seed)

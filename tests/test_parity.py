@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cases import make_case, pack, plant_first, relative_error, worst_error
-from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo, tiles_torch
+from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo
+from epsdpo_kernels.engines import torch_engine
 
 GRADS = ("hidden", "weight", "bias")
 TRANSFORMS = [
@@ -189,17 +190,17 @@ def test_perturbed_sums_of_one_word():
     d = torch.cat((-size, size))[:, None]
     for epsilon in (0.001, 0.01, 1.0):
         e = torch.ones_like(d)
-        moments = tiles_torch._Moments(d, epsilon)
+        moments = torch_engine._Moments(d, epsilon)
         for part in (slice(0, 150), slice(150, 400)):
             moments.add(part, e[part], d[part].clone(), d[part].clone())
-        for relaxed, tightened in (tiles_torch._perturbed(e, d.clone(), epsilon), moments.perturbed()):
+        for relaxed, tightened in (torch_engine._perturbed(e, d.clone(), epsilon), moments.perturbed()):
             for got, u in ((relaxed, epsilon * d[:, 0].double()), (tightened, -epsilon * d[:, 0].double())):
                 assert (got.double() / torch.expm1(u) - 1).abs().max() < 1e-6
 
 
 def test_moments_of_differences_whose_powers_overflow():
     d = torch.tensor([[6e3], [7e5], [3e7], [-2e5]])
-    moments = tiles_torch._Moments(d, 1e-6)
+    moments = torch_engine._Moments(d, 1e-6)
     moments.add(slice(0, 4), torch.ones_like(d), d.clone(), d.clone())
     relaxed, tightened = moments.perturbed()
     u = 1e-6 * d[:, 0].double()
@@ -212,10 +213,10 @@ def test_a_token_alone_has_the_sums_it_has_in_company():
     g = torch.Generator().manual_seed(3)
     scale = torch.tensor([1e-3, 1.0, 9.0, 40.0, 70.0, 300.0])[:, None]
     e, d = torch.rand(6, 515, generator=g), scale * torch.rand(6, 515, generator=g)
-    together = tiles_torch._Moments(d, 0.01)
+    together = torch_engine._Moments(d, 0.01)
     together.add(slice(0, 6), e, d.clone(), e * d)
     for row in range(6):
-        alone = tiles_torch._Moments(d[:1], 0.01)
+        alone = torch_engine._Moments(d[:1], 0.01)
         part = slice(row, row + 1)
         alone.add(slice(0, 1), e[part], d[part].clone(), e[part] * d[part])
         for got, wanted in zip(alone.perturbed(), together.perturbed(), strict=True):

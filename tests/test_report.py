@@ -11,13 +11,14 @@ import pytest
 pa = pytest.importorskip("pyarrow", reason="the trainer's extra is not installed")
 pytest.importorskip("matplotlib", reason="the trainer's extra is not installed")
 
+from epsdpo_kernels.__main__ import main  # noqa: E402
+from epsdpo_kernels.record import figures  # noqa: E402
+from epsdpo_kernels.record import report as report_module  # noqa: E402
+from epsdpo_kernels.record.audit import audit, columns  # noqa: E402
+from epsdpo_kernels.record.report import embed, report, visible  # noqa: E402
+from epsdpo_kernels.record.words import WORDS  # noqa: E402
 from records import write_run  # noqa: E402
 from test_audit import alter  # noqa: E402
-from train import report as report_module  # noqa: E402
-from train import report_figures as figures  # noqa: E402
-from train.audit import audit, columns  # noqa: E402
-from train.report import embed, main, report, visible  # noqa: E402
-from train.report_words import WORDS  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (
@@ -118,7 +119,7 @@ def test_page_and_pictures(tmp_path, capsys):
     run = write_run(tmp_path / "one", pairs=60, labels=["x", "y"])
     was = alter(run, 17, decision=0)
     assert was["decision"] != 0
-    main([str(run), "--out", str(tmp_path / "out")])
+    main(["report", str(run), "--out", str(tmp_path / "out")])
     assert "report.html" in capsys.readouterr().out
     found = data_of(tmp_path / "out" / "report.html")
     (shown,) = found["runs"]
@@ -233,7 +234,7 @@ def test_both_languages_are_whole():
             assert english and japanese, (section, name)
             if english.isascii() and len(english) > 3 and name != "takeover_measured":
                 assert re.search("[ぁ-んァ-ヶ一-龠]", japanese), (section, name)
-    script = (ROOT / "train" / "report_page.js").read_text(encoding="utf-8")
+    script = (ROOT / "epsdpo_kernels" / "record" / "page.js").read_text(encoding="utf-8")
     for name in re.findall(r"\bW\.(\w+)", script):
         assert name in WORDS["page"], name
     assert set(WORDS["history"]) == set(figures.HISTORY)
@@ -270,7 +271,7 @@ def test_histogram_in_tensorboard(tiny, tmp_path):
 
 
 def test_the_demo_ends_with_its_report(tiny, tmp_path, monkeypatch, capsys):
-    from train import demo
+    from train.demo import __main__ as demo
 
     rows = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | {"topic": "one"}) + "\n" for row in rows))

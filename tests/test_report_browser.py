@@ -18,11 +18,11 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
+from epsdpo_kernels.record.report import report  # noqa: E402
 from records import write_run  # noqa: E402
 from runs import flags  # noqa: E402
 from test_audit import alter  # noqa: E402
 from test_report import HOSTILE  # noqa: E402
-from train.report import report  # noqa: E402
 
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -18,7 +18,7 @@ from test_parity import GRADS, run
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from epsdpo_kernels import tiles_triton, triton_blocks, triton_project, triton_sums  # noqa: E402
+from epsdpo_kernels.engines import triton_blocks, triton_engine, triton_project, triton_sums  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not triton_blocks.INTERPRETED, reason="runs in Triton's interpreter"),
@@ -301,8 +301,8 @@ def test_rows_beyond_2_31_elements():
     for make in (torch.clone, far_apart):
         mine, ref = make(a), make(b)
         tokens = tokens_of_one_pair(rows, vocabulary)
-        tiles_triton.sweep(mine, ref, slice(0, rows), tokens, head, head, 0.01)
-        out = tiles_triton.gradient(mine, slice(0, rows), tokens, coefficient, head)
+        triton_engine.sweep(mine, ref, slice(0, rows), tokens, head, head, 0.01)
+        out = triton_engine.gradient(mine, slice(0, rows), tokens, coefficient, head)
         assert out.data_ptr() == mine.data_ptr()
         results.append((tokens.swept, tokens.sums, tokens.step, out.clone()))
     for near, far in zip(*results, strict=True):

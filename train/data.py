@@ -6,37 +6,23 @@
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import hashlib
-import json
 import os
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from jinja2 import TemplateError
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+from epsdpo_kernels.record.sources import BROKEN, SURROGATE, NoPair, Pair, form_of, pair_of, read_rows, turns
+
 COLUMNS = ("pair_id", "row", "prompt_ids", "chosen_ids", "rejected_ids")
-BROKEN, MALFORMED, DIFFERENT = "broken line", "malformed row", "different prompts"
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # A Unicode noncharacter, which no text should hold. One that does is guarded like a control token.
 MARK = "\ufdd0"
-# JSON can spell half a surrogate pair, which no tokenizer and no table takes.
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class _Drop(Exception):
-    """A row is no pair; the text is the reason."""
 
 
 @dataclass
@@ -82,25 +68,6 @@ class Report:
         return "\n".join(lines)
 
 
-class Pair(NamedTuple):
-    """A pair as its source has it. The prompt is text, or messages {"role", "content"}."""
-
-    prompt: str | list[dict[str, str]]
-    chosen: str
-    rejected: str
-
-    def text(self) -> dict[str, str]:
-        """Three plain strings; a prompt of messages becomes paragraphs `role: content`."""
-        prompt = self.prompt
-        if not isinstance(prompt, str):
-            prompt = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-        return {"prompt": prompt, "chosen": self.chosen, "rejected": self.rejected}
-
-    def id(self) -> str:
-        text = json.dumps(list(self.text().values()), ensure_ascii=False)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def load_pairs(
     source: str | os.PathLike,
     tokenizer,
@@ -143,17 +110,17 @@ def load_pairs(
     if not 1 <= max_prompt_length < max_length:
         raise ValueError(f"max_prompt_length: got {max_prompt_length}, takes 1 to max_length − 1 = {max_length - 1}")
     report = Report(os.fspath(source))
-    records = list(_read(report.source, split))
-    form = _form((record for _, record in records), report.source)
+    records = list(read_rows(report.source, split))
+    form = form_of((record for _, record in records), report.source)
     encoder = _Encoder(tokenizer, form)
 
     rendered = []
     for row, record in records:
         report.read += 1
         try:
-            pair = _pair(record, form)
+            pair = pair_of(record, form)
             rendered.append((row, record, pair.id(), encoder.render(pair)))
-        except _Drop as drop:
+        except NoPair as drop:
             report.drop(str(drop), row)
 
     kept: list[tuple] = []
@@ -183,19 +150,6 @@ def load_pairs(
         found = np.percentile([len(ids) for ids in columns[name]], (50, 95, 100), method="higher").tolist()
         report.lengths[name.removesuffix("_ids")] = dict(zip(("p50", "p95", "max"), found, strict=True))
     return datasets.Dataset.from_dict(columns | _labels(kept_records, keep_columns)), report
-
-
-def texts(source: str | os.PathLike, rows: Iterable[int], split: str = "train") -> list[dict[str, str]]:
-    """The raw texts of pairs, by their `row`: {"prompt", "chosen", "rejected"} each, in the order asked for.
-
-    A prompt of messages is rendered as paragraphs `role: content`. Raises ValueError for a row that holds no pair.
-    """
-    records = dict(_read(os.fspath(source), split))
-    form = _form(records.values(), os.fspath(source))
-    try:
-        return [_pair(records.get(row := int(each)), form).text() for each in rows]
-    except _Drop as drop:
-        raise ValueError(f"rows: got {row}, where {source} holds no pair ({drop})") from None
 
 
 # The row of a blank, which fills a batch up where there are no pairs left for a rank.
@@ -239,125 +193,6 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "row": row}
 
 
-def _read(source: str, split: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields (row, record), None for a broken line. Blank lines are no rows, but they count in the numbering."""
-    path = Path(source)
-    if not path.exists() and not source.endswith(SUFFIXES):
-        yield from enumerate(datasets.load_dataset(source, split=split))
-        return
-    if not path.exists():
-        raise FileNotFoundError(f"source: there is no file {source}")
-    if not path.is_file() or not source.endswith(SUFFIXES):
-        raise ValueError(f"source: got {source}, takes a hub name or a file that ends in {', '.join(SUFFIXES)}")
-    try:
-        if source.endswith(".parquet"):
-            batches = pq.ParquetFile(path).iter_batches()
-            yield from enumerate(record for batch in batches for record in batch.to_pylist())
-            return
-        data = path.read_bytes()
-        data = (gzip.decompress(data) if source.endswith(".gz") else data).removeprefix(codecs.BOM_UTF8)
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"source: {source} can't be read: {error}") from error
-    if ".jsonl" not in path.name and isinstance(array := _parse(data), list):
-        yield from enumerate(record if isinstance(record, dict) else {} for record in array)
-        return
-    for row, line in enumerate(data.split(b"\n")):
-        if line.strip():
-            record = _parse(line)
-            yield row, record if isinstance(record, dict) else None
-
-
-def _parse(data: bytes) -> Any:
-    """A JSON value, None where there is none."""
-    try:
-        return json.loads(data.decode())
-    except (ValueError, RecursionError):  # bad UTF-8 and bad JSON; brackets without end
-        return None
-
-
-def _form(records: Iterable[dict[str, Any] | None], source: str) -> str:
-    """The form of the first row that has one: "messages", "strings", "transcripts" or "shared prefix"."""
-    columns: dict[str, None] = {}
-    for record in records:
-        columns.update(dict.fromkeys(record or {}))
-        prompt, *sides = parts = _parts(record or {})
-        if not all(isinstance(side, str | list) for side in sides):
-            continue
-        if any(isinstance(part, list) for part in parts):
-            return "messages"
-        if isinstance(prompt, str):
-            return "strings"
-        return "transcripts" if all(s.startswith(HUMAN) and ASSISTANT in s for s in sides) else "shared prefix"
-    if columns:
-        found = ", ".join(map(repr, columns))
-        raise ValueError(f"source: {source} has the columns {found}, takes chosen and rejected as strings or messages")
-    return "strings"  # nothing but broken lines, which load_pairs reports
-
-
-def _parts(record: dict[str, Any]) -> tuple[Any, Any, Any]:
-    return record.get("prompt"), record.get("chosen"), record.get("rejected")
-
-
-def _pair(record: dict[str, Any] | None, form: str) -> Pair:
-    """The pair of a record, or _Drop."""
-    if record is None:
-        raise _Drop(BROKEN)
-    prompt, chosen, rejected = parts = _parts(record)
-    other = prompt
-    if form == "messages":
-        (prompt, chosen), (other, rejected) = (_conversation(prompt, side) for side in (chosen, rejected))
-    elif not all(isinstance(part, str) for part in parts[form != "strings" :]):
-        raise _Drop(MALFORMED)
-    elif form == "transcripts":
-        (prompt, chosen), (other, rejected) = map(_transcript, (chosen, rejected))
-    elif form == "shared prefix":
-        # Split at whitespace: the last two pieces are the last whitespace and what follows it.
-        other = prompt = "".join(re.split(r"(\s+)", os.path.commonprefix((chosen, rejected)))[:-2])
-        if not prompt and chosen != rejected:
-            raise _Drop(DIFFERENT)
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    if prompt != other:
-        raise _Drop(DIFFERENT)
-    if not chosen.strip() or not rejected.strip():
-        raise _Drop("empty completion")
-    if chosen == rejected:
-        raise _Drop("identical pair")
-    pair = Pair(prompt, chosen, rejected)
-    if any(map(SURROGATE.search, pair.text().values())):
-        raise _Drop(MALFORMED)
-    return pair
-
-
-def _conversation(prompt: Any, side: Any) -> tuple[list[dict[str, str]], str]:
-    """The messages before a side's final assistant turn, and that turn's content."""
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
-    try:
-        whole = side if any(turn["role"] == "user" for turn in side) else [*prompt, *side]
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in whole]
-    except (KeyError, TypeError):
-        raise _Drop(MALFORMED) from None
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise _Drop(MALFORMED)
-    if not all(isinstance(value, str) for turn in turns for value in turn.values()):
-        raise _Drop(MALFORMED)
-    return turns[:-1], turns[-1]["content"]
-
-
-def _transcript(text: str) -> tuple[str, str]:
-    prompt, marker, completion = text.rpartition(ASSISTANT)
-    if not prompt.startswith(HUMAN) or HUMAN in completion:
-        raise _Drop(MALFORMED)
-    return prompt + marker, completion
-
-
-def _turns(transcript: str) -> list[dict[str, str]]:
-    """The messages of a transcript's prompt, without the assistant turn that it opens at its end."""
-    parts = re.split(f"({HUMAN}|{ASSISTANT})", transcript)[1:-2]
-    roles = ("user" if marker == HUMAN else "assistant" for marker in parts[::2])
-    return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2], strict=True)]
-
-
 class _Encoder:
     """Text to ids. A control token that a template writes is a token; one that the data's text spells stays text.
 
@@ -384,12 +219,12 @@ class _Encoder:
         if isinstance(prompt, str) and not self.template:
             return [self.bos + self._guard(prompt), *(self._guard(side) + self.tokenizer.eos_token for side in sides)]
         if isinstance(prompt, str):
-            prompt, sides = _turns(prompt), [side.strip() for side in sides]
+            prompt, sides = turns(prompt), [side.strip() for side in sides]
         rendered = [self._apply(prompt, add_generation_prompt=True)]
         for side in sides:
             whole = self._apply([*prompt, {"role": "assistant", "content": side}])
             if not whole.startswith(rendered[0]):
-                raise _Drop("refused by the chat template")
+                raise NoPair("refused by the chat template")
             answer = whole[len(rendered[0]) :]
             # A newline after the end of turn is never generated.
             closed = answer.rstrip().endswith(self.control)
@@ -405,7 +240,7 @@ class _Encoder:
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
         except TemplateError:
-            raise _Drop("refused by the chat template") from None
+            raise NoPair("refused by the chat template") from None
 
     def _guard(self, text: str) -> str:
         return self.pattern.sub(lambda match: f"{MARK}{self.guarded.index(match[0])}{MARK}", text)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from epsdpo_kernels import EpsilonDPOLoss, EpsilonDPOOutput, linear_pair_stats
 from epsdpo_kernels.integrations.transformers import causal_lm
 from epsdpo_kernels.linear import output
-from epsdpo_kernels.pair import preference_losses
+from epsdpo_kernels.pair import BETA_DPO_MOMENTUM, beta_dpo, preference_losses
 
 METHODS = ("eps-dpo", "dpo", "beta-dpo", "tr-dpo")
 
@@ -34,20 +34,19 @@ class BetaDPOLoss(nn.Module):
         beta: β₀.
         alpha: how strongly β follows the margin.
         keep: share of pairs kept, ρ, in (0, 1].
-        momentum: of the moving averages, which start at 0 and move before they are used.
     """
 
     beta: Tensor  # () fp32, of the last training batch
     margin_mean: Tensor  # () fp32, M₀
     margin_std: Tensor  # () fp32, σ
 
-    def __init__(self, beta: float = 0.1, alpha: float = 0.6, keep: float = 0.8, momentum: float = 0.9):
+    def __init__(self, beta: float = 0.1, alpha: float = 0.6, keep: float = 0.8):
         super().__init__()
         if not (math.isfinite(beta) and beta > 0):
             raise ValueError(f"beta: got {beta}, takes a positive finite number")
         if not 0 < keep <= 1:
             raise ValueError(f"keep: got {keep}, takes a number in (0, 1]")
-        self.base_beta, self.alpha, self.keep, self.momentum = beta, alpha, keep, momentum
+        self.base_beta, self.alpha, self.keep = beta, alpha, keep
         for name, value in (("beta", beta), ("margin_mean", 0.0), ("margin_std", 0.0)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
 
@@ -78,7 +77,7 @@ class BetaDPOLoss(nn.Module):
             torch.distributed.all_gather_object(parts, margins[scored].cpu())
         everyone = torch.cat(parts).double()
         for average, value in ((self.margin_mean, everyone.mean()), (self.margin_std, everyone.std(correction=0))):
-            average.mul_(self.momentum).add_((1 - self.momentum) * value.to(average.device))
+            average.mul_(BETA_DPO_MOMENTUM).add_((1 - BETA_DPO_MOMENTUM) * value.to(average.device))
         mean, std = self.margin_mean.item(), self.margin_std.item()
         weights = torch.exp(-0.5 * ((everyone - mean) / std) ** 2) if std > 0 else torch.ones_like(everyone)
         # All weights may underflow; no pair is then likelier than another.
@@ -88,7 +87,7 @@ class BetaDPOLoss(nn.Module):
             torch.distributed.broadcast_object_list(drawn, src=0)
         kept = torch.zeros(len(everyone), dtype=torch.bool)
         kept[drawn[0]] = True
-        self.beta.fill_(max(1e-3, self.base_beta * (1 + self.alpha * (everyone[kept].mean().item() - mean))))
+        self.beta.fill_(beta_dpo(self.base_beta, self.alpha, everyone[kept].mean().item(), mean))
         start = sum(len(part) for part in parts[:rank])
         own = torch.zeros_like(scored)
         own[scored] = kept[start : start + len(parts[rank])].to(own.device)

@@ -1,4 +1,4 @@
-"""``python -m train.compare``: the methods side by side on one model and data set, as one table and one picture.
+"""``python -m train.studies.compare``: the methods side by side on one model and data set, in a table and a picture.
 
 Every run is a ``python -m train`` of its own, so that memory and time are its own; a run that is there is not made
 again, and one that was cut short goes on. Each final policy is then measured against the ORIGINAL reference, also
@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from epsdpo_kernels import linear_pair_stats
+from epsdpo_kernels import linear_pair_stats, record
 from epsdpo_kernels.integrations.transformers import head_inputs
 
-from . import data, record
-from .__main__ import load_model
-from .methods import METHODS
+from .. import data
+from ..__main__ import load_model
+from ..methods import METHODS
 
 FINAL = "against_original.json"
 # What a comparison calls eps-dpo with a veto.
@@ -34,7 +34,7 @@ MICRO_BATCHES = ((8, 1), (4, 2), (1, 8))
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="python -m train.compare", description=__doc__, epilog="All other flags go to `python -m train`."
+        prog="python -m train.studies.compare", description=__doc__, epilog="All other flags go to `python -m train`."
     )
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs, the table and the picture")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)

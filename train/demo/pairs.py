@@ -1,9 +1,9 @@
-"""Writes `demo_pairs.jsonl`: 360 small preference pairs for a first run, the same bytes each time.
+"""Writes `pairs.jsonl`: 360 small preference pairs for a first run, the same bytes each time.
 
 Everyday questions of eight topics. The preferred answer is direct, correct and polite. The other one evades, rambles,
 pads or is rude; it may hold the right answer. Which of the two is longer differs from pair to pair.
 
-    python -m train.demo_data
+    python -m train.demo.pairs
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-PATH = Path(__file__).with_name("demo_pairs.jsonl")
+PATH = Path(__file__).with_name("pairs.jsonl")
 
 # How the other answer fails. {it} is the question's subject; {answer} the preferred answer.
 EVASIVE = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .report_words import words
+from .words import words
 
 # Okabe and Ito's colours, which the colour-blind tell apart, and a shape each.
 LOOKS = {"relaxed": ("#0072B2", "^"), "kept": ("#7F7F7F", "o"), "tightened": ("#D55E00", "v")}

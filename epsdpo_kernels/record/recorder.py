@@ -1,7 +1,7 @@
 """The record: for every pair and step, what was decided, from what, and with what effect.
 
 A record is a folder of Parquet parts that one `Recorder` a rank appends to and `read` puts together.
-`python -m train.record` prints its documentation, docs/record.md.
+`python -m epsdpo_kernels.record.recorder` prints its documentation, docs/record.md.
 """
 
 from __future__ import annotations
@@ -211,10 +211,10 @@ def _write(table: pa.Table, part: Path) -> None:
 PAGE = """# The record of a run
 
 Every training and evaluation batch appends one row a pair to `RUN/record/`, a folder of Parquet parts and nothing
-else. `python -m train.audit RUN` checks a record against itself; `python -m train.report RUN` draws it.
+else. `epsdpo audit RUN` checks a record against itself; `epsdpo report RUN` draws it.
 
 ```python
-from train.record import read
+from epsdpo_kernels.record import read
 
 table = read("RUN/record")  # a pyarrow.Table; .to_pandas() for a data frame
 ```
@@ -224,7 +224,7 @@ whenever a checkpoint is saved; it appears under its name whole, or not at all. 
 part at most, and one that is resumed removes the rows past its checkpoint before it goes on.
 
 Texts stay in the data set: `pair_id` and `row` lead there. Everything below is as the loss computed it, in its
-precision, before the optimizer step. The table is made from the schema (`python -m train.record`).
+precision, before the optimizer step. The table is made from the schema (`python -m epsdpo_kernels.record.recorder`).
 
 | column | type | unit | |
 | --- | --- | --- | --- |

@@ -1,6 +1,6 @@
 """What the report shows, as numbers: pure functions from a record's columns to plain JSON values.
 
-Columns are those of :func:`train.audit.columns`. All that is drawn, in the page or as PNG, comes from here; what is
+Columns are those of :func:`audit.columns`. All that is drawn, in the page or as PNG, comes from here; what is
 sampled or averaged is said in the numbers themselves (``of``, ``steps_a_point``).
 """
 
@@ -16,7 +16,7 @@ from .audit import Columns
 POINTS, PAIRS_A_POINT = 120, 24  # of a curve: at most, and at least where that leaves 20 points
 DOTS = 4000  # of the picture
 CATEGORIES = 20
-# The rules of the alarms; train/report_words.py puts them in words.
+# The rules of the alarms; words.py puts them in words.
 DRIFT, TAKEOVER = 2.0, 0.9
 RUNAWAY, RUNAWAY_LOW, RUNAWAY_FACTOR = 0.5, 0.05, 3.0
 LABEL_LEAST, LABEL_POINTS, LABEL_ERRORS = 30, 20, 4

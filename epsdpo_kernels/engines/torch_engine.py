@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import statistics as st
-from .head import Head
-from .statistics import Tokens
+from .. import statistics as st
+from ..head import Head
+from ..statistics import Tokens
 
 # Elements a chunk of rows may hold. Measured on 2 CPU cores at V 49152: 10 to 40 rows are fastest, 5 take 1.4 times as
 # long and 2 take 1.6 times, because every operation on a chunk costs microseconds of its own.

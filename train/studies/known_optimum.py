@@ -1,4 +1,4 @@
-"""``python -m train.known_optimum``: DPO and ε-DPO where the best policy of every β is known in closed form.
+"""``python -m train.studies.known_optimum``: DPO and ε-DPO where the best policy of every β is known in closed form.
 
 A tabular policy answers each of a few prompts with one word, so that its logits are a table. Reference and reward are
 drawn; preferences follow Bradley and Terry's model of that reward. What maximises reward − β·KL(policy‖reference) is
@@ -220,7 +220,7 @@ def picture(task: Task, runs: list[tuple[str, list[Moment]]], epsilon: float, pa
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.known_optimum", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m train.studies.known_optimum", description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder of the table and the picture")
     parser.add_argument("--pairs", type=int, default=1 << 15)
     parser.add_argument("--steps", type=int, default=400)

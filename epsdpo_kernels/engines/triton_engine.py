@@ -1,6 +1,6 @@
 """The tile operations as Triton kernels: from two tiles of logits to every pair's step in one launch.
 
-The functions have the signatures and the results of ``tiles_torch``; ``project_and_sweep`` needs no tiles at all.
+The functions have the signatures and the results of ``torch_engine``; ``project_and_sweep`` needs no tiles at all.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..head import Head
+from ..statistics import Tokens
 from . import triton_blocks
-from .head import Head
-from .statistics import Tokens
 from .triton_project import project_and_sweep
 from .triton_sums import _arrive, _block_sums, _logits, _merge, _no_words, _store_sums
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from transformers import PrinterCallback, TrainerCallback
 
-from .__main__ import build, checkpoint_to_resume
-from .audit import audit
-from .options import parse
-from .report import report
+from epsdpo_kernels.record.audit import audit
+from epsdpo_kernels.record.report import report
+
+from ..__main__ import build, checkpoint_to_resume
+from ..options import parse
 
 # Enough to see the preference learnt and β move; a serious run takes a smaller learning rate and more pairs.
 SETTINGS = {
     "model": "smollm2-135m",
-    "dataset": str(Path(__file__).parent / "demo_pairs.jsonl"),
+    "dataset": str(Path(__file__).parent / "pairs.jsonl"),
     "eval_fraction": 0.12,
     "max_length": 128,
     "beta": 0.1,

@@ -1,4 +1,4 @@
-"""``python -m train.report RUN [RUN …]``: one HTML file that shows what was decided for every pair, and PNGs of it.
+"""``epsdpo report RUN [RUN …]``: one HTML file that shows what was decided for every pair, and PNGs of it.
 
 The file needs no network and nothing beside it. All text of the data set, of run names and of settings is hostile
 until shown otherwise: control and direction marks are spelt out here, the page sets text as text alone, and its content
@@ -13,15 +13,14 @@ import hashlib
 import html
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import report_figures as figures
+from . import figures
 from .audit import Audit, Columns, audit, columns
-from .report_words import LANGUAGES, words
+from .words import LANGUAGES, words
 
 VISITS = 16_000  # that the page carries, over all runs
 TEXT_CUT, TEXT_BUDGET = 2000, 3_000_000  # characters: of a text, and of all of them
@@ -226,13 +225,13 @@ def _settings(facts: dict[str, Any]) -> list[list[str]]:
 
 def _join(found: Audit, pairs: Columns, wanted: np.ndarray, language: str) -> tuple[dict[str, Any], list[str]]:
     """Texts of pairs by their place in the page, up to the budget, and what there is to say of it."""
-    from . import data
+    from . import sources
 
     options, notes = found.facts["options"], words("notes", language)
     joined, changed, spent = {}, 0, 0
-    texts = data.texts(options["dataset"], pairs["row"][wanted], options.get("dataset_split") or "train")
+    texts = sources.texts(options["dataset"], pairs["row"][wanted], options.get("dataset_split") or "train")
     for place, (i, text) in enumerate(zip(wanted, texts, strict=True)):
-        if data.Pair(**text).id() != pairs["id"][i]:
+        if sources.Pair(**text).id() != pairs["id"][i]:
             changed += 1
             continue
         shown = [visible(text[part], TEXT_CUT, notes["cut"]) for part in ("prompt", "chosen", "rejected")]
@@ -246,9 +245,7 @@ def _join(found: Audit, pairs: Columns, wanted: np.ndarray, language: str) -> tu
 
 def page(runs: list[dict[str, Any]], language: str) -> str:
     """The HTML file."""
-    style, script, body = (
-        (PAGE / f"report_page.{suffix}").read_text(encoding="utf-8") for suffix in ("css", "js", "html")
-    )
+    style, script, body = ((PAGE / f"page.{suffix}").read_text(encoding="utf-8") for suffix in ("css", "js", "html"))
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     policy = (
         f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; base-uri 'none'; "
@@ -275,7 +272,7 @@ def report(runs: list[Path], out: Path | None = None, language: str = "en", text
     Raises:
         FileNotFoundError: a folder that holds no record. ValueError: one without a step of training, or no texts.
     """
-    from . import report_plots
+    from . import plots
 
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -285,23 +282,20 @@ def report(runs: list[Path], out: Path | None = None, language: str = "en", text
     out = out or runs[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(page(described, language), encoding="utf-8", newline="\n")
-    report_plots.draw(described, language, out)
+    plots.draw(described, language, out)
     return out / "report.html"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.report", description="Draws what a run's record says.")
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("report", help="draw what a run's record says")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with record/ and run.json")
     parser.add_argument("--out", type=Path, help="folder to write to; by default report/ in the first run")
     parser.add_argument("--lang", default="en", choices=LANGUAGES, help="language of the labels")
     parser.add_argument("--texts", action="store_true", help="join in the texts of the data set")
-    given = parser.parse_args(arguments)
+    parser.set_defaults(run_command=_command)
+
+
+def _command(given: argparse.Namespace) -> int:
     written = report(given.runs, given.out, given.lang, given.texts)
     print(f"{written} ({written.stat().st_size / 1e6:.1f} MB) and the same pictures as PNG beside it")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as problem:
-        sys.exit(f"error: {problem}")
+    return 0

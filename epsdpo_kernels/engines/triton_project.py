@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..head import Head
+from ..statistics import SWEPT, Tokens
 from . import triton_blocks
-from .head import Head
-from .statistics import SWEPT, Tokens
 from .triton_blocks import Product
 from .triton_sums import _arrive, _block_sums, _load, _load_sums, _logits, _merge, _no_words, _store_sums
 
@@ -222,7 +222,7 @@ def project_and_sweep(
         x: (rows, H) the policy's hidden states, in its weight's dtype.
         ref_x: (rows, H_ref) the reference's.
         tile: the tokens that the rows are.
-        a: (rows, V) fp32, takes the policy's x·Wᵀ, for :func:`tiles_triton.gradient`.
+        a: (rows, V) fp32, takes the policy's x·Wᵀ, for :func:`triton_engine.gradient`.
     """
     arch = triton_blocks.architecture(x.device)
     arguments = x, ref_x, tile, tokens, policy, reference, epsilon, a, arch

@@ -1,4 +1,4 @@
-"""``python -m train.audit RUN``: checks a run's record against itself, and says OK or where not.
+"""``epsdpo audit RUN``: checks a run's record against itself, and says OK or where not.
 
 Every figure that follows from others in the record is worked out again from those: the decision from the shifts, the β
 of a pair from decision, ε and running β, margin, loss and coefficient from the log-probs, the running β of a step from
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from epsdpo_kernels.pair import losses_and_coefficients, pair_beta, perturbation_step
-
-from .record import SCHEMA, SPLITS, parts
+from ..pair import BETA_DPO_MOMENTUM, beta_dpo, losses_and_coefficients, pair_beta, perturbation_step
+from .recorder import SCHEMA, SPLITS, parts
 
 # A figure may differ from what follows by 8 roundings of float32, relative to the largest number that went into it.
 ROUNDING = 8 * 2.0**-24
@@ -70,7 +68,7 @@ class Audit:
     Attributes:
         run: folder of the run.
         facts: its run.json.
-        table: the rows that could be read, with ``part`` and ``place``, in the order of :func:`train.record.read`.
+        table: the rows that could be read, with ``part`` and ``place``, in the order of :func:`recorder.read`.
         counts: findings by kind; ``findings`` holds the first 50 of each kind and column.
     """
 
@@ -267,10 +265,8 @@ def _betas(result: Audit, rows: Columns, decision: np.ndarray) -> tuple[np.ndarr
 
 
 def _beta_dpo_betas(options: dict[str, Any], rows: Columns) -> tuple[np.ndarray, np.ndarray]:
-    """The same for beta-dpo, whose β moves with every micro-batch's margins; see :class:`train.methods.BetaDPOLoss`."""
-    from .methods import BetaDPOLoss
-
-    loss = BetaDPOLoss(options["beta"], options["beta_dpo_alpha"], options["beta_dpo_keep"])
+    """The same for beta-dpo, whose β moves with every micro-batch's margins; see :func:`pair.beta_dpo`."""
+    base, alpha = options["beta"], options["beta_dpo_alpha"]
     beta, used = rows["beta"].astype(np.float64), rows["beta_used"].astype(np.float64)
     train = np.flatnonzero(rows["train"])
     kept = rows["beta_used"] > 0
@@ -280,14 +276,14 @@ def _beta_dpo_betas(options: dict[str, Any], rows: Columns) -> tuple[np.ndarray,
     mean = np.bincount(group, margin) / count
     mean_kept = np.bincount(group, margin * kept[train]) / np.maximum(np.bincount(group, kept[train]), 1)
     batches = rows["step"][train][np.concatenate([[0], np.cumsum(count)[:-1]])] if len(train) else train
-    running, average, after = float(np.float32(loss.base_beta)), 0.0, {0: float(np.float32(loss.base_beta))}
+    running, average, after = float(np.float32(base)), 0.0, {0: float(np.float32(base))}
     before, moved = np.full(len(count), np.nan), np.full(len(count), np.nan)
     for i, step in enumerate(batches.tolist()):
         if step > (batches[i - 1] + 1 if i else 1):
             break  # past a gap, the moving average is not known
-        average = loss.momentum * average + (1 - loss.momentum) * mean[i]
+        average = BETA_DPO_MOMENTUM * average + (1 - BETA_DPO_MOMENTUM) * mean[i]
         before[i] = running
-        running = moved[i] = max(1e-3, loss.base_beta * (1 + loss.alpha * (mean_kept[i] - average)))
+        running = moved[i] = beta_dpo(base, alpha, mean_kept[i], average)
         after[step] = running
     known = ~np.isnan(before[group])
     beta[train] = np.where(known, before[group], beta[train])
@@ -417,16 +413,13 @@ def _range(first: int, last: int) -> str:
     return f"{first}–{last}" if last > first else str(first)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.audit", description="Checks a run's record against itself.")
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("audit", help="check a run's record against itself")
     parser.add_argument("run", type=Path, help="folder of the run, with record/ and run.json")
-    result = audit(parser.parse_args(arguments).run)
+    parser.set_defaults(run_command=_command)
+
+
+def _command(given: argparse.Namespace) -> int:
+    result = audit(given.run)
     print(f"{result.run / 'record'}: {result}")
     return 0 if result.ok else 1
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except FileNotFoundError as problem:
-        sys.exit(f"error: {problem}")

@@ -1,0 +1,1 @@
+"""``make demo``: a first run, on pairs that the package ships."""
