@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epsdpo_kernels import epsilon_dpo_reference, linear, linear_epsilon_dpo
+from epsdpo_kernels import call as bound_call
+from epsdpo_kernels import engines, epsilon_dpo_reference, linear_epsilon_dpo
 from epsdpo_kernels.pair import pair_beta, perturbation_step, preference_losses
 
 from .cases import Case, Inputs
@@ -41,11 +42,24 @@ def ours_logit_free(inputs: Inputs) -> Tensor:
     """The Triton engine's other forward route: head and sweep in one kernel, also when training."""
     if not inputs.hidden.is_cuda:
         raise Unavailable("needs a GPU")
-    linear.TRAIN_LOGIT_FREE = True
+    engines.TRAIN_LOGIT_FREE = True
     try:
         return ours(inputs)
     finally:
-        linear.TRAIN_LOGIT_FREE = False
+        engines.TRAIN_LOGIT_FREE = False
+
+
+def bound(inputs: Inputs, engine: str = "auto", max_tile_bytes: int | None = None) -> tuple[Any, Any, Any]:
+    """The same call as ``ours``, bound, for who looks below the public function."""
+    softcap, hidden = inputs.softcap, inputs.hidden
+    policy, reference = bound_call.heads(
+        (inputs.weight, None), (inputs.ref_weight, None), (1.0, bound_call.POLICY), (softcap, bound_call.POLICY)
+    )
+    return (
+        bound_call.bind_inputs(hidden, policy, inputs.ref_hidden, reference, inputs.labels, None),
+        bound_call.bind_settings(BETA, EPSILON, 0.0, None, None, hidden),
+        bound_call.bind_execution(engine, max_tile_bytes, None, None, hidden),
+    )
 
 
 class Products:

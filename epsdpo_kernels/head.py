@@ -36,6 +36,14 @@ class Head:
     scale: float
     softcap: float | None
 
+    def to(self, dtype: torch.dtype) -> Head:
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Head(self.weight.to(dtype), bias, self.scale, self.softcap)
+
+    def detach(self) -> Head:
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.weight.detach(), bias, self.scale, self.softcap)
+
     @property
     def gradient_dtype(self) -> torch.dtype:
         """What :meth:`backward` takes its gradient tile in: 16 bits only where a product of them gives fp32."""

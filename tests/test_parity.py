@@ -14,6 +14,7 @@ TRANSFORMS = [
     {"softcap": 3.0},
     {"logit_scale": 1.5, "softcap": 4.0},
     {"logit_scale": 2.0, "softcap": 4.0, "ref_logit_scale": 0.5, "ref_softcap": 2.0},
+    {"softcap": 2, "ref_softcap": None},
     {"label_smoothing": 0.2},
     {"beta": 1.3, "epsilon": 0.3},
     {"epsilon": 0.0},
@@ -221,3 +222,20 @@ def test_a_token_alone_has_the_sums_it_has_in_company():
         alone.add(slice(0, 1), e[part], d[part].clone(), e[part] * d[part])
         for got, wanted in zip(alone.perturbed(), together.perturbed(), strict=True):
             assert torch.equal(got[0], wanted[row])
+
+
+def test_a_reference_may_have_no_softcap_where_the_policy_has_one():
+    """None is none; only "policy" is the policy's. Against logits worked out here."""
+    case = make_case(2, drift=0.3)
+    (x, weight, labels, ref_x, ref_weight), _ = case.arguments()
+    for function in (linear_epsilon_dpo, epsilon_dpo_reference):
+        out = function(x, weight, labels, ref_x, ref_weight, softcap=0.5, ref_softcap=None)
+        for logits, logps in (
+            (0.5 * torch.tanh(x @ weight.T / 0.5), (out.chosen_logps, out.rejected_logps)),
+            (ref_x @ ref_weight.T, (out.ref_chosen_logps, out.ref_rejected_logps)),
+        ):
+            tokens = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+            expected = tokens.masked_fill(labels == -100, 0).sum(1)
+            torch.testing.assert_close(torch.cat(logps), expected, rtol=1e-12, atol=0)
+        same = function(x, weight, labels, ref_x, ref_weight, softcap=0.5)
+        assert not torch.allclose(same.ref_chosen_logps, out.ref_chosen_logps)
