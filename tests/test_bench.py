@@ -187,7 +187,7 @@ def test_sharded_heads():
 
 
 def test_no_table_is_stale():
-    """README's and docs' tables and pictures are what the committed results say."""
+    """The tables and pictures of docs are what the committed results say."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.tables", "--check"], cwd=measure.ROOT, capture_output=True, text=True
     )
