@@ -1,6 +1,7 @@
 """The audit: a record that holds together is OK, and every way in which one does not is named where it is."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,9 +17,9 @@ pa = pytest.importorskip("pyarrow", reason="the trainer's extra is not installed
 pq = pytest.importorskip("pyarrow.parquet")
 
 from epsdpo_kernels.__main__ import main  # noqa: E402
-from epsdpo_kernels.record import parts, read  # noqa: E402
+from epsdpo_kernels.record import SCHEMA, Recorder, parts, read  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
-from records import write_run  # noqa: E402
+from records import OPTIONS, write_run  # noqa: E402
 from runs import flags  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -234,6 +235,37 @@ def test_runs_of_other_methods(tiny, tmp_path, method):
     assert named == [("decision", was["row"])]
     alter(tmp_path, place, decision=was["decision"], beta_used=was["beta_used"] * 1.001 + 1e-6)
     assert ("beta_used", was["row"]) in [(f.column, f.row) for f in audit(tmp_path).findings]
+
+
+def test_a_long_run_of_beta_dpo(tmp_path):
+    """β₀·(1 + α·(margin − M₀)) cancels to a small part of β₀: a rounding of M₀ in any of the batches would show."""
+    from epsdpo_kernels.pair import losses_and_coefficients
+    from train.methods import BetaDPOLoss
+
+    loss_fn, g = BetaDPOLoss(0.1, alpha=0.6, keep=0.8), torch.Generator().manual_seed(0)
+    options = OPTIONS | {"method": "beta-dpo", "beta_dpo_alpha": 0.6, "beta_dpo_keep": 0.8}
+    facts = {"options": options, "train_pairs": 16}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    recorder, nothing, betas = Recorder(tmp_path / "record"), torch.zeros(16), []
+    for step in range(1, 501):
+        margins = 30 + 2 * math.sin(step) + torch.randn(16, generator=g)
+        before = loss_fn.beta.item()
+        kept, _ = loss_fn._decide(margins, torch.ones(16, dtype=torch.bool))
+        used = torch.where(kept, loss_fn.beta, 0)
+        betas.append(loss_fn.beta.item())
+        logps = margins, nothing, nothing, nothing
+        losses, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), used.double(), 0.0)
+        columns = {name: 0.0 for name in SCHEMA.names if name not in ("rank", "label")}
+        recorder.append(columns | {
+            "step": step, "micro": 0, "epoch": float(step - 1), "split": "train", "method": "beta-dpo",
+            "pair_id": [f"{n:016x}" for n in range(16)], "row": range(16), "vetoed": False, "beta": before,
+            "chosen_logp": margins.numpy(), "margin": margins.numpy(), "beta_used": used.numpy(),
+            "loss": torch.where(kept, losses, 0).numpy(), "coefficient": coefficient.numpy(),
+        })  # fmt: skip
+    recorder.close()
+    assert sum(0.0011 < beta < 0.01 for beta in betas) > 10
+    found = audit(tmp_path)
+    assert found.ok, str(found)
 
 
 KILLED = """

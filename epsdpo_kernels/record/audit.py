@@ -198,7 +198,7 @@ def _check_values(result: Audit, rows: Columns) -> None:
 
     beta, beta_used = _betas(result, rows, decision)
     _name_rows(result, rows, "value", "beta", _differ(rows["beta"], beta, beta), beta.astype(np.float32))
-    used = _differ(rows["beta_used"], beta_used, rows["beta"])
+    used = _differ(rows["beta_used"], beta_used, np.maximum(beta, beta_used))
     _name_rows(result, rows, "value", "beta_used", used, beta_used.astype(np.float32))
 
     logps = [tensor(name) for name in ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")]
