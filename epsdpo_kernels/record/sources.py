@@ -105,10 +105,11 @@ def _parts(record: dict[str, Any]) -> tuple[Any, Any, Any]:
     return record.get("prompt"), record.get("chosen"), record.get("rejected")
 
 
-def pair_of(record: dict[str, Any] | None, form: str) -> Pair:
+def pair_of(record: dict[str, Any] | None, form: str = "") -> Pair:
     """The pair of a record, or NoPair."""
     if record is None:
         raise NoPair(BROKEN)
+    form = form or form_of([record], "a row")
     prompt, chosen, rejected = parts = _parts(record)
     other = prompt
     if form == "messages":
