@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def alter(run: Path, place: int, chain: bool = True, **values) -> dict:
-    """Writes other values into a row of the first part, and the chain anew, so that the rows tell; the row as it was."""
+    """Writes other values into a row of the first part, and the chain anew, so that rows tell; the row as it was."""
     part = parts(run / "record")[0]
     table = pq.read_table(part)
     was = table.slice(place, 1).to_pylist()[0]

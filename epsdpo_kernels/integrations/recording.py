@@ -243,7 +243,7 @@ def _files(dataset: Any) -> list[str]:
     """The Arrow files in which `datasets` keeps a data set; none of one in memory, and of a stream."""
     if not isinstance(dataset, datasets.Dataset):
         return []
-    return [file["filename"] for file in datasets.table.list_table_cache_files(dataset.data)]
+    return datasets.table.list_table_cache_files(dataset.data)
 
 
 def _identity(example: Any, row: int, reader: str, numbered: bool = True) -> dict[str, int]:

@@ -134,11 +134,9 @@ class EpsilonDPOTrainer(RecordedTRL, DPOTrainer):
             self.start_recording(self._options())
 
     def _options(self) -> dict[str, Any]:
-        """What run.json says of the run, under the names of ``python -m train``'s options."""
+        """What run.json says of the run beside its loss, under the names of ``python -m train``'s options."""
         return {
-            "model": self.model.config._name_or_path, "method": "eps-dpo", "beta": self.args.beta,
-            "epsilon": self.loss_fn.epsilon, "beta_update": self.loss_fn.beta_update,
-            "label_smoothing": self.args.label_smoothing, "max_length": self.args.max_length,
+            "model": self.model.config._name_or_path, "max_length": self.args.max_length,
             "sync_ref_model": self.args.sync_ref_model,
         }  # fmt: skip
 

@@ -143,7 +143,10 @@ def flips(rows: Columns, pairs: Columns) -> dict[str, Any]:
     places = (1 - decision[:-1][same].astype(int)) * 3 + (1 - decision[1:][same].astype(int))
     matrix = np.bincount(places, minlength=9).reshape(3, 3)
     seen, flipped = pairs["visits"] > 1, pairs["flips"] > 0
-    return {"matrix": matrix.tolist(), "seen_again": int(seen.sum()), "flipped": int(flipped.sum())}
+    known = bool(((rows["pair_id"] != "") | (rows["row"] >= 0)).all())
+    return {
+        "matrix": matrix.tolist(), "seen_again": int(seen.sum()), "flipped": int(flipped.sum()), "known": known,
+    }  # fmt: skip
 
 
 def most(pairs: Columns) -> dict[str, np.ndarray]:

@@ -300,8 +300,8 @@ function short(run, places, caption) {
 }
 
 function flips(run) {
-  const { matrix, seen_again } = run.flips;
-  if (!seen_again) return section("flips", note(W.once));
+  const { matrix, seen_again, known } = run.flips;
+  if (!seen_again) return section("flips", note(known ? W.once : W.unknown_pairs));
   const rows = SIGNS.map(([name], i) => el("tr", null, el("th", { scope: "row" }, decision(SIGNS[i][1])),
     matrix[i].map((n) => td(number(n), "number"))));
   return section("flips", el("div", { class: "columns" },

@@ -149,7 +149,7 @@ def _summary(
     n = f"{len(train['step']):,}"
     shares = {name: percent(float((train["decision"] == sign).mean())) for name, sign in figures.SIGNS.items()}
     lines = [
-        say["size"].format(
+        say["size" if changes["known"] else "size_only"].format(
             rows=n, pairs=f"{len(pairs['row']):,}", steps=f"{len(np.unique(train['step'])):,}",
             epochs=f"{len(train['step']) / len(pairs['row']):.3g}",
         ),

@@ -124,6 +124,10 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
             "Every pair was seen once: there is no second decision to compare with.",
             "各ペアは 1 回ずつしか使われておらず、比較できる 2 回目の判定がありません。",
         ),
+        "unknown_pairs": (
+            "The record does not say which pairs its rows are of, so a second decision can't be told from a first.",
+            "どのペアの行か記録されていないため、2 回目の判定を見分けられません。",
+        ),
         "no_labels": (
             "The record carries no category (train with --label_column).",
             "カテゴリは記録されていません(学習時に --label_column を指定)。",
@@ -168,6 +172,10 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
             "The run trained on {pairs} pairs in {steps} steps (passes over the data: {epochs}): {rows} rows "
             "of the record.",
             "{pairs} ペアを {steps} ステップ(データ {epochs} 周)で学習し、{rows} 行を記録しました。",
+        ),
+        "size_only": (
+            "The run trained in {steps} steps: {rows} rows of the record, which don't all say which pair they are of.",
+            "{steps} ステップで学習し、{rows} 行を記録しました。どのペアのものか不明な行があります。",
         ),
         "beta_lower": (
             "The KL penalty β went from {first} to {last}, {change} lower: the model may now move further from the "
