@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,20 @@ def tiny(tmp_path_factory) -> Path:
     rows = [{"prompt": words(a, "is"), "chosen": words(b, "yes"), "rejected": words(c, "no")} for a, b, c in lengths]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def hh_run(tmp_path_factory) -> Path:
+    """A TRL run of 30 steps on real pairs, killed twice and resumed; its model and data are in the folder above."""
+    pytest.importorskip("trl", reason="the extra 'trl' is not installed")
+    import hh
+
+    if not hh.DATA.exists():
+        pytest.skip(f"{hh.DATA} is not there: no run on real pairs")
+    folder = tmp_path_factory.mktemp("hh")
+    hh.prepare(folder)
+    # In the middle of a part, between two checkpoints; and in the middle of a step.
+    assert hh.launch(folder, {"part": 3}, resume=False) == -signal.SIGKILL
+    assert hh.launch(folder, {"step": 23}, resume=True) == -signal.SIGKILL
+    hh.train(folder, resume=True)
+    return folder / "run"

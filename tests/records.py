@@ -34,7 +34,8 @@ def rechain(run: Path) -> None:
 
 def write_run(
     run: Path, pairs: int = 40, epochs: int = 2, batch: int = 4, ranks: int = 1, seed: int = 0, eval_pairs: int = 6,
-    labels: list[str] | None = None, ids: list[str] | None = None, rows_per_part: int = 16384, **options,
+    labels: list[str] | None = None, ids: list[str] | None = None, rows_per_part: int = 16384,
+    eval_sets: tuple[str, ...] = ("eval",), **options,
 ) -> Path:  # fmt: skip
     """Writes run.json and record/ of a run that never was, with figures that fit each other; the run's folder.
 
@@ -47,7 +48,7 @@ def write_run(
     bounds = {name: float(bound) for name, _, bound in (v.partition("=") for v in options.get("veto", []))}
     run.mkdir(parents=True, exist_ok=True)
     facts = {
-        "version": "0", "options": options, "pairs": {"train": pairs, "eval": eval_pairs},
+        "version": "0", "options": options, "pairs": {"train": pairs} | dict.fromkeys(eval_sets, eval_pairs),
         "training_arguments": {"per_device_train_batch_size": batch, "seed": seed, "num_train_epochs": epochs},
     }  # fmt: skip
     (run / "run.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -105,7 +106,8 @@ def write_run(
                     append(rank, "train", step, 0, epoch + k / len(starts), row)
             loss_fn.update_beta()
         if eval_pairs:
-            append(0, "eval", step, 0, epoch + 1.0, held_out)
+            for name in eval_sets:
+                append(0, name, step, 0, epoch + 1.0, held_out)
     for recorder in recorders:
         recorder.close()
     return run

@@ -220,6 +220,33 @@ def test_hostile_text_stays_text(browser, tmp_path):
     assert all("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
 
 
+def test_a_run_of_trl_that_was_killed_twice(browser, hh_run, tmp_path):
+    look(browser, report([hh_run], tmp_path, texts=True))
+    assert browser.get_log("browser") == []
+    summary = browser.find_element(By.ID, "summary").text
+    assert "on 120 pairs in 30 steps" in summary and "The record agrees with itself: 120 rows" in summary
+    assert not browser.find_elements(By.CSS_SELECTOR, "#audit li")  # nothing that could not be checked
+    assert len(browser.find_element(By.CSS_SELECTOR, "#audit code").text) == 64
+    browser.find_element(By.CSS_SELECTOR, "#pairs tbody button").click()
+    prompt, chosen, rejected = (text.text for text in browser.find_elements(By.CSS_SELECTOR, "dialog pre.text"))
+    assert prompt.startswith("Human:") and prompt.endswith("Assistant:") and chosen != rejected
+
+
+def test_evaluation_sets_and_what_was_not_checked(browser, tmp_path):
+    """Two sets have a mark each; a record that was left open says so, and rows without a name are no pairs."""
+    run = write_run(tmp_path / "run", eval_sets=("eval_a", "eval_<b>"))
+    end = json.loads((run / "record" / "end-000.json").read_text())
+    (run / "record" / "end-000.json").write_text(json.dumps(end | {"closed": False}))
+    look(browser, report([run], tmp_path / "out"))
+    assert browser.get_log("browser") == []
+    legend = browser.find_element(By.CSS_SELECTOR, "#curves .legend").text
+    assert "eval_a" in legend and "eval_<b>" in legend
+    script = "return [...arguments[0].querySelectorAll('path.evaluated')].map(p => p.getAttribute('d'))"
+    marks = browser.execute_script(script, browser.find_element(By.CSS_SELECTOR, "#curves figure"))
+    assert len(marks) == 4 and sum("a4 4" in mark for mark in marks) == sum("h8v8" in mark for mark in marks) == 2
+    assert "was not closed" in browser.find_element(By.CSS_SELECTOR, "#audit li").text
+
+
 def test_several_runs_in_japanese(browser, tmp_path):
     runs = [write_run(tmp_path / "one", labels=["x"]), write_run(tmp_path / "two", pairs=20, method="dpo")]
     look(browser, report(runs, tmp_path / "out", "ja"))

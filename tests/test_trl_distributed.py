@@ -17,6 +17,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 import trl_runs  # noqa: E402
 import trl_worker  # noqa: E402
+from epsdpo_kernels.record import read  # noqa: E402
+from epsdpo_kernels.record.audit import audit  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 FSDP2 = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
@@ -42,6 +44,21 @@ def run(folder: Path, tiny: Path, processes: int, pairs: int, lora=False, **more
     return json.loads((folder / "result.json").read_text()), load_file(folder / "weights.safetensors")
 
 
+def same_record(two: Path, one: Path) -> None:
+    """Every pair once, the repeats of a last batch not at all: what one process writes, but for who computed it."""
+    ours, theirs = (
+        read(run / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True) for run in (two, one)
+    )
+    for name in ("split", "step", "row", "pair_id", "decision", "chosen_tokens"):
+        assert ours[name].tolist() == theirs[name].tolist(), name
+    for name in ("beta", "beta_used", "loss"):
+        assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), rel=1e-5, abs=2e-6), name
+    assert set(ours["rank"]) == {0, 1} and set(ours["split"]) == {"train", "eval"}
+    for run in (two, one):
+        found = audit(run)
+        assert found.ok and not found.limits, str(found)
+
+
 def same(two, one):
     (ours, our_weights), (theirs, their_weights) = two, one
     train = [[e for e in facts["log"] if "loss" in e] for facts in (ours, theirs)]
@@ -62,6 +79,7 @@ def same(two, one):
 def test_ddp_is_one_process(tiny, tmp_path):
     """In batches of 3 a rank, 43 pairs leave 1 for two ranks, which accelerate fills up with 5 repeats."""
     same(run(tmp_path / "two", tiny, 2, 43), run(tmp_path / "one", tiny, 1, 43))
+    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run")
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -69,3 +87,4 @@ def test_fsdp2_is_one_process(tiny, tmp_path, lora):
     two = run(tmp_path / "two", tiny, 2, 43, lora, **FSDP2)
     assert any("lm_head" in name for name in two[0]["sharded"])
     same(two, run(tmp_path / "one", tiny, 1, 43, lora=lora))
+    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run")
