@@ -270,6 +270,22 @@ def test_histogram_in_tensorboard(tiny, tmp_path):
     assert "train/beta/used" in board.Tags()["scalars"]
 
 
+def test_a_log_before_training_is_in_the_runs_own_folder(tiny, tmp_path, monkeypatch):
+    """As make demo does: the held-out figures on both sides of a training, in one board."""
+    from runs import flags
+    from train.__main__ import build
+    from train.options import parse
+
+    monkeypatch.chdir(tmp_path)
+    more = {"report_to": "tensorboard", "max_steps": 2, "eval_fraction": 0.25}
+    trainer = build(*parse(flags(tiny, tmp_path / "run", **more)))
+    trainer.evaluate()
+    trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (folder,) = (tmp_path / "run" / "runs").iterdir()
+    assert list(folder.glob("events*"))
+
+
 def test_the_demo_ends_with_its_report(tiny, tmp_path, monkeypatch, capsys):
     from train.demo import __main__ as demo
 

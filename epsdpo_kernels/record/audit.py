@@ -264,7 +264,8 @@ def _name_rows(result: Audit, rows: Columns, kind: str, column: str, bad: np.nda
         holds, then = (_short(values[i]) for values in (rows[column], follows))
         result.add(
             kind, column, holds, then, part=str(rows["part"][i]), place=int(rows["place"][i]),
-            step=int(rows["step"][i]), row=int(rows["row"][i]), pair_id=str(rows["pair_id"][i]),
+            step=int(rows["step"][i]), row=int(rows["row"][i]) if rows["row"][i] >= 0 else None,
+            pair_id=str(rows["pair_id"][i]),
         )  # fmt: skip
     if len(where) > SHOWN:
         result.counts[kind] += len(where) - SHOWN

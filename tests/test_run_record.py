@@ -1,0 +1,174 @@
+"""What turns the loss's output into rows of the record, and the facts beside them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("pyarrow", reason="the extra 'record' is not installed")
+
+from epsdpo_kernels import EpsilonDPOLoss  # noqa: E402
+from epsdpo_kernels.pair import losses_and_coefficients  # noqa: E402
+from epsdpo_kernels.record import Record, parts, read, set_aside  # noqa: E402
+from epsdpo_kernels.record.audit import audit  # noqa: E402
+
+
+def call(loss_fn, seed=0, pairs=3, tokens=5):
+    """(out, labels) of a call of the loss on random states near each other; labels of uneven lengths."""
+    g = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(2 * pairs, tokens, 8, generator=g), torch.randn(11, 8, generator=g)
+    labels = torch.randint(0, 11, (2 * pairs, tokens), generator=g)
+    labels[torch.arange(tokens) >= 1 + torch.arange(2 * pairs)[:, None] % tokens] = -100
+    return loss_fn(x, w, labels, x + 0.1 * torch.randn(x.shape, generator=g), w), labels
+
+
+def steps(record, loss_fn, first, last):
+    for step in range(first, last + 1):
+        out, labels = call(loss_fn, seed=step)
+        record.append(out, labels, step=step, row=range(3), pair_id=["a", "b", "c"], epoch=float(step))
+        loss_fn.update_beta()
+
+
+def test_a_row_is_what_the_loss_returned(tmp_path):
+    loss_fn = EpsilonDPOLoss(0.2, 0.05, "mean-beta", label_smoothing=0.1, max_entropy=2.3)
+    record = Record(tmp_path, loss_fn, options={"dataset": "pairs.jsonl"}, facts={"pairs": {"train": 3}, "mine": 1})
+    out, labels = call(loss_fn)
+    record.append(out, labels, step=1, row=[5, -1, 7], pair_id=["a", "b", None], epoch=0.5)
+    loss_fn.update_beta()
+    loss_fn.eval()
+    held_out, held_labels = call(loss_fn, 9, 2)
+    record.append(held_out, held_labels, step=1)
+    record.append(held_out, held_labels, step=1)
+    record.append(held_out, held_labels, step=1, split="eval_b")
+    record.close()
+    rows = read(tmp_path / "record").to_pylist()
+    assert [(row["split"], row["micro"], row["row"], row["pair_id"], row["epoch"]) for row in rows] == [
+        ("train", 0, 5, "a", 0.5), ("train", 0, None, "b", 0.5), ("train", 0, 7, None, 0.5),
+        *[("eval", micro, None, None, None) for micro in (0, 0, 1, 1)], *[("eval_b", 0, None, None, None)] * 2,
+    ]  # fmt: skip
+    tokens = (labels != -100).sum(1).view(2, -1)
+    logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
+    _, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), out.beta.double(), 0.1)
+    for i, row in enumerate(rows[:3]):
+        expected = {
+            "chosen_tokens": tokens[0, i], "rejected_tokens": tokens[1, i], "chosen_logp": out.chosen_logps[i],
+            "ref_rejected_logp": out.ref_rejected_logps[i], "relaxed_shift": out.relaxed_shift[i],
+            "tightened_shift": out.tightened_shift[i], "decision": out.step[i], "vetoed": out.vetoed[i],
+            "beta": 0.2, "beta_used": out.beta[i], "loss": out.losses[i], "coefficient": coefficient[i],
+            "rejected_kl": out.rejected_kl[i], "chosen_entropy": out.chosen_entropy[i], "epsilon": 0.05,
+            "label_smoothing": 0.1, "method": "eps-dpo",
+        }  # fmt: skip
+        for name, value in expected.items():
+            assert row[name] == (value if isinstance(value, str) else pytest.approx(float(value), rel=1e-7)), name
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["options"] == {
+        "method": "eps-dpo", "beta": 0.2, "epsilon": 0.05, "beta_update": "mean-beta", "label_smoothing": 0.1,
+        "veto": ["entropy=2.3"], "dataset": "pairs.jsonl",
+    }  # fmt: skip
+    assert facts["mine"] == 1 and audit(tmp_path).ok, str(audit(tmp_path))
+
+
+def test_packed_labels_and_batches_of_nothing(tmp_path):
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record = Record(tmp_path, loss_fn)
+    out, labels = call(loss_fn)
+    kept = labels != -100
+    kept[2, :2] = True  # something unscored among the scored
+    bounds = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+    record.append(out, labels[kept], step=1, cu_seqlens=bounds)
+    nothing = torch.full((6, 4), -100)
+    record.append(call(loss_fn)[0], nothing, step=1)
+    record.close()
+    rows = read(tmp_path / "record")
+    scored = (labels != -100).sum(1).tolist()
+    assert rows["chosen_tokens"].to_pylist() == scored[:3] and rows["rejected_tokens"].to_pylist() == scored[3:]
+
+
+def test_ids_and_labels_come_from_the_pairs(tmp_path):
+    pairs = {"row": [9, 2, 4], "pair_id": ["n", "t", "f"], "topic": ["x", None, "y"]}
+    loss_fn = EpsilonDPOLoss()
+    record = Record(tmp_path, loss_fn, pairs={"train": pairs, "eval": None}, label="topic")
+    out, labels = call(loss_fn)
+    record.append(out, labels, step=1, row=torch.tensor([4, 9, 2]), epoch=0)
+    record.close()
+    table = read(tmp_path / "record")
+    assert table["pair_id"].to_pylist() == ["f", "n", "t"] and table["label"].to_pylist() == ["y", "x", None]
+    assert json.loads((tmp_path / "run.json").read_text())["pairs"] == {"train": 3}
+
+
+def test_resumed_with_the_facts_of_its_start(tmp_path):
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record = Record(tmp_path, loss_fn, facts={"pairs": {"train": 3}})
+    steps(record, loss_fn, 1, 4)
+    record.flush()
+    state = loss_fn.state_dict()
+    state = {name: value.clone() for name, value in state.items()}
+    steps(record, loss_fn, 5, 6)
+    record.flush()  # and killed
+    assert [name for name, _ in audit(tmp_path).limits] == ["open"]
+
+    again = EpsilonDPOLoss(0.1, 0.05)
+    again.load_state_dict(state)
+    assert again.beta != 0.1
+    with pytest.raises(FileExistsError, match="resume_step"):
+        Record(tmp_path, again)
+    record = Record(tmp_path, again, facts={"pairs": {"train": 3}}, resume_step=4)
+    steps(record, again, 5, 8)
+    record.close()
+    found = audit(tmp_path)
+    assert found.ok and not found.limits and found.steps == 8, str(found)
+    assert found.facts["options"]["beta"] == 0.1
+    assert len(parts(tmp_path / "record")) == 2 and again.beta == pytest.approx(loss_fn.beta.item(), abs=0.01)
+
+    # Where there was no record before, it begins there, and says so.
+    later = EpsilonDPOLoss(0.1, 0.05)
+    later.load_state_dict(state)
+    record = Record(tmp_path / "late", later, facts={"pairs": {"train": 3}}, resume_step=4)
+    steps(record, later, 5, 8)
+    record.close()
+    found = audit(tmp_path / "late")
+    assert found.ok and found.limits == [("begins_after", {"step": 4})], str(found)
+
+
+def test_set_aside(tmp_path):
+    assert set_aside(tmp_path) is None
+    for n in (1, 2):
+        loss_fn = EpsilonDPOLoss(0.1, 0.05 * n)
+        record = Record(tmp_path, loss_fn)
+        steps(record, loss_fn, 1, n)
+        record.close()
+        assert set_aside(tmp_path) == tmp_path / f"earlier-{n}"
+        found = audit(tmp_path / f"earlier-{n}")
+        assert found.ok and found.steps == n and found.facts["options"]["epsilon"] == pytest.approx(0.05 * n)
+        assert not (tmp_path / "record").exists()
+
+
+def test_refusals(tmp_path):
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record = Record(tmp_path, loss_fn)
+    out, labels = next(o for o in (call(loss_fn, seed) for seed in range(9)) if o[0].step.any() and o[0].step.sum())
+    record.append(out, labels, step=3)
+    loss_fn.update_beta()
+    with pytest.raises(ValueError, match=r"beta: got 0\.1\d+, .* before loss_fn.update_beta|beta: got 0\.09\d+, .*"):
+        record.append(out, labels, step=3)
+    record.append(out, labels, step=3, beta=torch.tensor(0.1))
+    with pytest.raises(ValueError, match="step: got 2 after 3"):
+        record.append(out, labels, step=2, beta=0.1)
+
+
+def test_appended_after_it_was_closed(tmp_path):
+    """An evaluation after training: until it is closed again, the record says that it is open."""
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record = Record(tmp_path, loss_fn)
+    steps(record, loss_fn, 1, 2)
+    record.close()
+    end = tmp_path / "record" / "end-000.json"
+    assert json.loads(end.read_text())["closed"]
+    loss_fn.eval()
+    out, labels = call(loss_fn)
+    record.append(out, labels, step=2)
+    assert not json.loads(end.read_text())["closed"]
+    record.close()
+    assert json.loads(end.read_text())["closed"] and audit(tmp_path).ok
+    assert np.unique(read(tmp_path / "record")["split"].to_numpy()).tolist() == ["eval", "train"]
