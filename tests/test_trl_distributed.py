@@ -32,10 +32,10 @@ def launch(processes: int, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def run(folder: Path, tiny: Path, processes: int, pairs: int, lora=False, **more):
+def run(folder: Path, tiny: Path, processes: int, pairs: int, lora=False, stream=False, **more):
     folder.mkdir(exist_ok=True)
     options = trl_runs.options(folder / "run", gradient_accumulation_steps=2 // processes, max_steps=8, epsilon=0.05)
-    job = {"tiny": str(tiny), "options": options | more, "pairs": pairs, "lora": lora}
+    job = {"tiny": str(tiny), "options": options | more, "pairs": pairs, "lora": lora, "stream": stream}
     (folder / "job.json").write_text(json.dumps(job))
     if processes == 1:
         trl_worker.main(folder)
@@ -44,7 +44,7 @@ def run(folder: Path, tiny: Path, processes: int, pairs: int, lora=False, **more
     return json.loads((folder / "result.json").read_text()), load_file(folder / "weights.safetensors")
 
 
-def same_record(two: Path, one: Path) -> None:
+def same_record(two: Path, one: Path, limits=()) -> None:
     """Every pair once, the repeats of a last batch not at all: what one process writes, but for who computed it."""
     ours, theirs = (
         read(run / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True) for run in (two, one)
@@ -54,9 +54,9 @@ def same_record(two: Path, one: Path) -> None:
     for name in ("beta", "beta_used", "loss"):
         assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), rel=1e-5, abs=2e-6), name
     assert set(ours["rank"]) == {0, 1} and set(ours["split"]) == {"train", "eval"}
-    for run in (two, one):
+    for run, expected in ((two, list(limits)), (one, [])):
         found = audit(run)
-        assert found.ok and not found.limits, str(found)
+        assert found.ok and [name for name, _ in found.limits] == expected, str(found)
 
 
 def same(two, one):
@@ -80,6 +80,13 @@ def test_ddp_is_one_process(tiny, tmp_path):
     """In batches of 3 a rank, 43 pairs leave 1 for two ranks, which accelerate fills up with 5 repeats."""
     same(run(tmp_path / "two", tiny, 2, 43), run(tmp_path / "one", tiny, 1, 43))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run")
+
+
+def test_a_stream_is_one_process(tiny, tmp_path):
+    """Of which nobody knows the length: the repeats that fill its last batch up are known by their rows."""
+    two = run(tmp_path / "two", tiny, 2, 43, stream=True)
+    same(two, run(tmp_path / "one", tiny, 1, 43, train_sampling_strategy="sequential"))
+    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream", "stream"])
 
 
 @pytest.mark.parametrize("lora", [False, True])

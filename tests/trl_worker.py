@@ -21,6 +21,12 @@ from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
 from fsdp_on_cpu import shard_on_cpu
 
 
+def data(job: dict, pairs: int):
+    """The job's first pairs, as a data set or a stream."""
+    found = trl_runs.pairs(Path(job["tiny"]), pairs)
+    return found.to_iterable_dataset() if job["stream"] else found
+
+
 def main(folder: Path) -> None:
     trl.trainer.base_trainer.send_telemetry = lambda *_, **__: None
     job = json.loads((folder / "job.json").read_text())
@@ -29,8 +35,8 @@ def main(folder: Path) -> None:
     trainer = EpsilonDPOTrainer(
         model=trl_runs.model(Path(job["tiny"])),
         args=EpsilonDPOConfig(**job["options"]),
-        train_dataset=trl_runs.pairs(Path(job["tiny"]), job["pairs"]),
-        eval_dataset=trl_runs.pairs(Path(job["tiny"]), 7),
+        train_dataset=data(job, job["pairs"]),
+        eval_dataset=data(job, 7),
         processing_class=transformers.AutoTokenizer.from_pretrained(job["tiny"]),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if job["lora"] else None,
     )

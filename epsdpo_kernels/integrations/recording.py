@@ -71,11 +71,16 @@ class RecordedTRL(Recorded):
     _evaluation = "eval"  # the split of the evaluation that is under way
     _given = True  # whether its data are others than the trainer was made with
     _epoch = -1  # begun last
+    _due = 0  # the row that a stream has to have reached for its next pair on this rank
     _resumed: Any = None  # what train() was told to go on from
 
-    def start_recording(self, options: dict[str, Any]) -> None:
-        """To be called once, when the trainer has everything; ``options`` are those that run.json is to hold."""
+    def keep_identities(self) -> None:
+        """To be called once, when the trainer has everything: its batches say which pairs they hold."""
         self.data_collator = WithIdentity(self.data_collator)
+        self.add_callback(_Moments(self))  # type: ignore[attr-defined]
+
+    def start_recording(self, options: dict[str, Any]) -> None:
+        """To be called after that, where there is to be a record; ``options`` are those that run.json is to hold."""
         options = {"dataset": self._files} | options
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         named = {TRAIN: self.train_dataset} | {"_".join(filter(None, ("eval", k))): v for k, v in sets.items()}
@@ -87,7 +92,6 @@ class RecordedTRL(Recorded):
             "pairs": {split: len(data) for split, data in named.items() if isinstance(data, datasets.Dataset)},
             "streams": [split for split, data in named.items() if not isinstance(data, datasets.Dataset)],
         }
-        self.add_callback(_Moments(self))  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._resumed = resume_from_checkpoint
@@ -113,9 +117,13 @@ class RecordedTRL(Recorded):
                 )  # fmt: skip
             else:
                 self._open(None)
-        return super().evaluation_loop(  # type: ignore[misc]
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        due, self._due = self._due, 0
+        try:
+            return super().evaluation_loop(  # type: ignore[misc]
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self._due = due
 
     def _own_parts(self) -> list[Path]:
         found = parts(Path(self.args.output_dir, "record"))
@@ -126,7 +134,7 @@ class RecordedTRL(Recorded):
         run, elsewhere = Path(self.args.output_dir).resolve(), False
         if isinstance(self._resumed, str | os.PathLike):
             elsewhere = Path(self._resumed).resolve().parent != run
-        if step == 0 and self.record and not self.record.trained:
+        if self._facts is None or step == 0 and self.record and not self.record.trained:
             return
         if self.record:
             self.record.close()
@@ -148,16 +156,36 @@ class RecordedTRL(Recorded):
             )  # fmt: skip
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if getattr(args, "record", True):
-            if self._files is None:  # the training data come first
-                self._files = _files(dataset)
-            dataset = identified(dataset, args, dataset_name)
+        if self._files is None:  # the training data come first
+            self._files = _files(dataset)
+        dataset = identified(dataset, args, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if ROW not in self._signature_columns:
             self._signature_columns += [ROW, PAIR_ID]
+
+    def own_pairs(self, batch: dict[str, Tensor]) -> int:
+        """How many pairs of a loader's batch are not the repeats that fill a last one up; they come first.
+
+        To be called with every batch, in their order.
+        """
+        pairs, ranks = len(batch["input_ids"]) // 2, self.accelerator.num_processes
+        real = self.accelerator.gradient_state.remainder
+        if ranks == 1 or real == 0:
+            return pairs
+        rank, last = self.accelerator.process_index, self.accelerator.gradient_state.end_of_dataloader
+        if real > 0:
+            return min(max(real - pairs * rank, 0), pairs) if last else pairs
+        # A stream, whose length nobody knows: its rows go up, and the repeats are from its beginning.
+        rows = batch[ROW][:pairs].tolist() if ROW in batch else []
+        if NO_ROW in rows or not rows:
+            return pairs
+        self._due, new = max(self._due, pairs * rank), 0
+        while new < pairs and rows[new] >= self._due:
+            self._due, new = rows[new] + 1, new + 1
+        return new if last else pairs
 
     def append_to_record(self, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor], pairs: int) -> None:
         """Adds the first ``pairs`` of a batch; the others are there to fill it up."""
@@ -191,6 +219,7 @@ class _Moments(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         # The state's own epoch is that of the last step, which in a stream may end anywhere.
         self.trainer._epoch = max(math.floor(state.epoch or 0), self.trainer._epoch + 1)
+        self.trainer._due = 0
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.trainer.record:

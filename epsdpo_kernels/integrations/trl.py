@@ -130,6 +130,7 @@ class EpsilonDPOTrainer(RecordedTRL, DPOTrainer):
         if causal_lm(self.model).device.type != "meta":
             check_head(self.model)
         run_loss_in_forward(self.model, self._reference(), self.loss_fn)
+        self.keep_identities()
         if config.record:
             self.start_recording(self._options())
 
@@ -150,28 +151,22 @@ class EpsilonDPOTrainer(RecordedTRL, DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the number of pairs in them, over all ranks: ()."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self.accelerator.gradient_state.end_of_dataloader:
+        for batch in batches[:-1]:
+            self.own_pairs(batch)
+        if batches:
             batches[-1] = self._without_repeats(batches[-1])
         pairs = sum(_pairs(batch).sum() for batch in batches)
         return batches, self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without the pairs that accelerate repeats to fill every rank's last batch: decisions count once."""
-        pairs, mine = len(batch["input_ids"]) // 2, self._own_pairs(batch)
+        pairs, mine = len(batch["input_ids"]) // 2, self.own_pairs(batch)
         if mine == pairs:
             return batch
         if mine == 0:  # a rank has to take part in the step: one pair, of which nothing is scored
             batch = {name: t[[0, pairs]] for name, t in batch.items()}
             return batch | {"completion_mask": torch.zeros_like(batch["completion_mask"])}
         return {name: torch.cat((t[:mine], t[pairs : pairs + mine])) for name, t in batch.items()}
-
-    def _own_pairs(self, batch: dict[str, Tensor]) -> int:
-        """How many pairs of a loader's last batch are not repeats; they come first."""
-        pairs = len(batch["input_ids"]) // 2
-        real = self.accelerator.gradient_state.remainder
-        if self.accelerator.num_processes == 1 or real <= 0:
-            return pairs
-        return min(max(real - pairs * self.accelerator.process_index, 0), pairs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask", ROW, PAIR_ID})
@@ -188,9 +183,9 @@ class EpsilonDPOTrainer(RecordedTRL, DPOTrainer):
         out = model(input_ids=ids, attention_mask=mask, pair_labels=labels)
         loss = out.loss
         # Training has left the repeats out.
-        last = not training and self.accelerator.gradient_state.end_of_dataloader
-        self.append_to_record(out, labels, inputs, self._own_pairs(inputs) if last else len(ids) // 2)
-        self._add_metrics("train" if training else "eval", out, labels, mask)
+        own = len(ids) // 2 if training else self.own_pairs(inputs)
+        self.append_to_record(out, labels, inputs, own)
+        self._add_metrics("train" if training else "eval", out, labels, mask, own)
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.
             loss = loss * (_pairs(inputs).sum() * self.args.world_size / num_items_in_batch)
@@ -202,8 +197,8 @@ class EpsilonDPOTrainer(RecordedTRL, DPOTrainer):
                 return loss, model(input_ids=ids, attention_mask=mask, use_cache=False)
         return loss
 
-    def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor) -> None:
-        """Hands TRL's log the figures of each pair, over all ranks, so that its mean is theirs."""
+    def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor, own: int) -> None:
+        """Hands TRL's log the figures of the first ``own`` pairs of every rank, so that its mean is theirs."""
         chosen, rejected = (labels != IGNORE).sum(1).chunk(2)
         of_pair = {name.replace("beta/", "kl/"): values for name, values in pair_metrics(out).items()}
         of_pair["losses"] = out.losses
@@ -218,10 +213,8 @@ class EpsilonDPOTrainer(RecordedTRL, DPOTrainer):
             )
         columns = [*of_pair.values(), *(t for pair in sums.values() for t in pair), mask.sum(1).view(2, -1).sum(0)]
         # Ranks may hold unequal numbers of pairs; β is 0 in padding and where nothing is scored.
-        rows = torch.stack([out.beta, *columns], 1).double()
-        rows = self.accelerator.pad_across_processes(rows)
-        gather = self.accelerator.gather if split == "train" else self.accelerator.gather_for_metrics
-        rows = gather(rows)
+        rows = torch.stack([out.beta, *columns], 1).double()[:own]
+        rows = self.accelerator.gather(self.accelerator.pad_across_processes(rows))
         beta, *figures = rows[rows[:, 0] != 0].T.tolist()
         if not beta:
             return
