@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 # Okabe and Ito's colours, which the colour-blind tell apart, and a marker each.
@@ -34,3 +34,9 @@ def mean(values: Sequence[float]) -> Mean:
     middle = math.fsum(values) / n
     error = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (n - 1) / n)
     return Mean(middle, error, STUDENT[min(n - 2, len(STUDENT) - 1)] * error)
+
+
+def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; the first column is of names."""
+    lines = [" | ".join(cells) for cells in (heads, ["---", *["--:"] * (len(heads) - 1)], *rows)]
+    return "\n".join(f"| {line} |" for line in lines)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..methods import METHODS, make_loss
-from .common import LOOKS, Mean, mean
+from .common import LOOKS, Mean, grid, mean
 
 # Of the sweep. Plain DPO has more of them, for it is what the others are held against at their own KL.
 BETAS = (0.01, 0.05, 0.2, 0.5, 1.0, 2.0)
@@ -244,13 +244,6 @@ def more_than_dpo(results: Results, run: Run) -> Mean:
     return mean(found)
 
 
-def grid(head: str, columns: Iterable, rows: dict[str, Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [f"| {head} | " + " | ".join(map(str, columns)) + " |"]
-    lines.append("| --- |" + " --: |" * (lines[0].count("|") - 2))
-    return "\n".join([*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())])
-
-
 def each(results: Results, runs: Sequence[Run], name: str, digits: int = 3) -> list[str]:
     """The mean over seeds of a column of :class:`End`, and half its 95 % interval, for every run."""
     means = (mean([getattr(end, name) for end in results[run]]) for run in runs)
@@ -265,30 +258,36 @@ def gains(results: Results, runs: Sequence[Run]) -> list[str]:
 
 def tables(results: Results) -> str:
     """Markdown: the sweep, the steps, and ε."""
-    parts = []
+    parts: list[str] = []
+
+    def add(title: str, head: str, columns: Sequence[object], rows: dict[str, list[str]]) -> None:
+        parts.extend((title, grid([head, *map(str, columns)], [[name, *cells] for name, cells in rows.items()])))
+
     for pairs in PAIRS:
         rows = {m: [Run(m, beta, pairs=pairs) for beta in BETAS] for m in METHODS}
         heads = [f"β₀ = {beta}" for beta in BETAS]
-        parts.append(f"{pairs:,} preferences, KL at the end (nats):")
-        parts.append(grid("method", heads, {m: each(results, runs, "kl") for m, runs in rows.items()}))
-        parts.append(f"{pairs:,} preferences, reward more than DPO's at the same KL (thousandths):")
-        parts.append(grid("method", heads, {m: gains(results, r) for m, r in rows.items() if m != "dpo"}))
-        parts.append(f"{pairs:,} preferences, β at the end:")
-        parts.append(grid("method", heads, {m: each(results, runs, "beta") for m, runs in rows.items()}))
+        of = f"{pairs:,} preferences,"
+        add(f"{of} KL at the end (nats):", "method", heads, {m: each(results, r, "kl") for m, r in rows.items()})
+        add(
+            f"{of} reward more than DPO's at the same KL (thousandths):", "method", heads,
+            {m: gains(results, r) for m, r in rows.items() if m != "dpo"},
+        )  # fmt: skip
+        add(f"{of} β at the end:", "method", heads, {m: each(results, r, "beta") for m, r in rows.items()})
     for title, name in (("β", "beta"), ("β·mean margin", "scaled_margin"), ("KL (nats)", "kl")):
-        parts.append(f"{title} at the end, by steps, from β₀ = 1:")
-        parts.append(grid("run", STEPS, {label: each(results, runs, name) for label, runs in over_steps().items()}))
+        cells = {label: each(results, runs, name) for label, runs in over_steps().items()}
+        add(f"{title} at the end, by steps, from β₀ = 1:", "run", STEPS, cells)
     heads = [f"ε = {epsilon}" for epsilon in EPSILONS]
     for title, name in (("β", "beta"), ("KL (nats)", "kl")):
-        parts.append(f"ε-DPO, {title} at the end, from β₀ = 1:")
-        parts.append(grid("`beta_update`", heads, {u: each(results, r, name) for u, r in over_epsilon().items()}))
-    parts.append("ε-DPO, reward more than DPO's at the same KL (thousandths), from β₀ = 1:")
-    parts.append(grid("`beta_update`", heads, {u: gains(results, r) for u, r in over_epsilon().items()}))
+        cells = {update: each(results, runs, name) for update, runs in over_epsilon().items()}
+        add(f"ε-DPO, {title} at the end, from β₀ = 1:", "`beta_update`", heads, cells)
+    cells = {update: gains(results, runs) for update, runs in over_epsilon().items()}
+    title = "ε-DPO, reward more than DPO's at the same KL (thousandths), from β₀ = 1:"
+    add(title, "`beta_update`", heads, cells)
     usual = [Run("eps-dpo", 1.0, pairs=pairs) for pairs in PAIRS]
-    parts.append("ε-DPO's relaxed share at the end, from β₀ = 1:")
-    cells = {"agree with the reward": "relaxed_right", "do not": "relaxed_wrong"}
+    named = {"agree with the reward": "relaxed_right", "do not": "relaxed_wrong"}
+    cells = {label: each(results, usual, name) for label, name in named.items()}
     heads = [f"{pairs:,} preferences" for pairs in PAIRS]
-    parts.append(grid("preferences that", heads, {k: each(results, usual, v) for k, v in cells.items()}))
+    add("ε-DPO's relaxed share at the end, from β₀ = 1:", "preferences that", heads, cells)
     missed = ", ".join(f"{two_word_gap(epsilon):.1e} at ε = {epsilon}" for epsilon in (0.1, 0.01, 0.001))
     parts.append(f"Completions of two words, relaxed word by word, miss the optimum of β/(1+ε) by {missed} (nats).")
     return "\n\n".join(parts) + "\n"
