@@ -135,7 +135,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     loss_fn = make_loss(
         options.method, beta=options.beta, epsilon=options.epsilon, beta_update=options.beta_update,
         label_smoothing=options.label_smoothing, veto=veto_bounds(options.veto),
-        alpha=options.beta_dpo_alpha, keep=options.beta_dpo_keep,
+        beta_dpo={"alpha": options.beta_dpo_alpha, "keep": options.beta_dpo_keep},
+        lsc_dpo={"z_star": options.lsc_z_star, "eta": options.lsc_eta, "tau_start": options.lsc_tau_start},
     )  # fmt: skip
     done = int(resume.name.rpartition("-")[2]) if resume else None
     epsilon = options.epsilon if options.method == "eps-dpo" else 0.0
