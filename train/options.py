@@ -28,6 +28,10 @@ class PairOptions:
     )
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and completion"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens; by default half of max_length"})
+    prerendered: bool | None = field(
+        default=None,
+        metadata={"help": "whether strings of the data were written by a chat template, control tokens and all"},
+    )
     label_column: str | None = field(
         default=None, metadata={"help": "categorical column of the data to keep in the record, e.g. a topic"}
     )
