@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -101,6 +102,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     transformers.set_seed(args.seed)
     model, tokenizer = load_model(options.model, options.dtype)
     check_head(model)
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
     # The others find what the first has tokenised in the cache.
     with args.main_process_first(desc="the data"):
         pairs, held_out, reports = load_data(options, tokenizer, args.seed)
