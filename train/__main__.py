@@ -59,8 +59,9 @@ def load_data(options: PairOptions, tokenizer, seed: int):
 
     def load(source: str, split: str):
         return data.load_pairs(
-            source, tokenizer, split=split, max_length=options.max_length, max_prompt_length=options.max_prompt_length
-        )
+            source, tokenizer, split=split, max_length=options.max_length,
+            max_prompt_length=options.max_prompt_length, prerendered=options.prerendered,
+        )  # fmt: skip
 
     pairs, report = load(options.dataset, options.dataset_split)
     reports = {"train": report}
@@ -100,7 +101,9 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     transformers.set_seed(args.seed)
     model, tokenizer = load_model(options.model, options.dtype)
     check_head(model)
-    pairs, held_out, reports = load_data(options, tokenizer, args.seed)
+    # The others find what the first has tokenised in the cache.
+    with args.main_process_first(desc="the data"):
+        pairs, held_out, reports = load_data(options, tokenizer, args.seed)
     cached = None
     if options.cache_reference:
         cached = cached_reference(options.cache_reference, options, args, model, pairs, held_out)
@@ -135,7 +138,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     loss_fn = make_loss(
         options.method, beta=options.beta, epsilon=options.epsilon, beta_update=options.beta_update,
         label_smoothing=options.label_smoothing, veto=veto_bounds(options.veto),
-        alpha=options.beta_dpo_alpha, keep=options.beta_dpo_keep,
+        beta_dpo={"alpha": options.beta_dpo_alpha, "keep": options.beta_dpo_keep},
+        lsc_dpo={"z_star": options.lsc_z_star, "eta": options.lsc_eta, "tau_start": options.lsc_tau_start},
     )  # fmt: skip
     done = int(resume.name.rpartition("-")[2]) if resume else None
     epsilon = options.epsilon if options.method == "eps-dpo" else 0.0
