@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward
+from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward, weighs_pairs_itself
 from epsdpo_kernels.linear import EpsilonDPOOutput
 from epsdpo_kernels.pair import losses_and_coefficients
 
@@ -101,8 +101,7 @@ class PairTrainer(Trainer):
                 f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
                 "version 2 (the default of fsdp_config); on CPUs it would replicate the model without a word"
             )
-        # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
-        self.loss_is_scaled_for_ga = True
+        weighs_pairs_itself(self)
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
         self.record = record

@@ -184,6 +184,13 @@ def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Modu
     model.forward = forward
 
 
+def weighs_pairs_itself(trainer: Any) -> None:
+    """Tells a ``transformers.Trainer`` that its ``compute_loss`` weighs every pair of an optimizer step alike, whatever
+    micro-batch and rank it is in, so that the trainer must not divide by the number of micro-batches."""
+    trainer.loss_is_scaled_for_ga = True
+    trainer.model_accepts_loss_kwargs = True  # what transformers before 5.19 goes by
+
+
 def pair_metrics(out: EpsilonDPOOutput) -> dict[str, Tensor]:
     """(B,) figures under TRL's names, with KL and decisions beside them; their means are what is logged."""
     return {

@@ -45,6 +45,7 @@ from .transformers import (
     head_inputs,
     pair_metrics,
     run_loss_in_forward,
+    weighs_pairs_itself,
 )
 
 TESTED = "1.16"
@@ -112,8 +113,7 @@ class EpsilonDPOTrainer(DPOTrainer):
             )
         _refuse_launch(self)
         self.loss_fn = loss_fn.to(self.args.device)
-        # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
-        self.loss_is_scaled_for_ga = True
+        weighs_pairs_itself(self)
         text_config = causal_lm(self.model).config.get_text_config()
         if hasattr(text_config, "output_router_logits"):
             text_config.output_router_logits = self.aux_loss_enabled
