@@ -8,8 +8,10 @@ Optimization" (Rafailov et al., 2023, arXiv 2305.18290), equation 7.
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, sigmoid
 from torch.nn.functional import logsigmoid
 
 
@@ -76,6 +78,24 @@ def beta_dpo(beta: float, alpha: float, margin: float, average: float) -> float:
     return max(1e-3, beta * (1 + alpha * (margin - average)))
 
 
+def lsc_dpo(beta: float, margin: float, z_star: float, eta: float, tau_start: float) -> float:
+    """β after a step of LSC-DPO (Qu et al., 2026, arXiv 2610.07592, equation 11): β·exp(−η·(β·margin − z*)).
+
+    It stays as it is where the learning signal σ(−β·margin) is not below τ_start. For a margin that stays the same,
+    β = z*/margin is a fixed point, stable where 0 < η·z* < 2 (their proposition 1).
+
+    Args:
+        beta: β of the step.
+        margin: mean margin of the step's pairs, nats, without β.
+        z_star: z*, the scaled margin β·margin that is aimed at.
+        eta: η, how fast.
+        tau_start: τ_start; β moves where β·margin > log(1/τ_start − 1).
+    """
+    z = beta * margin
+    # σ(−z) < τ, without the overflow of exp.
+    return beta * math.exp(-eta * (z - z_star)) if z > math.log(1 / tau_start - 1) else beta
+
+
 def preference_losses(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -98,10 +118,12 @@ def preference_losses(
 def losses_and_coefficients(logps: tuple[Tensor, ...], beta: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """The losses of four (B,) log-probs and c_i = −∂loss_i/∂chosen_logps_i = +∂loss_i/∂rejected_logps_i, detached.
 
-    One number per pair is the whole gradient, because the loss reads the margin alone.
+    One number per pair is the whole gradient, because the loss reads the margin m alone:
+    c = β·[(1−s)·σ(−βm) − s·σ(βm)] (Rafailov et al., 2023, the gradient below equation 7, with s for smoothing).
     """
-    with torch.enable_grad():
-        chosen, rejected, ref_chosen, ref_rejected = (t.detach() for t in logps)
-        losses = preference_losses(chosen.requires_grad_(), rejected, ref_chosen, ref_rejected, beta, label_smoothing)
-        (gradient,) = torch.autograd.grad(losses.sum(), chosen)
-    return losses.detach(), -gradient
+    chosen, rejected, ref_chosen, ref_rejected = (t.detach() for t in logps)
+    beta = beta.detach()
+    logit = beta * ((chosen - rejected) - (ref_chosen - ref_rejected))
+    logit = torch.where(torch.isfinite(logit), logit, torch.nan)
+    coefficient = beta * ((1 - label_smoothing) * sigmoid(-logit) - label_smoothing * sigmoid(logit))
+    return preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing), coefficient

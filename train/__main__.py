@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from epsdpo_kernels import __version__
-from epsdpo_kernels.integrations.checks import check_vocabulary, turn_off_dropout
+from epsdpo_kernels.integrations.checks import check_vocabulary
 from epsdpo_kernels.integrations.transformers import Reference, check_head
 from epsdpo_kernels.record import Recorder
 from epsdpo_kernels.record.recorder import parts
@@ -22,7 +22,7 @@ from epsdpo_kernels.record.recorder import parts
 from . import cache, data
 from .cache import CachedReference, FirstStep
 from .methods import make_loss
-from .models import load_model, make_reference, merge_adapter
+from .models import add_lora, load_model, make_policy, make_reference
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
 from .trainer import NotFiniteError, PairRecord, PairTrainer, checkpoint_step, last_checkpoint
 
@@ -32,8 +32,9 @@ def load_data(options: PairOptions, tokenizer, seed: int):
 
     def load(source: str, split: str):
         return data.load_pairs(
-            source, tokenizer, split=split, max_length=options.max_length, max_prompt_length=options.max_prompt_length
-        )
+            source, tokenizer, split=split, max_length=options.max_length,
+            max_prompt_length=options.max_prompt_length, prerendered=options.prerendered,
+        )  # fmt: skip
 
     pairs, report = load(options.dataset, options.dataset_split)
     reports = {"train": report}
@@ -73,33 +74,21 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
     if options.cache_reference and options.method == "tr-dpo":
         raise ValueError("cache_reference: tr-dpo's reference follows the policy, takes no cache")
-    transformers.set_seed(args.seed)
-    model, tokenizer = load_model(options.model, options.dtype)
-    if hasattr(model, "peft_config"):
-        if options.lora_r:
-            model = merge_adapter(model, tokenizer, f"{args.output_dir}/base", write=args.should_save and not resume)
-        elif options.method == "tr-dpo":
-            raise ValueError("method: tr-dpo mixes whole weights, takes an adapter's folder with --lora_r, merged")
-    check_head(model, args.autocast_dtype)
-    if not options.dropout:
-        turn_off_dropout(model, args.autocast_dtype)
-    pairs, held_out, reports = load_data(options, tokenizer, args.seed)
-    if args.do_eval and held_out is None:
+    if args.do_eval and not (options.eval_dataset or options.eval_fraction):
         raise ValueError("do_eval, eval_strategy: got an evaluation to make, takes eval_dataset or eval_fraction too")
+    transformers.set_seed(args.seed)
+    model, tokenizer = make_policy(options, args, new=resume is None)
+    # The others find what the first has tokenised in the cache.
+    with args.main_process_first(desc="the data"):
+        pairs, held_out, reports = load_data(options, tokenizer, args.seed)
     cached = None
     if options.cache_reference:
         cached = cached_reference(options.cache_reference, options, args, model, pairs, held_out)
     base = model
     if options.lora_r:
-        import peft
-
-        lora = peft.LoraConfig(
-            r=options.lora_r, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",
-            target_modules=options.lora_target_modules or "all-linear",
-        )  # fmt: skip
-        if options.method == "tr-dpo":
-            base = copy.deepcopy(model)
-        model = peft.get_peft_model(model, lora)
+        # A reference that moves is a whole model, without what comes into the policy's layers.
+        base = copy.deepcopy(model) if options.method == "tr-dpo" else model
+        model = add_lora(model, options)
         check_head(model, args.autocast_dtype)
     moving = None
     reference: Reference
@@ -113,7 +102,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     loss_fn = make_loss(
         options.method, beta=options.beta, epsilon=options.epsilon, beta_update=options.beta_update,
         label_smoothing=options.label_smoothing, veto=veto_bounds(options.veto),
-        alpha=options.beta_dpo_alpha, keep=options.beta_dpo_keep,
+        beta_dpo={"alpha": options.beta_dpo_alpha, "keep": options.beta_dpo_keep},
+        lsc_dpo={"z_star": options.lsc_z_star, "eta": options.lsc_eta, "tau_start": options.lsc_tau_start},
     )  # fmt: skip
     done = checkpoint_step(resume) if resume else None
     # What began at the start was evaluated there.
@@ -151,12 +141,14 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
     """
     asked, run = args.resume_from_checkpoint, Path(args.output_dir)
     last, record = last_checkpoint(run), parts(run / "record")
+    complete = last is None and (run / "trainer_state.json").exists()
     if asked in (None, False, "false", "False"):
         if last or record:
+            how = f"up to {last.name}" if last else "complete" if complete else "which left no checkpoint"
+            anew = "go on with it" if last else "begin it anew, with its record set aside"
             raise ValueError(
-                f"output_dir: {run} already holds a run ({f'up to {last.name}' if last else 'without a checkpoint'}); "
-                "give another folder, or --resume_from_checkpoint last to "
-                + ("go on with it" if last else "begin it anew, with its record set aside")
+                f"output_dir: {run} already holds a run ({how}); give another folder"
+                + ("" if complete else f", or --resume_from_checkpoint last to {anew}")
             )
         return None
     if asked not in ("last", True, "true", "True"):
@@ -173,7 +165,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
         return Path(asked)
     if last:
         return last
-    if (run / "trainer_state.json").exists():
+    if complete:
         raise ValueError(
             f"resume_from_checkpoint: got {asked}, but the run in {run} is complete and left no checkpoint; give "
             "another output_dir"

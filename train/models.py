@@ -13,8 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from epsdpo_kernels.integrations.checks import check_reference
-from epsdpo_kernels.integrations.transformers import Reference, copy_adapter, frozen_reference, without_adapter
+from epsdpo_kernels.integrations.checks import check_reference, turn_off_dropout
+from epsdpo_kernels.integrations.transformers import (
+    Reference,
+    check_head,
+    copy_adapter,
+    frozen_reference,
+    without_adapter,
+)
 
 from .methods import MovingReference
 from .options import PairOptions, TrainingArguments
@@ -91,12 +97,28 @@ def _base_of(name: str) -> str | None:
     return base
 
 
-def merge_adapter(model: Any, tokenizer: Any, folder: str, write: bool) -> Any:
-    """The model with its adapter in its weights, for a new adapter on top; that one's base is what goes to ``folder``.
+def make_policy(options: PairOptions, args: TrainingArguments, new: bool) -> tuple[Any, Any]:
+    """(model, tokenizer) that training starts from, measured, and without dropout where none is asked for.
+
+    An adapter that it comes with is merged where another goes on top; that one's base is in RUN/base, written by a new
+    run.
 
     Raises:
-        ValueError: it has an adapter that weights cannot hold.
+        ValueError: a model that the loss cannot run, or an adapter that a method or lora_r does not go with.
     """
+    model, tokenizer = load_model(options.model, options.dtype)
+    if hasattr(model, "peft_config"):
+        if options.lora_r:
+            model = _merged(model, tokenizer, f"{args.output_dir}/base", write=args.should_save and new)
+        elif options.method == "tr-dpo":
+            raise ValueError("method: tr-dpo mixes whole weights, takes an adapter's folder with --lora_r, merged")
+    check_head(model, args.autocast_dtype)
+    if not options.dropout:
+        turn_off_dropout(model, args.autocast_dtype)
+    return model, tokenizer
+
+
+def _merged(model: Any, tokenizer: Any, folder: str, write: bool) -> Any:
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(
             f"lora_r: got an adapter on top of {type(model.active_peft_config).__name__}, which cannot be merged into "
@@ -108,6 +130,16 @@ def merge_adapter(model: Any, tokenizer: Any, folder: str, write: bool) -> Any:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return merged
+
+
+def add_lora(model: Any, options: PairOptions) -> Any:
+    import peft
+
+    lora = peft.LoraConfig(
+        r=options.lora_r, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",
+        target_modules=options.lora_target_modules or "all-linear",
+    )  # fmt: skip
+    return peft.get_peft_model(model, lora)
 
 
 def make_reference(

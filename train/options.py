@@ -44,12 +44,16 @@ class PairOptions:
     )
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and completion"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens; by default half of max_length"})
+    prerendered: bool | None = field(
+        default=None,
+        metadata={"help": "whether strings of the data were written by a chat template, control tokens and all"},
+    )
     label_column: str | None = field(
         default=None, metadata={"help": "categorical column of the data to keep in the record, e.g. a topic"}
     )
     method: str = field(
         default="eps-dpo",
-        metadata={"help": "see train/methods.py", "choices": ["eps-dpo", "dpo", "beta-dpo", "tr-dpo"]},
+        metadata={"help": "see train/methods.py", "choices": ["eps-dpo", "dpo", "beta-dpo", "tr-dpo", "lsc-dpo"]},
     )
     beta: float = field(default=0.1, metadata={"help": "KL penalty at the start"})
     epsilon: float = field(default=0.01, metadata={"help": "size of the perturbation; 0 is plain DPO"})
@@ -66,6 +70,11 @@ class PairOptions:
     )
     beta_dpo_alpha: float = field(default=0.6, metadata={"help": "how strongly beta-dpo's β follows the margin"})
     beta_dpo_keep: float = field(default=0.8, metadata={"help": "share of pairs that beta-dpo keeps"})
+    lsc_z_star: float = field(default=0.4, metadata={"help": "lsc-dpo: mean of β·margin that β is moved towards"})
+    lsc_eta: float = field(default=0.1, metadata={"help": "lsc-dpo: how fast"})
+    lsc_tau_start: float = field(
+        default=0.45, metadata={"help": "lsc-dpo: β moves only while σ(−β·mean margin) is below it"}
+    )
     cache_reference: str | None = field(
         default=None,
         metadata={"help": "folder for the reference's hidden states, written once; training then needs no reference"},
