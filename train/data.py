@@ -41,7 +41,7 @@ TOKENISED = datasets.Features(
 )
 # Rows for which a process more is worth its start, and rows that are tokenised at once.
 ROWS_A_PROCESS, ROWS_A_BATCH = 5000, 256
-PLACES = 20
+PLACES, MOST_COLUMNS = 20, 64
 NOTHING = (np.zeros(0, np.int32),) * 3
 
 
@@ -136,7 +136,7 @@ def load_pairs(
     max_length: tokens of a prompt and a completion, from 2. A longer completion loses its end, EOS included.
     max_prompt_length: in tokens, 1 to max_length − 1, half of max_length by default. A longer prompt loses its start.
     keep_columns: columns to carry through; None takes all that fit. A column fits where it holds only strings of up to
-        64 characters, only integers, or only booleans, nulls aside.
+        64 characters, only integers, or only booleans, nulls aside, and is one of the first 64.
     prerendered: whether strings were written by a chat template, so that control tokens in them are meant; False keeps
         them as text, None refuses such strings. In messages they are always text.
 
@@ -252,14 +252,14 @@ class _Tokenise:
             note["dropped"] = "identical after truncation"
         if "dropped" in note:
             return NOTHING
-        note["prompts_truncated"] = int(len(prompt) < len(encoded.prompt))
-        note["completions_truncated"] = sum(len(cut[i]) < len(whole[i]) for i in range(2))
-        note["control_text"] = int(any(MARK in text for text in rendered[:3]))
-        note["parted"] = int(encoded.parted)
+        counts = {
+            "prompts_truncated": len(prompt) < len(encoded.prompt),
+            "completions_truncated": sum(len(cut[i]) < len(whole[i]) for i in range(2)),
+            "control_text": any(MARK in text for text in rendered[:3]),
+            "parted": encoded.parted,
+        }
+        note["counts"] = {name: int(count) for name, count in counts.items() if count}
         return prompt, chosen, rejected
-
-
-COUNTED = ("prompts_truncated", "completions_truncated", "control_text", "parted")
 
 
 def _columns_of(record: Record) -> dict[str, Any]:
@@ -275,6 +275,10 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
+def _fits(types: set[type]) -> bool:
+    return types in ({str}, {int}, {bool})
+
+
 def _read_notes(
     found: datasets.Dataset, report: Report, keep: Sequence[str] | None
 ) -> tuple[np.ndarray, dict[str, list]]:
@@ -283,28 +287,36 @@ def _read_notes(
     read: set[str] = set()
     values: dict[str, list] = {}
     types: dict[str, set[type]] = {}
+    counts: Counter[str] = Counter()
     for batch in found.select_columns(["row", "note"]).iter(4096):
         for row, text in zip(batch["row"], batch["note"], strict=True):
             note = json.loads(text)
             read.update(note["read"])
             for name in note["columns"]:
-                types.setdefault(name, set())
+                if len(types) < MOST_COLUMNS:
+                    types.setdefault(name, set())
             if "dropped" in note:
                 report.drop(note["dropped"], row)
                 kept[report.read] = False
             else:
-                for name in COUNTED:
-                    setattr(report, name, getattr(report, name) + note[name])
+                counts.update(note["counts"])
                 report.unwritten.update(note["unwritten"])
                 for name, value in note["columns"].items():
+                    if name not in types:
+                        continue
                     types[name].add(type(value))
+                    if not _fits(types[name]):
+                        values.pop(name, None)
+                        continue
                     column = values.setdefault(name, [])
                     column += [None] * (report.read - len(column))
                     # Categories are few: one string of each will do.
                     column.append(sys.intern(value) if isinstance(value, str) else value)
             report.read += 1
     report.kept = int(kept.sum())
-    fit = [name for name in types if types[name] in ({str}, {int}, {bool}) and name not in COLUMNS]
+    for name, count in counts.items():
+        setattr(report, name, count)
+    fit = [name for name in types if _fits(types[name]) and name not in COLUMNS]
     for name in keep or ():
         if name not in fit:
             raise ValueError(f"keep_columns: got {name!r}, takes columns of short strings, integers or booleans")

@@ -20,7 +20,6 @@ MARK = "\ufdd0"
 MARKED = re.compile(f"{MARK}([0-9]+){MARK}")
 # Characters given to the tokenizer at once: what it keeps of a token while it works is about a hundred bytes.
 CHARACTERS = 1 << 20
-# The first is what templates read; transformers copies the others there.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # What a row may not set: all that is not for the template to see.
 RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"tools", "documents"}
@@ -112,8 +111,20 @@ class Encoder:
         names = {name for message in messages for name in message} - {"role", "content"}
         names |= (pair.template_kwargs or {}).keys() | ({"tools"} if pair.tools else set())
         template = self.tokenizer.get_chat_template(tools=pair.tools)
-        read = [name for name in REASONING if name in template]
-        return sorted(name for name in names if name not in template and not (name in REASONING and read))
+        return sorted(name for name in names if name not in template and name not in self._handed_on)
+
+    @cached_property
+    def _handed_on(self) -> set[str]:
+        """Fields whose text reaches the template under another name, as transformers does with thoughts."""
+        found = set()
+        for name in REASONING:
+            thought = {"role": "assistant", "content": "an answer", name: "a thought"}
+            try:
+                if "a thought" in self._apply([{"role": "user", "content": "a question"}, thought], {}):
+                    found.add(name)
+            except NoPair:
+                pass
+        return found
 
     def _closed(self, text: str, rendered: bool | None) -> str:
         """A text with its end: EOS, or what it was rendered with. A newline after an end of turn is never generated."""
