@@ -27,8 +27,8 @@ from epsdpo_kernels import linear_pair_stats, record
 from epsdpo_kernels.integrations.transformers import head_inputs
 
 from .. import data
-from ..__main__ import load_model
 from ..methods import METHODS
+from ..models import load_model
 from ..trainer import last_checkpoint
 from .common import LOOKS, Mean, grid, mean
 
