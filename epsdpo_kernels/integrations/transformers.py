@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from ..linear import EpsilonDPOOutput
+from .packing import Packing, no_mask
 
 
 class HeadInputs(NamedTuple):
     """A model's side of :func:`epsdpo_kernels.linear_epsilon_dpo`."""
 
-    hidden: Tensor  # (rows, T, H)
+    hidden: Tensor  # (rows, T, H), or (M, H) of a packed row's scored tokens
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     logit_scale: float
@@ -83,20 +84,28 @@ def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> HeadInputs:
+def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Packing) -> HeadInputs:
     """Runs the backbone, never the head.
 
     Args:
         model: a causal language model, within PEFT or not.
         input_ids: (rows, T) int64.
-        attention_mask: (rows, T), 1 on tokens, 0 on padding to their right.
+        attention_mask: (rows, T), 1 on tokens, 0 on padding to their right; or how the rows are packed as one, which
+            takes ``input_ids``'s place and gives the scored hidden states only.
 
     Raises:
         TypeError, ValueError: the model's head cannot be fused; see :func:`lm_head`.
     """
     model = causal_lm(model)
     head, (scale, softcap) = lm_head(model), logit_transforms(model)
-    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    packing = attention_mask if isinstance(attention_mask, Packing) else None
+    if packing:
+        out = model.base_model(
+            input_ids=packing.input_ids, position_ids=packing.position_ids, attention_mask=no_mask(packing.input_ids),
+            segments=packing.segments, use_cache=False,
+        )  # fmt: skip
+    else:
+        out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     router_loss = None
     config = model.config.get_text_config()
     if getattr(out, "router_logits", None) is not None and config.output_router_logits:
@@ -104,9 +113,11 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
         modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
         balance = next(m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func"))
         router_loss = config.router_aux_loss_coef * balance(
-            out.router_logits, model.num_experts, model.num_experts_per_tok, attention_mask
+            out.router_logits, model.num_experts, model.num_experts_per_tok, None if packing else attention_mask
         )
     hidden = out.last_hidden_state
+    if packing:
+        hidden = hidden[0].index_select(0, packing.scored)
     weight = gathered(head.weight, hidden.dtype)
     bias = None if head.bias is None else gathered(head.bias, hidden.dtype)
     return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
