@@ -23,7 +23,7 @@ bench: $(VENV)/.bench  ## speed and memory on this CPU beside what people would 
 bench-compare: $(VENV)/.bench  ## two revisions interleaved: make bench-compare BASE=<revision>
 	$(BIN)/python -m bench.compare $(BASE)
 
-tables: $(VENV)/.bench  ## README's tables and pictures from the committed results
+tables: $(VENV)/.bench  ## the tables and pictures of docs from the committed results
 	$(BIN)/python -m bench.tables
 
 hub:  ## the kernels in the format of the Hub's kernels library, in build/hub

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from epsdpo_kernels import linear, plan
+from epsdpo_kernels import plan
 from epsdpo_kernels.head import Gradients
 
 from . import fidelity, measure, variants
 from .cases import LENGTHS, Case, head_shape, make_inputs
-from .variants import BETA, EPSILON, LIMIT, VARIANTS
+from .variants import EPSILON, LIMIT, VARIANTS
 
 PARTS = ("device", "exact", "speed", "stages", "long", "training")
 HEAD_ORDER = ("llama3", "qwen3", "gemma2", "smollm2")
@@ -215,17 +215,11 @@ def stage_times(case: Case, device: str) -> dict[str, Any]:
     """Median seconds of each stage over one tile of all the case's tokens."""
     inputs = make_inputs(case, device)
     engine = "triton" if device != "cpu" else "torch"
-    labels = inputs.labels.flatten()
-    bounds = torch.arange(2 * case.pairs + 1, device=device) * case.rows
-    arguments = (
-        inputs.hidden.detach().flatten(0, 1), inputs.weight.detach(), None, labels, bounds,
-        inputs.ref_hidden.flatten(0, 1), inputs.ref_weight, None, 1.0, inputs.softcap, 1.0, inputs.softcap,
-    )  # fmt: skip
     budget = 8 * case.total * len(inputs.weight)
     with torch.no_grad():
-        by = plan.Decision(torch.tensor(BETA, device=device), 0.0, None, None)
-        run = linear._pass(*arguments, by.beta, EPSILON, engine, budget, None, None, True)
-        into: Gradients = linear._buffers(run, [True, True, False])
+        bound, settings, execution = variants.bound(inputs, engine, budget)
+        run = plan.Pass(bound, settings, execution, keep=True)
+        into = run.accumulators([True, True, False])
         tile, tokens = run.layout.series[0].tiles[0], run.tokens
         a, x = run.project(tile)
         b, ref_x = run._tile("reference", tile), run.ref_x.index_select(0, run.layout.order[tile])
@@ -238,7 +232,7 @@ def stage_times(case: Case, device: str) -> dict[str, Any]:
             "policy product": lambda: run.policy.project(x, fp32),
             "reference product": lambda: run.reference.project(ref_x, b),
             "sweep": lambda: run.engine.sweep(fp32, b, tile, tokens, run.policy, run.reference, EPSILON),
-            "decide": lambda: plan.decide(tokens, range(case.pairs), EPSILON, by, out),
+            "decide": lambda: plan.decide(tokens, range(case.pairs), settings, out),
             "gradient": lambda: run.engine.gradient(fp32, tile, tokens, coefficient, run.policy),
             "dX": lambda: run.policy.backward(g, x, rows, Gradients(into.hidden, None, None), False),
             "dW": lambda: run.policy.backward(g, x, rows, Gradients(None, into.weight, None), False),

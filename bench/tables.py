@@ -1,4 +1,4 @@
-"""README's and docs' tables and pictures, made from the committed results.
+"""The tables and pictures of docs, made from the committed results.
 
 python -m bench.tables            writes them
 python -m bench.tables --check    fails where one is not what the results say
@@ -20,7 +20,8 @@ from .goals import goal_rows
 from .measure import ROOT
 from .results import Record, Run, mib, runs, spread
 
-README, ROOFLINE, IMAGES = ROOT / "README.md", ROOT / "docs" / "roofline.md", ROOT / "docs" / "img"
+DOCS = ROOT / "docs"
+MEASURED, ROOFLINE, IMAGES = DOCS / "measured.md", DOCS / "roofline.md", DOCS / "img"
 # How far a ratio may lie from what the roofline predicts, as a share of it.
 MARGIN = 0.15
 
@@ -47,7 +48,7 @@ def say(case: Case) -> str:
     return f"{case.head}, {size}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-# README
+# docs/measured.md
 
 
 def speed(run: Run) -> str:
@@ -166,8 +167,8 @@ def training(run: Run) -> str:
     return table(["model", "loss", "tokens a completion", "tokens a second", "peak memory"], rows)
 
 
-def readme_tables() -> dict[str, str]:
-    """Every marker of the README and its table."""
+def measured_tables() -> dict[str, str]:
+    """Every marker of docs/measured.md and its table."""
     cpu, gpu = [r for r in runs() if r.is_cpu], [r for r in runs() if not r.is_cpu]
 
     def joined(make: Callable[[Run], str], which: list[Run], how: str, needed: str) -> str:
@@ -413,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is stale")
     options = parser.parse_args(arguments)
     problems = []
-    for path, tables in ((README, readme_tables()), (ROOFLINE, roofline_tables())):
+    for path, tables in ((MEASURED, measured_tables()), (ROOFLINE, roofline_tables())):
         text, wrong = stale(path.read_text(encoding="utf-8"), tables, path.name)
         problems += wrong
         if not options.check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,13 @@ def check_veto(max_entropy: float | None, max_kl: float | None) -> None:
             raise ValueError(f"{name}: got {value}, takes nats from 0, or None")
 
 
-def check_transforms(scale: float, softcap: float | None, prefix: str = "") -> None:
-    if not (math.isfinite(scale) and scale != 0):
-        raise ValueError(f"{prefix}logit_scale: got {scale}, takes a finite number other than 0")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"{prefix}softcap: got {softcap}, takes a positive finite number or None")
+def check_transforms(scale: Any, softcap: Any, prefix: str = "") -> None:
+    """Raises ValueError for a scale or softcap of logits outside its range."""
+    also = ", or 'policy' for the policy's" if prefix else ""
+    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale != 0):
+        raise ValueError(f"{prefix}logit_scale: got {scale!r}, takes a finite number other than 0{also}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"{prefix}softcap: got {softcap!r}, takes a positive finite number, None for none{also}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
@@ -87,15 +90,16 @@ def check_tokens(hidden: Tensor, labels: Tensor, ref_hidden: Tensor, cu_seqlens:
 
 
 def scored_lengths(
-    labels: Tensor, cu_seqlens: Tensor, vocabulary: int, beta: Tensor, sequence_group: str | None = None
-) -> list[int]:
+    labels: Tensor, cu_seqlens: Tensor, slices: Tensor, beta: Tensor, sequence_group: str | None = None
+) -> tuple[list[int], list[int]]:
     """Scored tokens of each completion, read together with all checks on values: the call's one host read.
 
     Args:
+        slices: (ranks,) sizes of the slices of the vocabulary.
         sequence_group: over whose ranks the completions' tokens are spread, each rank having its own.
 
     Returns:
-        2B lengths, or none where nothing at all is scored.
+        2B lengths, or none where nothing at all is scored; and the slices' sizes.
 
     Raises:
         ValueError: a label outside [0, V), cu_seqlens that do not partition the tokens, a β that is not positive and
@@ -105,7 +109,7 @@ def scored_lengths(
     counts = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
     inside = cu_seqlens.clamp(0, labels.numel())
     broken = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != labels.numel()) | (cu_seqlens.diff() < 0).any()
-    outside = torch.where(scored & ((labels < 0) | (labels >= vocabulary)), labels, -100)
+    outside = torch.where(scored & ((labels < 0) | (labels >= slices.sum())), labels, -100)
     worst = torch.stack((outside.amax(), outside.amin())) if labels.numel() else outside.new_full((2,), -100)
     beta_bad = ~(torch.isfinite(beta) & (beta > 0)).to(labels.device)
     here = counts[inside].diff()
@@ -114,22 +118,24 @@ def scored_lengths(
     if sequence_group is not None:
         # With the errors, so that no rank waits for one that has stopped.
         parallel.sum_over(everywhere, sequence_group)
-    facts = torch.cat((broken[None], beta_bad.reshape(1), worst, here, everywhere)).tolist()
-    if facts[0]:
+    facts = torch.cat((broken[None], beta_bad.reshape(1), worst, slices, here, everywhere)).tolist()
+    (is_broken, is_beta_bad, *worst_labels), rest = facts[:4], facts[4:]
+    sizes, rest = rest[: len(slices)], rest[len(slices) :]
+    own, lengths, bad_ranks = rest[: len(here)], rest[len(here) : -1], rest[-1]
+    if is_broken:
         raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()}, takes increasing bounds from 0 to {labels.numel()}")
-    if facts[1]:
+    if is_beta_bad:
         raise ValueError(f"beta: got {beta.item()}, takes a positive finite number")
-    for label in facts[2:4]:
+    for label in worst_labels:
         if label != -100:
-            raise ValueError(f"labels: got {label}, takes [0, {vocabulary}) or -100")
-    own, lengths, bad_ranks = facts[4 : 4 + len(here)], facts[4 + len(here) : -1], facts[-1]
+            raise ValueError(f"labels: got {label}, takes [0, {sum(sizes)}) or -100")
     if bad_ranks:
         raise ValueError(f"labels, cu_seqlens or beta: refused on {bad_ranks} other ranks of sequence_group")
     pairs = len(lengths) // 2
     if sum(lengths) == 0:
-        return []
+        return [], sizes
     for i in range(pairs):
         for name, length in (("chosen", lengths[i]), ("rejected", lengths[pairs + i])):
             if length == 0:
                 raise ValueError(f"labels: the {name} completion of pair {i} has no scored token, takes at least one")
-    return own
+    return own, sizes

@@ -9,7 +9,7 @@ Optimization" (Rafailov et al., 2023, arXiv 2305.18290), equation 7.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, sigmoid
 from torch.nn.functional import logsigmoid
 
 
@@ -98,10 +98,12 @@ def preference_losses(
 def losses_and_coefficients(logps: tuple[Tensor, ...], beta: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """The losses of four (B,) log-probs and c_i = −∂loss_i/∂chosen_logps_i = +∂loss_i/∂rejected_logps_i, detached.
 
-    One number per pair is the whole gradient, because the loss reads the margin alone.
+    One number per pair is the whole gradient, because the loss reads the margin m alone:
+    c = β·[(1−s)·σ(−βm) − s·σ(βm)] (Rafailov et al., 2023, the gradient below equation 7, with s for smoothing).
     """
-    with torch.enable_grad():
-        chosen, rejected, ref_chosen, ref_rejected = (t.detach() for t in logps)
-        losses = preference_losses(chosen.requires_grad_(), rejected, ref_chosen, ref_rejected, beta, label_smoothing)
-        (gradient,) = torch.autograd.grad(losses.sum(), chosen)
-    return losses.detach(), -gradient
+    chosen, rejected, ref_chosen, ref_rejected = (t.detach() for t in logps)
+    beta = beta.detach()
+    logit = beta * ((chosen - rejected) - (ref_chosen - ref_rejected))
+    logit = torch.where(torch.isfinite(logit), logit, torch.nan)
+    coefficient = beta * ((1 - label_smoothing) * sigmoid(-logit) - label_smoothing * sigmoid(logit))
+    return preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing), coefficient

@@ -17,9 +17,8 @@ import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from . import statistics as st
 from .pair import perturbation_step
-from .statistics import Tokens
+from .statistics import MEANS, Tokens, merge, shifts
 
 # A label that another rank's slice holds.
 ELSEWHERE = -1
@@ -29,13 +28,15 @@ def _group(name: str) -> Any:
     return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def slices(words: int, group: str, device: torch.device) -> tuple[list[int], int]:
-    """The sizes of all ranks' slices of the vocabulary, in the order of the ranks, and the number of this rank."""
+def slices(words: int, group: str | None, device: torch.device) -> tuple[Tensor, int]:
+    """(ranks,) sizes of all ranks' slices of the vocabulary, on the device, and the number of this rank."""
+    own = torch.full((1,), words, device=device)
+    if group is None:
+        return own, 0
     of_group = _group(group)
-    own = torch.tensor([words], device=device)
     sizes = [torch.empty_like(own) for _ in range(of_group.size())]
     dist.all_gather(sizes, own, of_group)
-    return [int(size) for size in torch.cat(sizes).tolist()], of_group.rank()
+    return torch.cat(sizes), of_group.rank()
 
 
 def labels_in_slice(labels: Tensor, start: int, words: int) -> Tensor:
@@ -50,7 +51,7 @@ def merge_slices(swept: Tensor, group: str) -> None:
     own = swept.contiguous()
     parts = [torch.empty_like(own) for _ in range(of_group.size())]
     dist.all_gather(parts, own, of_group)
-    swept.copy_(st.merge(torch.stack(parts)))
+    swept.copy_(merge(torch.stack(parts)))
 
 
 def join_completions(tokens: Tokens, pairs: range, group: str) -> None:
@@ -61,12 +62,12 @@ def join_completions(tokens: Tokens, pairs: range, group: str) -> None:
     part = slice(pairs.start, pairs.stop)
     count = tokens.bounds.diff().view(-1, 2)[part].double()
     sums = tokens.sums[:, part]
-    sums[st.MEANS] *= count
+    sums[MEANS] *= count
     packed = torch.cat((torch.where(count > 0, sums, 0), count[None]))
     dist.all_reduce(packed, group=_group(group))
     sums.copy_(packed[:-1])
-    sums[st.MEANS] /= packed[-1]
-    tokens.step[part] = perturbation_step(*st.shifts(sums))
+    sums[MEANS] /= packed[-1]
+    tokens.step[part] = perturbation_step(*shifts(sums))
 
 
 def sum_over(tensor: Tensor, group: str) -> None:

@@ -7,35 +7,47 @@ is ever formed twice. A pair longer than a tile writes ±(p − onehot) unscaled
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import parallel
-from . import statistics as st
+from . import checks, engines, parallel
+from .call import Execution, Inputs, Settings
 from .head import Gradients, Head
 from .pair import losses_and_coefficients, pair_beta, withhold_relaxation
-from .statistics import Tokens
+from .statistics import SWEPT, TOKEN, Tokens, TokenStatistics, reduce_pairs, shifts
 
 IGNORE = -100
-# Rows of the (PAIR, B) tensor that a pass returns.
-(
-    LOSS, STEP, BETA, CHOSEN_LOGP, REJECTED_LOGP, REF_CHOSEN_LOGP, REF_REJECTED_LOGP, CHOSEN_KL, REJECTED_KL,
-    CHOSEN_ENTROPY, REJECTED_ENTROPY, CHOSEN_ACCURACY, REJECTED_ACCURACY, PAIR_RELAXED_SHIFT, PAIR_TIGHTENED_SHIFT,
-    VETOED,
-) = range(PAIR := 16)  # fmt: skip
 
 
-class Decision(NamedTuple):
-    """What a pair's β and loss depend on beside its log-probs."""
+class PairResults(NamedTuple):
+    """Rows of the (PAIR, B) tensor that a pass returns; ``PairResults(*tensor)`` names them.
 
-    beta: Tensor  # () the running β
-    smoothing: float
-    max_entropy: float | None
-    max_kl: float | None
+    The names are the public result's, see :class:`epsdpo_kernels.EpsilonDPOOutput`.
+    """
+
+    losses: Tensor
+    step: Tensor
+    beta: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_kl: Tensor
+    rejected_kl: Tensor
+    chosen_entropy: Tensor
+    rejected_entropy: Tensor
+    chosen_token_accuracy: Tensor
+    rejected_token_accuracy: Tensor
+    relaxed_shift: Tensor
+    tightened_shift: Tensor
+    vetoed: Tensor
+
+
+PAIR = len(PairResults._fields)
 
 
 class Series(NamedTuple):
@@ -112,38 +124,54 @@ def rows_per_tile(vocabulary: int, hidden: int, itemsize: int, max_tile_bytes: i
 class Pass:
     """Two heads over one layout, with the buffers that all tiles share."""
 
-    def __init__(
-        self,
-        x: Tensor,  # (M, H)
-        ref_x: Tensor,  # (M, H_ref)
-        labels: Tensor,  # (M,)
-        policy: Head,
-        reference: Head,
-        layout: Layout,
-        epsilon: float,
-        engine: ModuleType,
-        logit_free: bool = False,  # whether the engine projects and sweeps in one kernel
-        keep: bool = True,  # whether a gradient will be asked for
-        vocab_group: str | None = None,  # whose ranks hold the vocabulary's slices
-        sequence_group: str | None = None,  # whose ranks hold the completions' other tokens
-    ):
-        self.x, self.ref_x, self.policy, self.reference = x, ref_x, policy, reference
-        self.layout, self.epsilon, self.engine = layout, epsilon, engine
-        self.logit_free, self.keep = logit_free, keep
-        self.vocab_group, self.sequence_group = vocab_group, sequence_group
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        device, pairs, n = x.device, layout.n_pairs, len(layout.order)
+    def __init__(self, inputs: Inputs, settings: Settings, execution: Execution, keep: bool):
+        """Lays the call out. The numbers of scored tokens are read here, once, before any work.
+
+        Args:
+            keep: whether a gradient will follow without another projection.
+
+        Raises:
+            ValueError: values that the call does not take; see :func:`epsdpo_kernels.checks.scored_lengths`.
+        """
+        device, labels, policy, reference = inputs.hidden.device, inputs.labels, inputs.policy, inputs.reference
+        self.engine = engines.tile_operations(execution.engine, device)
+        self.logit_free, self.keep = engines.logit_free(execution.engine, keep), keep
+        self.vocab_group, self.sequence_group = execution.vocab_group, execution.sequence_group
+        self.pairs, self.epsilon = inputs.pairs, settings.epsilon
+        slices, rank = parallel.slices(len(policy.weight), self.vocab_group, device)
+        lengths, sizes = checks.scored_lengths(labels, inputs.cu_seqlens, slices, settings.beta, self.sequence_group)
+        # By the largest slice, because all ranks need the same tiles.
+        rows = rows_per_tile(max(sizes), policy.weight.shape[1], inputs.dtype.itemsize, execution.max_tile_bytes)
+        if self.logit_free and not keep:
+            rows = max(1, len(labels))  # there are no logits to find room for
+        self.layout = lay_out(labels, inputs.cu_seqlens, lengths, rows, alone=self.sequence_group is not None)
+        if self.vocab_group is not None:
+            labels = parallel.labels_in_slice(labels, sum(sizes[:rank]), sizes[rank])
+        # Kernels read biases, and the logit-free one heads, without strides: copied once a call, where need be.
+        self.policy, self.reference = _contiguous(policy, reference, weights=self.logit_free)
+        self.x, self.ref_x = inputs.hidden, inputs.ref_hidden
+        pairs, n = self.layout.n_pairs, len(self.layout.order)
         self._tiles: dict[str, Tensor] = {}
-        lengths = layout.bounds.diff()
+        lengths_here = self.layout.bounds.diff()
         self.tokens = Tokens(
-            labels=labels[layout.order],
-            completion=torch.arange(2 * pairs, device=device).repeat_interleave(lengths, output_size=n),
-            bounds=layout.bounds,
-            edges=layout.edges,
-            swept=torch.empty(st.SWEPT, n, dtype=dtype, device=device),
-            sums=torch.empty(st.TOKEN, pairs, 2, dtype=torch.float64, device=device),
+            labels=labels[self.layout.order],
+            completion=torch.arange(2 * pairs, device=device).repeat_interleave(lengths_here, output_size=n),
+            bounds=self.layout.bounds,
+            edges=self.layout.edges,
+            swept=torch.empty(SWEPT, n, dtype=inputs.dtype, device=device),
+            sums=torch.empty(TOKEN, pairs, 2, dtype=torch.float64, device=device),
             step=torch.empty(pairs, dtype=torch.int8, device=device),
             arrived=torch.zeros(pairs, dtype=torch.int32, device=device),
+        )
+
+    def accumulators(self, needs: Sequence[bool]) -> Gradients:
+        """Of hidden, weight and bias, in the compute dtype. Where no tile will overwrite them they stay at zero."""
+        make = torch.empty if len(self.layout.order) else torch.zeros
+        dtype, device, weight = self.tokens.swept.dtype, self.x.device, self.policy.weight
+        return Gradients(
+            torch.zeros(self.x.shape, dtype=dtype, device=device) if needs[0] else None,
+            make(weight.shape, dtype=dtype, device=device) if needs[1] else None,
+            make(weight.shape[:1], dtype=dtype, device=device) if needs[2] else None,
         )
 
     def _tile(self, name: str, tile: slice) -> Tensor:
@@ -180,7 +208,7 @@ class Pass:
         if self.vocab_group is not None:
             # The engine has seen one slice, and what it has decided from that is overwritten.
             parallel.merge_slices(self.tokens.swept[:, tile], self.vocab_group)
-            st.reduce_pairs(self.tokens, self.tokens.completed(tile), self.epsilon)
+            reduce_pairs(self.tokens, self.tokens.completed(tile), self.epsilon)
         return a, x
 
     def join(self, pairs: range) -> None:
@@ -211,48 +239,64 @@ class Pass:
         self.policy.backward(g, x, self.layout.order[tile], into, accumulate)
 
 
-def decide(tokens: Tokens, pairs: range, epsilon: float, by: Decision, out: Tensor) -> Tensor:
+def _contiguous(policy: Head, reference: Head, weights: bool) -> tuple[Head, Head]:
+    """The heads with contiguous biases and, where asked for, weights; a shared weight stays shared."""
+    bias, ref_bias = (None if h.bias is None else h.bias.contiguous() for h in (policy, reference))
+    weight, ref_weight = policy.weight, reference.weight
+    if weights:
+        same = weight.data_ptr() == ref_weight.data_ptr() and weight.shape == ref_weight.shape
+        same = same and weight.stride() == ref_weight.stride()
+        weight = weight.contiguous()
+        ref_weight = weight if same else ref_weight.contiguous()
+    return replace(policy, weight=weight, bias=bias), replace(reference, weight=ref_weight, bias=ref_bias)
+
+
+def decide(tokens: Tokens, pairs: range, settings: Settings, results: Tensor) -> Tensor:
     """Fills the pairs' columns of a pass's result; gives (B,) coefficients ∂loss_i/∂rejected_logps_i of these pairs."""
     part = slice(pairs.start, pairs.stop)
-    sums, check, out = tokens.sums[:, part], tokens.step[part], out[:, part]
-    out[CHOSEN_KL:PAIR_RELAXED_SHIFT] = sums[st.KL : st.CORRECT + 1].transpose(1, 2).flatten(0, 1)
-    # From the very figures that the caller sees.
-    kl = out[CHOSEN_KL] + out[REJECTED_KL]
-    step = withhold_relaxation(check, out[CHOSEN_ENTROPY], kl, by.max_entropy, by.max_kl)
-    beta_i = pair_beta(step, by.beta, epsilon)
-    logps = (*sums[st.LOGP].unbind(1), *sums[st.REF_LOGP].unbind(1))
-    losses, coefficient = losses_and_coefficients(logps, beta_i.double(), by.smoothing)
-    shifts = st.shifts(sums)
-    finite = torch.isfinite(shifts[0]) & torch.isfinite(shifts[1])
-    out[LOSS] = torch.where(finite, losses, torch.nan)
-    out[STEP], out[BETA], out[VETOED] = step, beta_i, step != check
-    out[CHOSEN_LOGP:CHOSEN_KL] = torch.stack(logps)
-    out[PAIR_RELAXED_SHIFT], out[PAIR_TIGHTENED_SHIFT] = shifts
+    sums, check = tokens.sums[:, part], tokens.step[part]
+    of = TokenStatistics(*sums)
+    # The veto goes by the very figures that the caller sees, the loss by the sums in float64.
+    sides = torch.stack((of.logp, of.ref_logp, of.kl, of.entropy, of.correct)).transpose(1, 2).flatten(0, 1)
+    *_, chosen_kl, rejected_kl, chosen_entropy, _, _, _ = sides.to(results.dtype)
+    step = withhold_relaxation(check, chosen_entropy, chosen_kl + rejected_kl, settings.max_entropy, settings.max_kl)
+    beta_i = pair_beta(step, settings.beta, settings.epsilon)
+    losses, coefficient = losses_and_coefficients(tuple(sides[:4]), beta_i.double(), settings.label_smoothing)
+    relaxed, tightened = shifts(sums)
+    finite = torch.isfinite(relaxed) & torch.isfinite(tightened)
+    losses = torch.where(finite, losses, torch.nan)
+    results[:, part] = torch.stack((losses, step, beta_i, *sides, relaxed, tightened, step != check))
     everyone = coefficient.new_zeros(len(tokens.step))
     everyone[part] = torch.where(finite, coefficient, torch.nan)
     return everyone
 
 
-def single_pass(run: Pass, by: Decision, into: Gradients) -> Tensor:
-    """Everything of one call: (PAIR, B) results, and the gradients in ``into``, in units of β/B.
+def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor, Tensor]:
+    """Everything of one call.
 
-    The units keep 16-bit gradients of a small β from underflowing: whoever reads them multiplies by β/B once more,
-    together with what backward receives.
+    Returns:
+        (PAIR, B) results, zeros where nothing is scored; and the () unit of the gradients in ``into``. That is β/B, so
+        that 16-bit gradients of a small β do not underflow; for a call of one long pair it is the pair's coefficient,
+        so that dW is not scaled twice. Whoever reads the gradients multiplies by it, together with what backward
+        receives.
     """
-    tokens = run.tokens
-    out = tokens.swept.new_empty(PAIR, run.layout.n_pairs)
-    one = out.new_ones(run.layout.n_pairs)
+    tokens, n_pairs = run.tokens, run.layout.n_pairs
+    unit = settings.beta / max(run.pairs, 1)
+    if not n_pairs:
+        return tokens.swept.new_zeros(PAIR, run.pairs), unit
+    results = tokens.swept.new_empty(PAIR, n_pairs)
+    one = results.new_ones(n_pairs)
     wanted = any(g is not None for g in into)
     accumulate = False
     for pairs, tiles in run.layout.series:
         if len(tiles) <= 1:
             swept = [run.forward(tile) for tile in tiles]
             run.join(pairs)
-            unit = decide(tokens, pairs, run.epsilon, by, out) / by.beta
+            scaled = decide(tokens, pairs, settings, results) / settings.beta
             for tile, (a, x) in zip(tiles, swept, strict=True):
                 if wanted:
                     # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
-                    run.gradient(tile, a, x, unit, -unit, into, accumulate)
+                    run.gradient(tile, a, x, scaled, -scaled, into, accumulate)
                     accumulate = True
         else:
             own = _own_buffers(into, accumulate)
@@ -261,13 +305,15 @@ def single_pass(run: Pass, by: Decision, into: Gradients) -> Tensor:
                 if wanted:
                     run.gradient(tile, a, x, one, -one, own, k > 0)
             run.join(pairs)
-            unit = decide(tokens, pairs, run.epsilon, by, out) / by.beta
-            if wanted:
+            coefficient = decide(tokens, pairs, settings, results)
+            if n_pairs == 1:
+                unit = coefficient[0].to(results.dtype)
+            elif wanted:
                 rows = run.layout.order[tiles[0].start : tiles[-1].stop]
-                _scale(own, into, rows, unit[pairs.start].to(out.dtype))
+                _scale(own, into, rows, (coefficient[pairs.start] / settings.beta).to(results.dtype))
             accumulate = True
     run.finish(into)
-    return out
+    return results, unit
 
 
 def _own_buffers(into: Gradients, accumulate: bool) -> Gradients:

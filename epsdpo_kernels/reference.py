@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from . import checks
+from .call import heads
+from .head import Head
 from .linear import EpsilonDPOOutput, output
 from .pair import pair_beta, perturbation_step, preference_losses, withhold_relaxation
+from .plan import PairResults
 
 
 def epsilon_dpo_reference(
@@ -23,8 +28,8 @@ def epsilon_dpo_reference(
     ref_bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ref_logit_scale: float | None = None,
-    ref_softcap: float | None = None,
+    ref_logit_scale: float | Literal["policy"] = "policy",
+    ref_softcap: float | Literal["policy"] | None = "policy",
     label_smoothing: float = 0.0,
     max_entropy: float | None = None,
     max_kl: float | None = None,
@@ -36,10 +41,10 @@ def epsilon_dpo_reference(
     checks.check_scalars(beta, epsilon, label_smoothing)
     checks.check_veto(max_entropy, max_kl)
     checks.check_tokens(hidden, labels, ref_hidden, None)
-    ref_logit_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
-    ref_softcap = softcap if ref_softcap is None else ref_softcap
-    a = _logits(hidden, weight, bias, logit_scale, softcap)
-    b = _logits(ref_hidden.detach(), ref_weight.detach(), ref_bias, ref_logit_scale, ref_softcap).detach()
+    policy, reference = heads(
+        (weight, bias), (ref_weight, ref_bias), (logit_scale, ref_logit_scale), (softcap, ref_softcap)
+    )
+    a, b = _logits(hidden, policy), _logits(ref_hidden, reference).detach()
 
     scored = labels != -100
     index = labels.clamp_min(0)[..., None]
@@ -52,9 +57,9 @@ def epsilon_dpo_reference(
     with torch.no_grad():
         p, log_p, log_q = a.softmax(-1), a.log_softmax(-1), b.log_softmax(-1)
         impossible = p == 0
-        # (1+ε)a − εb and (1−ε)a + εb, written so that they are a itself where the models agree.
-        relaxed = torch.where(a == -torch.inf, a, a + epsilon * (a - b))
-        tightened = torch.where(a == -torch.inf, a, a - epsilon * (a - b))
+        # (1+ε)a − εb and (1−ε)a + εb, written so that they are a itself where the models agree, or ε is 0.
+        u = torch.where(a == -torch.inf, 0, epsilon * (a - b)) if epsilon else torch.zeros_like(a)
+        relaxed, tightened = a + u, a - u
         z = _ratio(logps)
         shifts = [_ratio(sequence_logps(m)) - z for m in (relaxed, tightened)]
         kl = (p * (log_p - log_q).masked_fill(impossible, 0)).sum(-1)
@@ -71,20 +76,18 @@ def epsilon_dpo_reference(
     (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps.chunk(2)
     losses = preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta_i, label_smoothing)
     losses = torch.where(torch.isfinite(shifts[0]) & torch.isfinite(shifts[1]), losses, torch.nan)
-    of_logps, of_completions, of_shifts = (
-        [t.detach().to(dtype) for t in group]
-        for group in (
-            (chosen, rejected, ref_chosen, ref_rejected),
-            (*kl.chunk(2), *entropy.chunk(2), *accuracy.chunk(2)),
-            shifts,
-        )
-    )
-    return output(losses.mean(), losses.detach(), step, beta_i, of_logps, of_completions, of_shifts, step != check)
+    (chosen_kl, rejected_kl), (chosen_entropy, rejected_entropy) = kl.chunk(2), entropy.chunk(2)
+    chosen_token_accuracy, rejected_token_accuracy = accuracy.chunk(2)
+    results = PairResults(
+        losses, step, beta_i, chosen, rejected, ref_chosen, ref_rejected, chosen_kl, rejected_kl, chosen_entropy,
+        rejected_entropy, chosen_token_accuracy, rejected_token_accuracy, shifts[0], shifts[1], step != check,
+    )  # fmt: skip
+    return output(losses.mean(), PairResults(*(row.detach().to(dtype) for row in results)))
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    logits = torch.nn.functional.linear(x, weight, bias) * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def _logits(x: Tensor, head: Head) -> Tensor:
+    logits = torch.nn.functional.linear(x, head.weight, head.bias) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def _ratio(logps: Tensor) -> Tensor:

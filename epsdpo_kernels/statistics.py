@@ -9,18 +9,44 @@ log-softmaxes of order 10² would leave rounding to decide the check.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .pair import perturbation_step
 
-# Rows of the (SWEPT, N) tensor of sums that a sweep writes.
-MAX, SUM, REF_MAX, REF_SUM, DIFFERENCE, RELAXED, TIGHTENED, CENTRED, LABEL, REF_LABEL = range(SWEPT := 10)
-# Rows of the (TOKEN, …) tensors of statistics, in nats but for the last: 1 where the policy ranks the label first.
-LOGP, REF_LOGP, RELAXED_SHIFT, TIGHTENED_SHIFT, KL, ENTROPY, CORRECT = range(TOKEN := 7)
-# Those that are means over a completion's tokens; the others are sums.
-MEANS = slice(ENTROPY, TOKEN)
+
+class Swept(NamedTuple):
+    """Rows of the (SWEPT, N) tensor that a sweep writes; ``Swept(*tensor)`` names them."""
+
+    max: Tensor  # (N,) of a
+    sum: Tensor  # Σ e, with e = exp(a − max)
+    ref_max: Tensor  # of b
+    ref_sum: Tensor
+    difference: Tensor  # Σ e·d
+    relaxed: Tensor  # Σ e·(exp(u) − 1)
+    tightened: Tensor  # Σ e·(exp(−u) − 1)
+    centred: Tensor  # Σ e·(a − max)
+    label: Tensor  # a of the label, −inf where another slice has it
+    ref_label: Tensor
+
+
+class TokenStatistics(NamedTuple):
+    """Rows of the (TOKEN, …) tensors of statistics, in nats but for the last."""
+
+    logp: Tensor
+    ref_logp: Tensor
+    relaxed_shift: Tensor
+    tightened_shift: Tensor
+    kl: Tensor
+    entropy: Tensor
+    correct: Tensor  # 1 where the policy ranks the label first
+
+
+SWEPT, TOKEN = len(Swept._fields), len(TokenStatistics._fields)
+# Of a completion: entropy and correct are means over its tokens, the others sums.
+MEANS = slice(5, TOKEN)
 
 
 @dataclass(frozen=True)
@@ -48,39 +74,43 @@ class Tokens:
 def merge(parts: Tensor) -> Tensor:
     """Joins the sums of several vocabulary slices: (slices, SWEPT, N) -> (SWEPT, N).
 
-    CENTRED is relative to its slice's maximum, so moving to the common one adds (old − new)·SUM. Labels are owned by
-    one slice and −inf on the others.
+    ``centred`` is relative to its slice's maximum, so moving to the common one adds (old − new)·sum. Labels are owned
+    by one slice and −inf on the others.
     """
     out = torch.empty_like(parts[0])
-    torch.amax(parts[:, MAX], 0, out=out[MAX])
-    torch.amax(parts[:, REF_MAX], 0, out=out[REF_MAX])
-    shift = parts[:, MAX] - out[MAX]
+    whole, of = Swept(*out), Swept(*parts.unbind(1))
+    torch.amax(of.max, 0, out=whole.max)
+    torch.amax(of.ref_max, 0, out=whole.ref_max)
+    shift = of.max - whole.max
     rescale = shift.exp()
-    out[SUM] = (parts[:, SUM] * rescale).sum(0)
-    out[REF_SUM] = (parts[:, REF_SUM] * (parts[:, REF_MAX] - out[REF_MAX]).exp()).sum(0)
-    for row in (DIFFERENCE, RELAXED, TIGHTENED):
-        out[row] = (parts[:, row] * rescale).sum(0)
-    moved = torch.where(rescale > 0, parts[:, CENTRED] + shift * parts[:, SUM], 0)
-    out[CENTRED] = (moved * rescale).sum(0)
-    torch.amax(parts[:, LABEL], 0, out=out[LABEL])
-    torch.amax(parts[:, REF_LABEL], 0, out=out[REF_LABEL])
+    whole.sum.copy_((of.sum * rescale).sum(0))
+    whole.ref_sum.copy_((of.ref_sum * (of.ref_max - whole.ref_max).exp()).sum(0))
+    whole.difference.copy_((of.difference * rescale).sum(0))
+    whole.relaxed.copy_((of.relaxed * rescale).sum(0))
+    whole.tightened.copy_((of.tightened * rescale).sum(0))
+    moved = torch.where(rescale > 0, of.centred + shift * of.sum, 0)
+    whole.centred.copy_((moved * rescale).sum(0))
+    torch.amax(of.label, 0, out=whole.label)
+    torch.amax(of.ref_label, 0, out=whole.ref_label)
     return out
 
 
 def token_statistics(swept: Tensor, epsilon: float) -> Tensor:
     """(SWEPT, N) sums of whole vocabularies -> (TOKEN, N) statistics of the tokens."""
-    log_sum, ref_log_sum = swept[SUM].log(), swept[REF_SUM].log()
-    u = epsilon * (swept[LABEL] - swept[REF_LABEL])
-    out = swept.new_empty(TOKEN, swept.shape[1])
-    out[LOGP] = swept[LABEL] - swept[MAX] - log_sum
-    out[REF_LOGP] = swept[REF_LABEL] - swept[REF_MAX] - ref_log_sum
-    out[RELAXED_SHIFT] = u - torch.log1p(swept[RELAXED] / swept[SUM])
-    out[TIGHTENED_SHIFT] = -u - torch.log1p(swept[TIGHTENED] / swept[SUM])
-    # The two lse separately would cancel: their maxima differ exactly, their logs are small.
-    out[KL] = swept[DIFFERENCE] / swept[SUM] - (swept[MAX] - swept[REF_MAX]) - (log_sum - ref_log_sum)
-    out[ENTROPY] = log_sum - swept[CENTRED] / swept[SUM]
-    out[CORRECT] = swept[LABEL] >= swept[MAX]
-    return out
+    of = Swept(*swept)
+    log_sum, ref_log_sum = of.sum.log(), of.ref_sum.log()
+    u = epsilon * (of.label - of.ref_label)
+    statistics = TokenStatistics(
+        logp=of.label - of.max - log_sum,
+        ref_logp=of.ref_label - of.ref_max - ref_log_sum,
+        relaxed_shift=u - torch.log1p(of.relaxed / of.sum),
+        tightened_shift=-u - torch.log1p(of.tightened / of.sum),
+        # The two lse separately would cancel: their maxima differ exactly, their logs are small.
+        kl=of.difference / of.sum - (of.max - of.ref_max) - (log_sum - ref_log_sum),
+        entropy=log_sum - of.centred / of.sum,
+        correct=(of.label >= of.max).to(swept.dtype),
+    )
+    return torch.stack(statistics)
 
 
 def reduce_pairs(tokens: Tokens, pairs: range, epsilon: float) -> None:
@@ -103,5 +133,6 @@ def reduce_pairs(tokens: Tokens, pairs: range, epsilon: float) -> None:
 
 def shifts(sums: Tensor) -> tuple[Tensor, Tensor]:
     """(TOKEN, pairs, 2) -> Δ_relaxed, Δ_tightened, each (pairs,): how z moves under the two perturbed policies."""
-    relaxed, tightened = (sums[row, :, 0] - sums[row, :, 1] for row in (RELAXED_SHIFT, TIGHTENED_SHIFT))
+    of = TokenStatistics(*sums)
+    relaxed, tightened = (side[:, 0] - side[:, 1] for side in (of.relaxed_shift, of.tightened_shift))
     return relaxed, tightened

@@ -23,8 +23,8 @@ PACKAGE = HERE.parent / "epsdpo_kernels"
 BACKENDS = ("cpu", "cuda", "rocm")
 NAME = "epsdpo-kernels"
 # Several versions of a kernel may be loaded in one process, so each names its op after itself.
-OP = '"epsdpo_kernels::single_pass"'
-IMPORT = "from . import checks, parallel, plan\n"
+OP = 'return f"epsdpo_kernels::{name}"'
+IMPORT = "from . import plan\n"
 
 
 def check_imports(path: Path) -> None:
@@ -59,9 +59,9 @@ def lay_out(folder: Path) -> None:
             continue
         check_imports(path)
         text = path.read_text()
-        if path.name == "linear.py":
-            assert text.count(OP) == text.count(IMPORT) == 1, "linear.py: the op is not where this script expects it"
-            text = text.replace(OP, 'add_op_namespace_prefix("single_pass")')
+        if path.name == "ops.py":
+            assert text.count(OP) == text.count(IMPORT) == 1, "ops.py: the name is not where this script expects it"
+            text = text.replace(OP, "return add_op_namespace_prefix(name)")
             text = text.replace(IMPORT, IMPORT + "from ._ops import add_op_namespace_prefix\n")
         (source / path.relative_to(PACKAGE)).write_text(text)
     for name in ("build.toml", "CARD.md", "flake.nix"):

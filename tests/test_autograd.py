@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cases import make_case, relative_error
-from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference, linear, linear_epsilon_dpo, linear_pair_stats
+from cases import flat_call, make_case, relative_error
+from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference, linear_epsilon_dpo, linear_pair_stats, ops
 from epsdpo_kernels.pair import preference_losses
 
 GRADS = ("hidden", "weight", "bias")
@@ -93,14 +93,44 @@ def test_compiled_is_eager(bias):
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]], ids=str)
 def test_opcheck(needs):
     case = make_case(2, bias=True)
-    args, biases = case.arguments(torch.float32)
-    x, ref_x = args[0].flatten(0, 1), args[3].flatten(0, 1)
-    bounds = torch.arange(0, 29, 7)
-    arguments = (
-        x, args[1], biases["bias"], args[2].flatten(), bounds, ref_x, args[4], biases["ref_bias"],
-        1.0, None, 1.0, 3.0, torch.tensor(0.1), 0.01, 0.0, None, 40.0, "torch", None, None, None, needs,
-    )  # fmt: skip
-    torch.library.opcheck(linear.single_pass, arguments)
+    torch.library.opcheck(ops.single_pass, (*flat_call(case, "torch"), needs))
+
+
+@pytest.mark.parametrize("budget", [None, 1], ids=["whole", "tiles"])
+def test_inference_mode(budget):
+    args, biases = make_case(3, bias=True).arguments()
+    expected = linear_epsilon_dpo(*args, **biases, max_tile_bytes=budget)
+    stats = linear_pair_stats(*args, **biases, max_tile_bytes=budget)
+    with torch.inference_mode():
+        for got, wanted in (
+            (linear_epsilon_dpo(*args, **biases, max_tile_bytes=budget), expected),
+            (linear_pair_stats(*args, **biases, max_tile_bytes=budget), stats),
+        ):
+            assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+            assert not any(t.requires_grad for t in got)
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_pairs_longer_than_a_tile_scaled_or_left_to_backward(pairs):
+    """A call's only pair leaves its coefficient to backward; several long ones are scaled one by one."""
+    case = make_case(pairs, bias=True, drift=0.3)
+    args, biases, inputs = leaves(case)
+    truth_args, truth_biases, truth_inputs = leaves(case)
+    for factor in (1.0, 2.0**16):
+        loss = linear_epsilon_dpo(*args, **biases, max_tile_bytes=1, label_smoothing=0.2).loss * factor
+        truth = epsilon_dpo_reference(*truth_args, **truth_biases, label_smoothing=0.2).loss * factor
+        kept = torch.autograd.grad(loss, inputs, retain_graph=True)
+        given = torch.autograd.grad(loss, inputs)
+        for k, g, t in zip(kept, given, torch.autograd.grad(truth, truth_inputs), strict=True):
+            assert torch.equal(k, g) and relative_error(g, t) < 1e-10
+
+
+def test_only_other_results_are_asked_for():
+    """The loss plays no part in what is differentiated."""
+    args, _, inputs = leaves(make_case(2))
+    out = linear_epsilon_dpo(*args)
+    assert not any(t.requires_grad for t in out[1:])
+    assert torch.autograd.grad(out.loss * 0 + inputs[0].sum(), inputs[0])[0].eq(1).all()
 
 
 def test_autocast_takes_the_autocast_dtype():

@@ -52,8 +52,8 @@ def test_bare_products_are_the_products_of_the_call():
     products.logits = torch.empty_like(products.logits)  # in fp32 the logits would overwrite the gradient's stand-in
     products()
     torch.testing.assert_close(products.logits, x @ inputs.weight.detach().t())
-    torch.testing.assert_close(products.dx, g @ inputs.weight.detach())
-    torch.testing.assert_close(products.dw, g.t() @ x)
+    torch.testing.assert_close(products.into.hidden, g @ inputs.weight.detach())
+    torch.testing.assert_close(products.into.weight, g.t() @ x)
 
 
 def test_peak_memory_is_what_a_call_held():
@@ -187,7 +187,7 @@ def test_sharded_heads():
 
 
 def test_no_table_is_stale():
-    """README's and docs' tables and pictures are what the committed results say."""
+    """The tables and pictures of docs are what the committed results say."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.tables", "--check"], cwd=measure.ROOT, capture_output=True, text=True
     )

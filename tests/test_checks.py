@@ -18,7 +18,9 @@ BAD_SCALARS = [
     ({"max_kl": float("nan")}, "max_kl: got nan"),
     ({"softcap": 0.0}, "softcap: got 0.0, takes a positive"),
     ({"ref_softcap": -1.0}, "ref_softcap: got -1.0"),
+    ({"ref_softcap": "none"}, "ref_softcap: got 'none', takes a positive finite number, None for none, or 'policy'"),
     ({"logit_scale": 0.0}, "logit_scale: got 0.0"),
+    ({"ref_logit_scale": None}, "ref_logit_scale: got None, takes a finite number other than 0, or 'policy'"),
     ({"engine": "cuda"}, "engine: got 'cuda', takes one of"),
     ({"max_tile_bytes": 0}, "max_tile_bytes: got 0, takes a positive"),
 ]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from cases import DISCRETE, problems, relative_error
-from epsdpo_kernels import epsilon_dpo_reference, linear, linear_epsilon_dpo
+from epsdpo_kernels import engines, epsilon_dpo_reference, linear_epsilon_dpo
 from test_decisions import fp32_bound, lengths
 from test_parity import GRADS, run
 
@@ -69,7 +69,7 @@ def test_torch_engine(problem):
 
 @pytest.mark.parametrize("logit_free", [False, True], ids=["products", "logit-free"])
 def test_triton_engine(logit_free, monkeypatch):
-    monkeypatch.setattr(linear, "TRAIN_LOGIT_FREE", logit_free)
+    monkeypatch.setattr(engines, "TRAIN_LOGIT_FREE", logit_free)
 
     @examples(25)
     @given(problems())

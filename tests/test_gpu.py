@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import make_case, relative_error
-from epsdpo_kernels import EpsilonDPOLoss, checks, epsilon_dpo_reference, linear, linear_epsilon_dpo
+from epsdpo_kernels import EpsilonDPOLoss, checks, engines, epsilon_dpo_reference, linear_epsilon_dpo
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,7 +16,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.fixture(params=[False, True], ids=["products", "logit-free"])
 def route(request, monkeypatch):
     """Both routes of training."""
-    monkeypatch.setattr(linear, "TRAIN_LOGIT_FREE", request.param)
+    monkeypatch.setattr(engines, "TRAIN_LOGIT_FREE", request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import forbid_words, make_case, plant_first, plant_peaks, relative_error, worst_error
-from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference, linear, linear_epsilon_dpo, linear_pair_stats
+from cases import flat_call, forbid_words, make_case, plant_first, plant_peaks, relative_error, worst_error
+from epsdpo_kernels import EpsilonDPOLoss, engines, epsilon_dpo_reference, linear_epsilon_dpo, linear_pair_stats, ops
 from epsdpo_kernels.head import Head
 from epsdpo_kernels.statistics import SWEPT, TOKEN, Tokens
 from test_engines import compare
@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.fixture(params=[False, True], ids=["products", "logit-free"])
 def route(request, monkeypatch):
     """Both routes of training."""
-    monkeypatch.setattr(linear, "TRAIN_LOGIT_FREE", request.param)
+    monkeypatch.setattr(engines, "TRAIN_LOGIT_FREE", request.param)
 
 
 def one_token():
@@ -391,13 +391,7 @@ def test_compiled_is_eager(bias, route):
 @pytest.mark.parametrize("needs", [[True, True, True], [False, False, False]], ids=str)
 def test_opcheck(needs):
     case = make_case(1, length=3, width=16, vocabulary=130, bias=True)
-    args, biases = case.arguments(torch.float32)
-    arguments = (
-        args[0].flatten(0, 1), args[1], biases["bias"], args[2].flatten(), torch.tensor([0, 3, 6]),
-        args[3].flatten(0, 1), args[4], biases["ref_bias"], 1.0, None, 1.0, 3.0, torch.tensor(0.1), 0.01, 0.0,
-        None, 40.0, "triton", None, None, None, needs,
-    )  # fmt: skip
-    torch.library.opcheck(linear.single_pass, arguments)
+    torch.library.opcheck(ops.single_pass, (*flat_call(case, "triton"), needs))
 
 
 def test_autocast_takes_the_autocast_dtype(route):

@@ -18,6 +18,7 @@ from epsdpo_kernels import EpsilonDPOLoss, EpsilonDPOOutput, linear_pair_stats
 from epsdpo_kernels.integrations.transformers import causal_lm
 from epsdpo_kernels.linear import output
 from epsdpo_kernels.pair import BETA_DPO_MOMENTUM, beta_dpo, preference_losses
+from epsdpo_kernels.plan import PairResults
 
 METHODS = ("eps-dpo", "dpo", "beta-dpo", "tr-dpo")
 
@@ -61,10 +62,9 @@ class BetaDPOLoss(nn.Module):
             kept, share = self._decide(margins, scored)
         beta = self.beta.expand_as(margins).clone()
         losses = torch.where(kept, preference_losses(*logps, beta=beta), 0)
-        out = output(
-            losses.sum() * share / len(margins), losses.detach(), torch.zeros_like(margins, dtype=torch.int8), beta,
-            [t.detach() for t in logps], stats[4:10], stats[10:], torch.zeros_like(kept),
-        )  # fmt: skip
+        nothing = torch.zeros_like(margins)
+        rows = [losses.detach(), nothing, beta, *(t.detach() for t in stats), nothing]
+        out = output(losses.sum() * share / len(margins), PairResults._make(rows))
         return out._replace(beta=torch.where(kept, beta, 0))
 
     def _decide(self, margins: Tensor, scored: Tensor) -> tuple[Tensor, float]:

@@ -10,9 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import statistics as st
 from ..head import Head
-from ..statistics import Tokens
+from ..statistics import Swept, Tokens, reduce_pairs
 
 # Elements a chunk of rows may hold. Measured on 2 CPU cores at V 49152: 10 to 40 rows are fastest, 5 take 1.4 times as
 # long and 2 take 1.6 times, because every operation on a chunk costs microseconds of its own.
@@ -49,7 +48,7 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
         b: (rows, V) the reference's, overwritten.
         tile: the tokens that the rows are. A negative label is in another slice of the vocabulary.
     """
-    labels, out = tokens.labels[tile, None], tokens.swept[:, tile]
+    labels, out = tokens.labels[tile, None], Swept(*tokens.swept[:, tile])
     # A bias may be −inf: a word that the policy gives no probability counts for nothing.
     masked = policy.bias is not None or reference.bias is not None
     moments = _Moments(a, epsilon) if a.device.type == "cpu" and a.dtype == torch.float32 and epsilon else None
@@ -57,33 +56,39 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
     scratch = a.new_empty(2, min(chunks.step, a.shape[0]), a.shape[1])
     for start in chunks:
         part = slice(start, start + chunks.step)
-        a_, b_, o = _logits(a[part], policy), _logits(b[part], reference), out[:, part]
-        for row, logits in ((st.LABEL, a_), (st.REF_LABEL, b_)):
-            torch.gather(logits, 1, labels[part].clamp_min(0), out=o[row, :, None])
-        top, ref_top = (torch.amax(x, 1, out=o[r])[:, None] for r, x in ((st.MAX, a_), (st.REF_MAX, b_)))
+        a_, b_, o = _logits(a[part], policy), _logits(b[part], reference), Swept(*(row[part] for row in out))
+        torch.gather(a_, 1, labels[part].clamp_min(0), out=o.label[:, None])
+        torch.gather(b_, 1, labels[part].clamp_min(0), out=o.ref_label[:, None])
+        top, ref_top = torch.amax(a_, 1, out=o.max)[:, None], torch.amax(b_, 1, out=o.ref_max)[:, None]
         # Each product goes into memory that is there: a new one would be paged in again for every chunk.
         e, d = scratch[:, : a_.shape[0]]
         torch.sub(a_, b_, out=d)
-        torch.sum(b_.sub_(ref_top).mul_(LOG2_E).exp2_(), 1, out=o[st.REF_SUM])
+        torch.sum(b_.sub_(ref_top).mul_(LOG2_E).exp2_(), 1, out=o.ref_sum)
         product = torch.sub(a_, top, out=b_)
         torch.mul(product, LOG2_E, out=e).exp2_()
         if masked:
             impossible = a_ == -torch.inf
             d.masked_fill_(impossible, 0)
             product.masked_fill_(impossible, 0)
-        torch.sum(e, 1, out=o[st.SUM])
-        torch.sum(product.mul_(e), 1, out=o[st.CENTRED])
-        torch.sum(torch.mul(e, d, out=product), 1, out=o[st.DIFFERENCE])
+        torch.sum(e, 1, out=o.sum)
+        torch.sum(product.mul_(e), 1, out=o.centred)
+        torch.sum(torch.mul(e, d, out=product), 1, out=o.difference)
         if moments is not None:
             moments.add(part, e, d, product)
         elif epsilon:
-            o[st.RELAXED], o[st.TIGHTENED] = _perturbed(e, d, epsilon)
-    out[[st.LABEL, st.REF_LABEL]] = out[[st.LABEL, st.REF_LABEL]].masked_fill_(labels[:, 0] < 0, -torch.inf)
+            _fill(o, _perturbed(e, d, epsilon))
+    for row in (out.label, out.ref_label):
+        row.masked_fill_(labels[:, 0] < 0, -torch.inf)
     if epsilon == 0:
-        out[st.RELAXED] = out[st.TIGHTENED] = 0
+        out.relaxed.zero_(), out.tightened.zero_()
     elif moments is not None:
-        out[st.RELAXED], out[st.TIGHTENED] = moments.perturbed()
-    st.reduce_pairs(tokens, tokens.completed(tile), epsilon)
+        _fill(out, moments.perturbed())
+    reduce_pairs(tokens, tokens.completed(tile), epsilon)
+
+
+def _fill(out: Swept, perturbed: tuple[Tensor, Tensor]) -> None:
+    out.relaxed.copy_(perturbed[0])
+    out.tightened.copy_(perturbed[1])
 
 
 def _perturbed(e: Tensor, d: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -136,9 +141,9 @@ def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy
     Returns:
         (rows, V) the gradient of x·Wᵀ + bias in the policy's ``gradient_dtype``, in a's own memory.
     """
-    swept, labels = tokens.swept[:, tile], tokens.labels[tile, None]
-    top, softcap = swept[st.MAX, :, None], policy.softcap
-    factor = (coefficient / swept[st.SUM] * policy.scale)[:, None]
+    swept, labels = Swept(*tokens.swept[:, tile]), tokens.labels[tile, None]
+    top, softcap = swept.max[:, None], policy.softcap
+    factor = (coefficient / swept.sum * policy.scale)[:, None]
     minus = torch.where(labels < 0, 0, coefficient[:, None] * policy.scale)
     # 16-bit gradients lie in the front half of their row.
     out = a if policy.gradient_dtype == a.dtype else a.view(policy.gradient_dtype)[:, : a.shape[1]]

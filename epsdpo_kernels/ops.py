@@ -1,0 +1,146 @@
+"""The single pass as an op, so that torch.compile sees one node and no tiles; and the two passes of other losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plan
+from .call import SCHEMA, Execution, Inputs, Settings, flatten, restore
+from .head import Gradients
+from .statistics import TOKEN, TokenStatistics, shifts
+
+
+def op_name(name: str) -> str:
+    return f"epsdpo_kernels::{name}"
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """The dtypes are settled before a pass begins; autocast would round its fp32 products."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# It reads lengths back to the host, which no CUDA graph can hold.
+@torch.library.custom_op(
+    op_name("single_pass"),
+    mutates_args=(),
+    schema=f"({SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def single_pass(*flat: Any) -> tuple[Tensor, ...]:
+    """Loss and gradients of a call in one forward; backward only scales what is there.
+
+    Args:
+        flat: a call as ``SCHEMA`` has it, and whether gradients of hidden, weight and bias are needed.
+
+    Returns:
+        The () loss; the (PAIR, B) results; the gradients of hidden, weight and bias in the compute dtype, empty where
+        not needed; and the () unit that they are in.
+    """
+    (inputs, settings, execution), needs = restore(flat), flat[-1]
+    with torch.no_grad(), _no_autocast(inputs.hidden):
+        run = plan.Pass(inputs, settings, execution, keep=any(needs))
+        into = run.accumulators(needs)
+        results, unit = plan.single_pass(run, settings, into)
+        loss = plan.PairResults(*results).losses.sum() / max(inputs.pairs, 1)
+        return loss, results, *(results.new_empty(0) if g is None else g for g in into), unit
+
+
+@single_pass.register_fake
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    (inputs, _, _), needs = restore(flat), flat[-1]
+    hidden, weight = inputs.hidden, inputs.policy.weight
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    sizes = ((), (plan.PAIR, inputs.pairs), *(s if n else (0,) for s, n in zip(shapes, needs, strict=True)), ())
+    loss, results, dx, dw, db, unit = (hidden.new_empty(size, dtype=inputs.dtype) for size in sizes)
+    return loss, results, dx, dw, db, unit
+
+
+def _keep_gradients(ctx, inputs, output) -> None:
+    _, results, *gradients, unit = output
+    ctx.save_for_backward(*gradients, unit)
+    ctx.mark_non_differentiable(results, *gradients, unit)
+    ctx.set_materialize_grads(False)
+    ctx.needs, ctx.dtype, ctx.arguments = inputs[-1], inputs[0].dtype, len(inputs)
+
+
+@torch.autograd.function.once_differentiable
+def _scale_gradients(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * ctx.arguments
+    *buffers, unit = ctx.saved_tensors
+    # The factor comes in before the cast, so that a loss scaler finds what it needs.
+    factor = grad_loss * unit
+    # A graph that is not kept gives its buffers away: no second dX and dW.
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    gradients: list[Tensor | None] = []
+    for g, needed in zip(buffers, ctx.needs, strict=True):
+        if not needed:
+            gradients.append(None)
+        elif kept or g.dtype != ctx.dtype:
+            gradients.append(_scaled(g, factor, ctx.dtype))
+        else:
+            gradients.append(g.mul_(factor))
+    return (*gradients, *[None] * (ctx.arguments - 3))
+
+
+single_pass.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """g·factor, rounded once, without a second copy in g's own dtype."""
+    if torch.compiler.is_compiling():
+        return (g * factor).to(dtype)
+    return torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype))
+
+
+def epsilon_dpo(inputs: Inputs, settings: Settings, execution: Execution) -> tuple[Tensor, Tensor]:
+    """The () differentiable loss and the (PAIR, B) results of a call."""
+    trained = (inputs.hidden, inputs.policy.weight, inputs.policy.bias)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
+    loss, results, *_ = single_pass(*flatten(inputs, settings, execution), needs)
+    return loss, results
+
+
+class TwoPass(torch.autograd.Function):
+    """Log-probs in forward; backward projects the policy once more, by the same route, when coefficients are known."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, call):
+        """The (B,) log-probs of chosen and rejected, which carry gradient, and the other rows of PairStatistics."""
+        inputs, settings, execution = call
+        run = plan.Pass(inputs, settings, execution, keep=False)
+        with _no_autocast(hidden):
+            for pairs, tiles in run.layout.series:
+                for tile in tiles:
+                    run.forward(tile)
+                run.join(pairs)
+        run.release()
+        sums = run.tokens.sums
+        if not run.layout.n_pairs:
+            sums = sums.new_zeros(TOKEN, inputs.pairs, 2)
+        of = TokenStatistics(*sums)
+        rows = (side for part in (of.ref_logp, of.kl, of.entropy, of.correct) for side in part.unbind(1))
+        results = torch.stack((*rows, *shifts(sums))).to(inputs.dtype)
+        # The tensors that carry gradient are saved as such, so that a change in place before backward is noticed.
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.run = run
+        ctx.mark_non_differentiable(results)
+        return (*of.logp.t().to(results.dtype), results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_chosen, grad_rejected, _):
+        run, hidden = ctx.run, ctx.saved_tensors[0]
+        into: Gradients = run.accumulators(ctx.needs_input_grad[:3])
+        accumulate = False
+        with _no_autocast(hidden):
+            for _, tiles in run.layout.series:
+                for tile in tiles:
+                    run.gradient(tile, *run.project(tile), -grad_chosen, -grad_rejected, into, accumulate)
+                    accumulate = True
+            run.finish(into)
+        run.release()
+        return (*(None if g is None else g.to(hidden.dtype) for g in into), None)
