@@ -97,6 +97,10 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
     if options.cache_reference and options.method == "tr-dpo":
         raise ValueError("cache_reference: tr-dpo's reference follows the policy, takes no cache")
+    if options.max_tokens_per_batch and options.method == "beta-dpo":
+        raise ValueError(
+            "max_tokens_per_batch: beta-dpo's β is a batch's, which would change where it is cut; takes none"
+        )
     transformers.set_seed(args.seed)
     model, tokenizer = load_model(options.model, options.dtype)
     check_head(model)
@@ -115,7 +119,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         base = copy.deepcopy(model) if options.method == "tr-dpo" else model
         model = peft.get_peft_model(model, lora)
         lm_head(causal_lm(model))
-    moving = None
+    moving = ref_model = None
     reference: Reference
     if cached:
         reference = cached
@@ -144,7 +148,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         options.label_smoothing, {"train": pairs, "eval": held_out}, options.label_column,
     )  # fmt: skip
     trainer = PairTrainer(
-        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record,
+        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record, ref_model=ref_model,
+        packed=options.packed, max_tokens=options.max_tokens_per_batch,
         train_dataset=pairs, eval_dataset=held_out,
         data_collator=data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
         processing_class=tokenizer,

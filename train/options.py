@@ -28,6 +28,16 @@ class PairOptions:
     )
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and completion"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens; by default half of max_length"})
+    packed: bool = field(
+        default=True,
+        metadata={
+            "help": "run a pair's prompt once and no padding, where the model's layers allow it; see docs/packing.md"
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a micro-batch; one of more is cut, an optimizer step keeps its pairs"},
+    )
     label_column: str | None = field(
         default=None, metadata={"help": "categorical column of the data to keep in the record, e.g. a topic"}
     )

@@ -21,6 +21,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from epsdpo_kernels.integrations.batches import DealtSampler, PackedBatches, token_counts
+from epsdpo_kernels.integrations.packing import part
 from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward
 from epsdpo_kernels.linear import EpsilonDPOOutput
 from epsdpo_kernels.pair import losses_and_coefficients
@@ -73,7 +75,7 @@ class NotFiniteError(RuntimeError):
     """A pair's loss is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
 
 
-class PairTrainer(Trainer):
+class PairTrainer(PackedBatches, Trainer):
     """Trains on pairs with a loss module that owns its β.
 
     Args:
@@ -82,6 +84,9 @@ class PairTrainer(Trainer):
         loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, or any module with its call, ``beta`` and ``update_beta``.
         moving_reference: a :class:`train.methods.MovingReference`, or None where the reference stays.
         record: a :class:`PairRecord` that takes every micro-batch, or None.
+        ref_model: the model that ``reference`` runs, where that is not the policy.
+        packed: whether pairs go through the models as packed rows, where these can.
+        max_tokens: of a micro-batch; one of more is cut.
 
     Raises:
         ValueError: ``args.fsdp`` is asked for where accelerate does not shard.
@@ -89,8 +94,9 @@ class PairTrainer(Trainer):
     """
 
     def __init__(
-        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record=None, **kwargs
-    ):
+        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record=None, ref_model=None,
+        packed: bool = True, max_tokens: int | None = None, **kwargs,
+    ):  # fmt: skip
         run_loss_in_forward(model, reference, loss_fn)
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
@@ -101,6 +107,7 @@ class PairTrainer(Trainer):
                 f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
                 "version 2 (the default of fsdp_config); on CPUs it would replicate the model without a word"
             )
+        self.set_layout([model] if ref_model is None else [model, ref_model], packed, max_tokens)
         # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
         self.loss_is_scaled_for_ga = True
         self.loss_fn = loss_fn.to(args.device)
@@ -118,11 +125,27 @@ class PairTrainer(Trainer):
         multiple = self.args.world_size * self._train_batch_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         pairs: Any = self.train_dataset
-        return PairSampler(len(pairs), multiple if self.args.world_size > 1 else 1, seed)
+        sampler = PairSampler(len(pairs), multiple if self.args.world_size > 1 else 1, seed)
+        if not self.packed:
+            return sampler
+        batches = self.args.world_size * self.args.gradient_accumulation_steps
+        return DealtSampler(sampler, token_counts(pairs.pairs), self._train_batch_size, batches)
 
     def _get_eval_sampler(self, eval_dataset):
         multiple = self.args.world_size * self.args.eval_batch_size
         return PairSampler(len(eval_dataset), multiple if self.args.world_size > 1 else 1, None)
+
+    def labels_of(self, batch):
+        return batch["labels"]
+
+    def blank_of(self, batch):
+        pair = part(batch, 0, 1)
+        return pair | {"labels": torch.full_like(pair["labels"], -100), "row": torch.full_like(pair["row"], BLANK)}
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.lay_out(batches)
+        return batches, pairs
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs of an optimizer step, over micro-batches and ranks: ()."""
@@ -133,9 +156,9 @@ class PairTrainer(Trainer):
         labels, row = inputs["labels"], inputs["row"]
         self.loss_fn.train(model.training)
         beta = self.loss_fn.beta.clone()
-        out = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pair_labels=labels, row=row
-        )  # fmt: skip
+        packing = self.packing_of(inputs)
+        mask = inputs["attention_mask"] if packing is None else packing
+        out = model(input_ids=inputs["input_ids"], attention_mask=mask, pair_labels=labels, row=row)
         split = "train" if model.training else "eval"
         loss = out.loss
         self._add_metrics(split, out, real=row != BLANK)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
@@ -31,7 +30,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from .packing import IGNORE, Packing, Segments, pack
+from .packing import IGNORE, Packing, Segments, pack, to
 from .transformers import causal_lm, head_inputs
 
 try:
@@ -40,6 +39,7 @@ except ImportError:  # before torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 PREFIX = "packed-"
+ran: set[str] = set()  # the functions that have run, for the log
 BLOCK = 128  # tokens, of FlexAttention's block masks
 
 
@@ -91,7 +91,7 @@ def _difference(model: PreTrainedModel) -> str | None:
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
     ids = pad_sequence(rows, batch_first=True).to(model.device)
     labels = pad_sequence(scored, batch_first=True, padding_value=IGNORE).to(model.device)
-    packing = send_to_device(pack(ids, mask, labels), model.device)
+    packing = to(pack(ids, mask, labels), model.device)
     training = model.training
     model.eval()
     try:
@@ -219,8 +219,9 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))
     options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
-    attend = globals()[backend(query, value, kwargs.get("dropout", 0.0), options["softcap"], options["s_aux"])]
-    return attend(module, query, key, value, segments, dropout=kwargs.get("dropout", 0.0), **options), None
+    name = backend(query, value, kwargs.get("dropout", 0.0), options["softcap"], options["s_aux"])
+    ran.add(name)
+    return globals()[name](module, query, key, value, segments, dropout=kwargs.get("dropout", 0.0), **options), None
 
 
 def backend(query: Tensor, value: Tensor, dropout: float, softcap: float | None, s_aux: Tensor | None) -> str:

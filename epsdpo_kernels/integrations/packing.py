@@ -10,15 +10,18 @@ hidden state of a prompt's last token predicts the first token of both completio
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
+Row = TypeVar("Row", "Segments", "Packing")
 
 
-class Segments(NamedTuple):
+@dataclass(frozen=True)
+class Segments:
     """Who attends to whom in a packed row, as variable-length attention takes it.
 
     Queries are the row itself, cut into [P C] and [R] of every pair; keys are [P C] and [P R], so a prompt's keys are
@@ -34,7 +37,8 @@ class Segments(NamedTuple):
     max_keys: int
 
 
-class Packing(NamedTuple):
+@dataclass(frozen=True)
+class Packing:
     """B pairs as one row of N tokens, M of whose hidden states are scored."""
 
     input_ids: Tensor  # (1, N) int64
@@ -43,7 +47,6 @@ class Packing(NamedTuple):
     scored: Tensor  # (M,) int64, places in the row: all chosen completions', then all rejected ones'
     labels: Tensor  # (M,) int64, what the scored states have to predict
     cu_seqlens: Tensor  # (2B+1,) int64, bounds of the completions in scored and labels
-    padded_tokens: int  # 2B·T, of the rows that this replaces
 
     def rows(self) -> list[Tensor]:
         """The 2B token sequences, chosen ones first."""
@@ -54,6 +57,18 @@ class Packing(NamedTuple):
             rejected.append(torch.cat((prompt, rest[c:])))
             start += p + c + r
         return chosen + rejected
+
+
+def to(row: Row, device: torch.device) -> Row:
+    """With every tensor on a device."""
+    moved: dict[str, Any] = {}
+    for field in fields(row):
+        value = getattr(row, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Segments):
+            moved[field.name] = to(value, device)
+    return replace(row, **moved)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packing:
@@ -105,7 +120,6 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packing:
     return Packing(
         torch.cat(tokens)[None], torch.cat(positions)[None], segments, torch.cat(scored),
         torch.cat([row[row != IGNORE] for row in targets]), _bounds([len(own) for own in scored], torch.int64),
-        input_ids.numel(),
     )  # fmt: skip
 
 

@@ -31,8 +31,9 @@ class HeadInputs(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# (input_ids, attention_mask, row) -> the reference's side of the loss; row (B,) int64 are the pairs' rows in the data
-Reference = Callable[[Tensor, Tensor, Tensor | None], HeadInputs]
+# (input_ids, attention_mask, row) -> the reference's side of the loss. The first two as head_inputs takes them; row (B,)
+# int64 are the pairs' rows in the data.
+Reference = Callable[[Tensor, Tensor | Packing, Tensor | None], HeadInputs]
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -154,7 +155,7 @@ def frozen_reference(ref_model: nn.Module) -> Reference:
     """A second model, without gradients and without dropout."""
     ref_model.requires_grad_(False).eval()
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
+    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
         return head_inputs(ref_model, input_ids, attention_mask)
 
     return reference
@@ -163,7 +164,7 @@ def frozen_reference(ref_model: nn.Module) -> Reference:
 def adapters_disabled(model: Any) -> Reference:
     """The base of a PEFT model, which costs no second model."""
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
+    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
         training = model.training
         model.eval()
         try:
@@ -176,7 +177,10 @@ def adapters_disabled(model: Any) -> Reference:
 
 
 def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Module) -> None:
-    """Teaches ``model.forward`` to return the loss of pairs when it is given ``pair_labels``; else it is as before."""
+    """Teaches ``model.forward`` to return the loss of pairs when it is given ``pair_labels``; else it is as before.
+
+    ``attention_mask`` may be a :class:`Packing`, which comes with labels of its own.
+    """
     plain_forward = model.forward
 
     def forward(*args, pair_labels: Tensor | None = None, row: Tensor | None = None, **inputs):
@@ -185,10 +189,13 @@ def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Modu
         with torch.no_grad():
             ref = reference(inputs["input_ids"], inputs["attention_mask"], row)
         policy = head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+        packing, bounds = inputs["attention_mask"], None
+        if isinstance(packing, Packing):
+            pair_labels, bounds = packing.labels, packing.cu_seqlens
         out = loss_fn(
             policy.hidden, policy.weight, pair_labels, ref.hidden, ref.weight, bias=policy.bias, ref_bias=ref.bias,
             logit_scale=policy.logit_scale, softcap=policy.softcap, ref_logit_scale=ref.logit_scale,
-            ref_softcap=ref.softcap,
+            ref_softcap=ref.softcap, cu_seqlens=bounds,
         )  # fmt: skip
         return out if policy.router_loss is None else out._replace(loss=out.loss + policy.router_loss)
 

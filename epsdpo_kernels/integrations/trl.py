@@ -36,6 +36,8 @@ from trl.trainer.utils import use_adapter
 
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
+from .batches import PackedBatches
+from .packing import Packing, part
 from .transformers import (
     HeadInputs,
     Reference,
@@ -74,9 +76,16 @@ class EpsilonDPOConfig(DPOConfig):
             "choices": list(BETA_UPDATES),
         },
     )
+    packed: bool = field(
+        default=True,
+        metadata={"help": "Run a pair's prompt once and no padding, where the model's layers allow it."},
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Tokens of a micro-batch; one of more is cut. A step keeps its pairs."}
+    )
 
 
-class EpsilonDPOTrainer(DPOTrainer):
+class EpsilonDPOTrainer(PackedBatches, DPOTrainer):
     """``trl.DPOTrainer`` with the loss of ε-DPO, without logits in memory.
 
     Takes the arguments of ``DPOTrainer``. ``loss_fn`` holds the running β, which checkpoints carry. Beside TRL's
@@ -122,6 +131,8 @@ class EpsilonDPOTrainer(DPOTrainer):
         if causal_lm(self.model).device.type != "meta":
             check_head(self.model)
         run_loss_in_forward(self.model, self._reference(), self.loss_fn)
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        self.set_layout(models, config.packed, config.max_tokens_per_batch)
 
     def _reference(self) -> Reference:
         if self.ref_model is None:
@@ -136,6 +147,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         if batches and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1] = self._without_repeats(batches[-1])
         pairs = sum(_pairs(batch).sum() for batch in batches)
+        self.lay_out(batches)
         return batches, self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,24 +157,29 @@ class EpsilonDPOTrainer(DPOTrainer):
         if self.accelerator.num_processes == 1 or real <= 0:
             return batch
         mine = min(max(real - pairs * self.accelerator.process_index, 0), pairs)
-        if mine == 0:  # a rank has to take part in the step: one pair, of which nothing is scored
-            batch = {name: t[[0, pairs]] for name, t in batch.items()}
-            return batch | {"completion_mask": torch.zeros_like(batch["completion_mask"])}
-        return {name: torch.cat((t[:mine], t[pairs : pairs + mine])) for name, t in batch.items()}
+        # A rank has to take part in the step.
+        return part(batch, 0, mine) if mine else self.blank_of(batch)
+
+    def labels_of(self, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
+        return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+    def blank_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        pair = part(batch, 0, 1)
+        return pair | {"completion_mask": torch.zeros_like(pair["completion_mask"])}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask"})
+        unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask", "packing"})
         if unknown:
             raise ValueError(
                 f"data_collator: got a batch with {unknown}, takes input_ids, attention_mask and completion_mask: the "
                 "model's backbone would run without the others"
             )
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        labels = ids.masked_fill(inputs["completion_mask"] == 0, IGNORE)
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        labels, packing = self.labels_of(inputs), self.packing_of(inputs)
         training = self.model.training
         self.loss_fn.train(training)
-        out = model(input_ids=ids, attention_mask=mask, pair_labels=labels)
+        out = model(input_ids=ids, attention_mask=mask if packing is None else packing, pair_labels=labels)
         loss = out.loss
         self._add_metrics("train" if training else "eval", out, labels, mask)
         if training and num_items_in_batch is not None:
@@ -252,17 +269,22 @@ class _Loss(EpsilonDPOLoss):
     logits: Tensor | None  # (2B,) sums over a completion's tokens of the mean logit; None where logits are capped
 
     @torch.no_grad()
-    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap) -> None:
+    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds) -> None:
         self.logits = None
         if softcap is None:
             # The mean over the vocabulary of x·Wᵀ + b is x·mean(W) + mean(b).
             with torch.autocast(hidden.device.type, enabled=False):
                 means = hidden.float() @ weight.mean(0, dtype=torch.float32)
             means = logit_scale * (means if bias is None else means + bias.mean(dtype=torch.float32))
-            self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
+            if bounds is None:
+                self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
+            else:
+                self.logits = torch.segment_reduce(means, "sum", offsets=bounds)
 
     def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
-        self._read_logits(hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"])
+        self._read_logits(
+            hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"], kwargs["cu_seqlens"]
+        )
         return super().forward(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
 
 
@@ -275,7 +297,7 @@ def _without_adapter(model: Any) -> Reference:
     """The model with TRL's copy of the adapter that it came with, or with none."""
     name = "ref" if "ref" in model.peft_config else None
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
+    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
         training = model.training
         model.eval()
         try:
@@ -301,7 +323,7 @@ def _sharded_reference(ref_model: Any) -> Reference:
 
     ref_model.forward = forward
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
+    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
         return ref_model(input_ids=input_ids, attention_mask=attention_mask, head_only=True)
 
     return reference

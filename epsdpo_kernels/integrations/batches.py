@@ -1,0 +1,200 @@
+"""How a trainer's batches of pairs go through its models: packed or padded, in parts of bounded size.
+
+What both trainers share. A batch stays the same pairs whatever its layout, and every pair weighs alike, so decisions do
+not know of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from . import attention
+from .packing import Packing, pack, part, to
+
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class PackedBatches:
+    """To be named before a transformers.Trainer among a trainer's bases.
+
+    The trainer calls :meth:`set_layout` when it has its models, :meth:`lay_out` on the batches of an optimizer step,
+    and :meth:`packing_of` where it computes a loss; it says what of a batch is to be predicted.
+    """
+
+    accelerator: Any
+    packed: bool = False
+    max_tokens: int | None = None
+    _ran = (0, 0)  # tokens through the backbone since the last line of the log, and what padded rows would have been
+    _clock: float | None = None
+
+    def labels_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """(2B, T) what each hidden state of the batch has to predict, −100 where nothing."""
+        raise NotImplementedError
+
+    def blank_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A pair of the batch's kind of which nothing is scored."""
+        raise NotImplementedError
+
+    def set_layout(self, models: Sequence[nn.Module], packed: bool, max_tokens: int | None) -> None:
+        """Chooses packed rows where they are wanted and all models can, and says what was chosen and why.
+
+        Raises:
+            ValueError: max_tokens is not positive.
+        """
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens_per_batch: got {max_tokens}, takes a positive number of tokens")
+        self.max_tokens = max_tokens
+        if not packed:
+            return
+        with self.accelerator.autocast():
+            reason = attention.pack_rows(models)
+        self.packed = reason is None
+        self.accelerator.print(
+            f"rows: packed, attention by {', '.join(sorted(attention.ran))}"
+            if self.packed
+            else f"rows: padded. {reason}",
+            flush=True,
+        )
+
+    def lay_out(self, batches: list[dict[str, Any]]) -> None:
+        """Packs the batches of an optimizer step, and cuts those of more than max_tokens; one read of them by the host.
+
+        Every rank cuts as often as the one with the most to cut, because FSDP's ranks gather parameters together.
+        """
+        for batch in batches:
+            batch["parts"] = list(self._parts(batch))
+        if self.max_tokens and self.accelerator.num_processes > 1:
+            counts = torch.tensor([[len(batch["parts"]) for batch in batches]], device=self.accelerator.device)
+            for batch, count in zip(batches, self.accelerator.gather(counts).amax(0).tolist(), strict=True):
+                missing = count - len(batch["parts"])
+                batch["parts"] += [self._packed(self.blank_of(batch)) for _ in range(missing)]
+
+    def packing_of(self, batch: dict[str, Any]) -> Packing | None:
+        """The packed row of a batch or part, or None where rows are padded."""
+        return batch["packing"] if "packing" in batch else self._packed(batch)["packing"]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        *others, last = inputs.pop("parts")
+        state, loss = self.accelerator.gradient_state, 0.0
+        sync = state.sync_gradients
+        for one in others:
+            # Gradients are reduced, and β moves, with the last part.
+            state._set_sync_gradients(False)
+            with self.accelerator.no_sync(model):
+                loss += super().training_step(model, self._counted(one), num_items_in_batch)  # type: ignore[misc]
+        state._set_sync_gradients(sync)
+        return loss + super().training_step(model, self._counted(last), num_items_in_batch)  # type: ignore[misc]
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._clock = self._clock or time.perf_counter()
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._clock:
+            ran = torch.tensor(self._ran, device=self.accelerator.device)
+            tokens, padded = self.accelerator.reduce(ran, "sum").tolist()
+            logs["tokens"], logs["padding_saved"] = tokens, 1 - tokens / max(padded, 1)
+            logs["tokens_per_second"] = tokens / (time.perf_counter() - self._clock)
+            # The clock starts again with the next batches, after what evaluation and checkpoints take.
+            self._ran, self._clock = (0, 0), None
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _parts(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        whole = self._packed(batch)
+        width = 2 * batch["input_ids"].shape[1]
+        pairs = len(batch["input_ids"]) // 2
+        tokens = [sum(n) for n in whole["packing"].segments.lengths] if self.packed else [width] * pairs
+        first, total = 0, 0
+        for i, n in enumerate(tokens):
+            if self.max_tokens and i > first and total + n > self.max_tokens:
+                yield self._packed(part(batch, first, i))
+                first, total = i, 0
+            total += n
+        yield self._packed(part(batch, first, pairs)) if first else whole
+
+    def _packed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        packing = None
+        if self.packed:
+            packing = pack(batch["input_ids"], batch["attention_mask"], self.labels_of(batch))
+            packing = to(packing, batch["input_ids"].device)
+        return batch | {"packing": packing}
+
+    def _counted(self, one: dict[str, Any]) -> dict[str, Any]:
+        padded = one["input_ids"].numel()
+        own = padded if one["packing"] is None else one["packing"].input_ids.numel()
+        self._ran = self._ran[0] + own, self._ran[1] + padded
+        return one
+
+
+class DealtSampler(Sampler[int]):
+    """Another sampler's pairs, those of an optimizer step dealt so that its batches have about equal tokens.
+
+    Batches that ranks run at the same time are next to each other, and the most alike.
+
+    Args:
+        sampler: gives pairs in an order that all ranks agree on.
+        tokens: of each pair; a pair past the end has none.
+        batch_size: pairs a batch.
+        batches: of all ranks in an optimizer step.
+    """
+
+    def __init__(self, sampler: Any, tokens: Sequence[int], batch_size: int, batches: int):
+        self.sampler, self.tokens, self.batch_size, self.batches = sampler, tokens, batch_size, batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        window = []
+        for pair in self.sampler:
+            window.append(pair)
+            if len(window) == self.batch_size * self.batches:
+                yield from deal(window, self._tokens, self.batch_size)
+                window = []
+        yield from deal(window, self._tokens, self.batch_size)
+
+    def _tokens(self, pair: int) -> int:
+        return self.tokens[pair] if pair < len(self.tokens) else 0
+
+
+def deal(pairs: list[int], tokens: Callable[[int], int], batch_size: int) -> list[int]:
+    """The pairs in batches of about equal tokens, heaviest first; a short batch stays the last.
+
+    The longest pair goes first, each to the lightest batch that has room.
+    """
+    full, rest = divmod(len(pairs), batch_size)
+    room = [batch_size] * full + [rest] * (rest > 0)
+    batches: list[list[int]] = [[] for _ in room]
+    light = [(0, i) for i in range(len(room))]
+    for pair in sorted(pairs, key=tokens, reverse=True):
+        total, i = heapq.heappop(light)
+        batches[i].append(pair)
+        if len(batches[i]) < room[i]:
+            heapq.heappush(light, (total + tokens(pair), i))
+    short = batches.pop() if rest else []
+    batches.sort(key=lambda batch: sum(map(tokens, batch)), reverse=True)
+    return [pair for batch in [*batches, short] for pair in batch]
+
+
+def token_counts(dataset: Any) -> list[int]:
+    """Tokens of each pair of a data set in a packed row: prompt, chosen and rejected."""
+    with contextlib.suppress(AttributeError):
+        import pyarrow.compute as pc
+
+        counts: list[int] = []
+        for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(4096):
+            lengths = [pc.list_value_length(table[name]).to_numpy() for name in COLUMNS]
+            counts += sum(lengths).tolist()
+        return counts
+    return [sum(len(pair[name]) for name in COLUMNS) for pair in dataset]
