@@ -97,10 +97,6 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
     if options.cache_reference and options.method == "tr-dpo":
         raise ValueError("cache_reference: tr-dpo's reference follows the policy, takes no cache")
-    if options.max_tokens_per_batch and options.method == "beta-dpo":
-        raise ValueError(
-            "max_tokens_per_batch: beta-dpo's β is a batch's, which would change where it is cut; takes none"
-        )
     transformers.set_seed(args.seed)
     model, tokenizer = load_model(options.model, options.dtype)
     check_head(model)

@@ -37,6 +37,7 @@ class BetaDPOLoss(nn.Module):
         keep: share of pairs kept, ρ, in (0, 1].
     """
 
+    by_batch = True  # no pair's loss is its own: batches may be neither dealt nor cut
     beta: Tensor  # () fp32, of the last training batch
     margin_mean: Tensor  # () fp32, M₀
     margin_std: Tensor  # () fp32, σ

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from epsdpo_kernels.integrations.batches import DealtSampler, PackedBatches, token_counts
+from epsdpo_kernels.integrations.batches import PackedBatches
 from epsdpo_kernels.integrations.packing import part
 from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward
 from epsdpo_kernels.linear import EpsilonDPOOutput
@@ -107,6 +107,7 @@ class PairTrainer(PackedBatches, Trainer):
                 f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
                 "version 2 (the default of fsdp_config); on CPUs it would replicate the model without a word"
             )
+        self.by_batch = getattr(loss_fn, "by_batch", False)
         self.set_layout([model] if ref_model is None else [model, ref_model], packed, max_tokens)
         # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
         self.loss_is_scaled_for_ga = True
@@ -126,10 +127,7 @@ class PairTrainer(PackedBatches, Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         pairs: Any = self.train_dataset
         sampler = PairSampler(len(pairs), multiple if self.args.world_size > 1 else 1, seed)
-        if not self.packed:
-            return sampler
-        batches = self.args.world_size * self.args.gradient_accumulation_steps
-        return DealtSampler(sampler, token_counts(pairs.pairs), self._train_batch_size, batches)
+        return self.dealt(sampler, pairs.pairs)
 
     def _get_eval_sampler(self, eval_dataset):
         multiple = self.args.world_size * self.args.eval_batch_size

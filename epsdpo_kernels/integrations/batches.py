@@ -6,18 +6,20 @@ not know of it.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from . import attention
+from .memory import GIB, expected_memory
 from .packing import Packing, pack, part, to
+from .transformers import causal_lm
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -30,7 +32,11 @@ class PackedBatches:
     """
 
     accelerator: Any
+    args: Any
+    train_dataset: Any
+    is_fsdp_enabled: bool
     packed: bool = False
+    by_batch: bool = False  # whether a pair's loss depends on the batch that it is in
     max_tokens: int | None = None
     _ran = (0, 0)  # tokens through the backbone since the last line of the log, and what padded rows would have been
     _clock: float | None = None
@@ -47,11 +53,15 @@ class PackedBatches:
         """Chooses packed rows where they are wanted and all models can, and says what was chosen and why.
 
         Raises:
-            ValueError: max_tokens is not positive.
+            ValueError: max_tokens is not positive, or a batch may not be cut.
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens_per_batch: got {max_tokens}, takes a positive number of tokens")
-        self.max_tokens = max_tokens
+        if max_tokens is not None and self.by_batch:
+            raise ValueError(
+                "max_tokens_per_batch: got a loss whose β is a batch's, which cutting would change; takes none"
+            )
+        self.max_tokens, self._models = max_tokens, list(models)
         if not packed:
             return
         with self.accelerator.autocast():
@@ -63,6 +73,48 @@ class PackedBatches:
             else f"rows: padded. {reason}",
             flush=True,
         )
+
+    def train(self, *args, **kwargs):
+        self._say_memory()
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _say_memory(self) -> None:
+        """Prints what the run expects to need and, on CUDA, what is there."""
+        policy, *reference = self._models
+        data = getattr(self.train_dataset, "pairs", self.train_dataset)
+        known = hasattr(data, "__len__") and set(COLUMNS) <= set(getattr(data, "column_names", COLUMNS))
+        if not known or causal_lm(policy).device.type == "meta":
+            return
+        lengths = pair_lengths(data)
+        prompts, answers = lengths[:, 0], lengths[:, 1:]
+        if self.packed:
+            tokens, scored = lengths.sum(1), answers.sum(1)
+        else:  # at most: as if every row were as long as the longest
+            tokens = (2 * (prompts + answers.amax(1)).amax()).expand(len(lengths))
+            scored = answers.sum(1)
+        longest = tokens.topk(min(self.args.per_device_train_batch_size, len(tokens)))
+        total = int(longest.values.sum())
+        if self.max_tokens:
+            total = min(total, max(self.max_tokens, int(longest.values[0])))
+        with self.accelerator.autocast():
+            expected = expected_memory(
+                policy, reference[0] if reference else None, tokens=total,
+                scored=min(total, int(scored.topk(len(longest.values)).values.sum())), optimizer=str(self.args.optim),
+                shards=self.accelerator.num_processes if self.is_fsdp_enabled else 1,
+            )  # fmt: skip
+        text = f"{expected}; the longest micro-batch has at most {total:,} tokens"
+        if self.accelerator.device.type == "cuda":
+            free, there = torch.cuda.mem_get_info(self.accelerator.device)
+            text += f". {self.accelerator.device} has {there / GIB:.2f} GiB, {free / GIB:.2f} of them free"
+        self.accelerator.print(text, flush=True)
+
+    def dealt(self, sampler: Any, dataset: Any) -> Any:
+        """The sampler with an optimizer step's pairs dealt by tokens, where rows are packed."""
+        if not self.packed or self.by_batch or not set(COLUMNS) <= set(getattr(dataset, "column_names", COLUMNS)):
+            return sampler
+        tokens = pair_lengths(dataset).sum(1).tolist()
+        batches = self.args.world_size * self.args.gradient_accumulation_steps
+        return DealtSampler(sampler, tokens, self.args.train_batch_size, batches)
 
     def lay_out(self, batches: list[dict[str, Any]]) -> None:
         """Packs the batches of an optimizer step, and cuts those of more than max_tokens; one read of them by the host.
@@ -187,14 +239,12 @@ def deal(pairs: list[int], tokens: Callable[[int], int], batch_size: int) -> lis
     return [pair for batch in [*batches, short] for pair in batch]
 
 
-def token_counts(dataset: Any) -> list[int]:
-    """Tokens of each pair of a data set in a packed row: prompt, chosen and rejected."""
-    with contextlib.suppress(AttributeError):
-        import pyarrow.compute as pc
-
-        counts: list[int] = []
+def pair_lengths(dataset: Any) -> Tensor:
+    """(pairs, 3) tokens of prompt, chosen and rejected of every pair of a data set."""
+    if hasattr(dataset, "with_format"):  # a datasets.Dataset, whose rows would be slow to read one by one
+        columns: list[list[Tensor]] = [[], [], []]
         for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(4096):
-            lengths = [pc.list_value_length(table[name]).to_numpy() for name in COLUMNS]
-            counts += sum(lengths).tolist()
-        return counts
-    return [sum(len(pair[name]) for name in COLUMNS) for pair in dataset]
+            for column, name in zip(columns, COLUMNS, strict=True):
+                column.append(torch.from_numpy(pc.list_value_length(table[name]).to_numpy().copy()))
+        return torch.stack([torch.cat(column) for column in columns], 1).long()
+    return torch.tensor([[len(pair[name]) for name in COLUMNS] for pair in dataset])

@@ -31,8 +31,8 @@ class HeadInputs(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# (input_ids, attention_mask, row) -> the reference's side of the loss. The first two as head_inputs takes them; row (B,)
-# int64 are the pairs' rows in the data.
+# (input_ids, attention_mask, row) -> the reference's side of the loss; the mask may be a Packing, and row (B,) int64 is
+# where the pairs are in the data
 Reference = Callable[[Tensor, Tensor | Packing, Tensor | None], HeadInputs]
 
 

@@ -13,8 +13,8 @@ What this module holds on to in TRL and transformers, all of it here:
   ``args``, ``state``; what its collator returns (``input_ids``, ``attention_mask``, ``completion_mask``);
   ``trl.trainer.utils.use_adapter``, and "ref" as the name of the copy of a pre-trained adapter.
 - private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint`` and
-  ``_load_from_checkpoint`` (transformers' places for what belongs to a checkpoint); ``aux_loss_enabled`` and
-  ``router_aux_loss_coef``.
+  ``_load_from_checkpoint`` (transformers' places for what belongs to a checkpoint); ``_get_train_sampler``;
+  ``aux_loss_enabled`` and ``router_aux_loss_coef``.
 - the model's ``forward``, which TRL replaces too: ours comes on top of it, so that the loss runs inside whatever wraps
   the model.
 """
@@ -27,9 +27,11 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
@@ -159,6 +161,15 @@ class EpsilonDPOTrainer(PackedBatches, DPOTrainer):
         mine = min(max(real - pairs * self.accelerator.process_index, 0), pairs)
         # A rank has to take part in the step.
         return part(batch, 0, mine) if mine else self.blank_of(batch)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not RandomSampler:
+            return sampler
+        # accelerate would put its own in a RandomSampler's place, for an order that all ranks agree on.
+        return self.dealt(
+            SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed), sampler.data_source
+        )
 
     def labels_of(self, batch: dict[str, Tensor]) -> Tensor:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
