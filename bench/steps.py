@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import gzip
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,8 +49,11 @@ def hh_pairs(data: str, tokenizer: Any, count: int) -> list[Pair]:
     from train.data import load_pairs
 
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    with redirect_stdout(sys.stderr):
-        pairs, _ = load_pairs(data, tokenizer, max_length=1024, max_prompt_length=512)
+    with tempfile.NamedTemporaryFile("wb", suffix=".jsonl") as head, redirect_stdout(sys.stderr):
+        with gzip.open(data) if data.endswith(".gz") else open(data, "rb") as whole:
+            head.writelines(islice(whole, 2 * count))  # some rows are no pairs
+        head.flush()
+        pairs, _ = load_pairs(head.name, tokenizer, max_length=1024, max_prompt_length=512)
     return [{name: list(pairs[i][name]) for name in names} for i in range(count)]
 
 

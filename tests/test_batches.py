@@ -26,7 +26,7 @@ def test_deal():
     dealt = deal([0, 1, 2, 3, 4, 5, 6], tokens, 2)
     assert sorted(dealt) == list(range(7))
     sums = [sum(map(tokens, dealt[i : i + 2])) for i in (0, 2, 4)]
-    assert sums == [11, 9, 8] and len(dealt[6:]) == 1
+    assert sums == [10, 10, 8] and dealt[6:] == [3]
     assert deal([], tokens, 2) == []
 
 
@@ -73,7 +73,7 @@ def test_no_layout_changes_a_decision(tiny, tmp_path, more):
         run = main(flags(tiny, tmp_path / name, eval_fraction=0.2, logging_steps=1, **layout, **more))
         found[name] = record_of(tmp_path / name)
         logs[name] = [entry for entry in run.state.log_history if "loss" in entry]
-    assert len(found["padded"]) > 40 and {d for d, *_ in found["padded"].values()} >= {-1, 1}
+    assert len(found["padded"]) > 40 and {d for d, *_ in found["padded"].values()} >= {0, 1}
     for name in layouts:
         assert found[name].keys() == found["padded"].keys()
         for place, (decision, beta, used) in found["padded"].items():
@@ -122,7 +122,8 @@ def test_no_layout_changes_a_run_of_trl(tiny, tmp_path, monkeypatch):
         assert trainer.packed == more.get("packed", True)
         assert trainer.loss_fn.beta.item() == pytest.approx(first.loss_fn.beta.item(), rel=1e-6)
         for a, b in zip(trainer.state.log_history[:-1], first.state.log_history[:-1], strict=True):
-            for name in ("loss", "grad_norm", "kl/relaxed", "kl/tightened", "kl/beta", "logits/chosen", "entropy"):
+            # Not where TRL averages over a micro-batch's tokens: logits, entropy, accuracy.
+            for name in ("loss", "grad_norm", "kl/relaxed", "kl/tightened", "kl/beta", "kl/chosen", "logps/rejected"):
                 if name in b:
                     assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
         for name in ("eval_loss", "eval_kl/chosen", "eval_rewards/margins", "eval_logits/rejected"):
