@@ -54,7 +54,7 @@ def hh_pairs(data: str, tokenizer: Any, count: int) -> list[Pair]:
             head.writelines(islice(whole, 2 * count))  # some rows are no pairs
         head.flush()
         pairs, _ = load_pairs(head.name, tokenizer, max_length=1024, max_prompt_length=512)
-    return [{name: list(pairs[i][name]) for name in names} for i in range(count)]
+    return [{name: list(pairs[i][name]) for name in names} for i in range(min(count, len(pairs)))]
 
 
 def cut_pairs(text: list[int], lengths: tuple[int, int, int], count: int) -> list[Pair]:
@@ -69,6 +69,11 @@ def cut_pairs(text: list[int], lengths: tuple[int, int, int], count: int) -> lis
     return pairs
 
 
+def warm_up(count: int) -> list[Pair]:
+    """Small pairs, for a first step that makes the optimizer's states."""
+    return cut_pairs(list(range(5, 500)), (8, 4, 4), count)
+
+
 def make_pairs(data: str, tokenizer: Any, case: str, count: int) -> list[Pair]:
     if case == "hh":
         return hh_pairs(data, tokenizer, count)
@@ -77,7 +82,7 @@ def make_pairs(data: str, tokenizer: Any, case: str, count: int) -> list[Pair]:
 
 
 def make_trainer(variant: str, model: Any, tokenizer: Any) -> Any:
-    """A trainer that is ready for a step on its own copy of the model; it wants a data set, and is given batches."""
+    """A trainer that is ready for a step on its own copies of a model; it wants a data set, and is given batches."""
     import copy
 
     from datasets import Dataset
@@ -93,8 +98,10 @@ def make_trainer(variant: str, model: Any, tokenizer: Any) -> Any:
     trainer_class, config = DPOTrainer, DPOConfig(**options)
     if variant != "trl":
         trainer_class, config = EpsilonDPOTrainer, EpsilonDPOConfig(**options, packed=variant == "packed")
+    # Copies of a model that no trainer has had: each puts a forward of its own on its models.
+    policy, reference = copy.deepcopy(model), copy.deepcopy(model)
     with redirect_stdout(sys.stderr):
-        trainer = trainer_class(copy.deepcopy(model), model, config, train_dataset=words, processing_class=tokenizer)
+        trainer = trainer_class(policy, reference, config, train_dataset=words, processing_class=tokenizer)
     trainer.create_optimizer()
     return trainer
 
@@ -123,9 +130,8 @@ def time_case(data: str, case: str, first: int) -> Iterator[dict[str, Any]]:
     model, tokenizer = model_and_tokenizer()
     pairs = make_pairs(data, tokenizer, case, size * rounds)
     trainers = {variant: make_trainer(variant, model, tokenizer) for variant in VARIANTS}
-    small = cut_pairs(list(range(5, 500)), (8, 4, 4), size)
     for trainer in trainers.values():
-        step(trainer, small)
+        step(trainer, warm_up(size))
     for i in range(first, rounds):
         batch, taken = pairs[size * i : size * (i + 1)], {}
         for variant in VARIANTS[i % 3 :] + VARIANTS[: i % 3]:
@@ -153,7 +159,7 @@ def memory_of(data: str, variant: str, case: str, length: int = 0) -> dict[str, 
             batch = max(batches, key=lambda b: max(sum(map(len, pair.values())) for pair in b))
         trainer = make_trainer(variant, model, tokenizer)
         # The optimizer's states are there from its first step on.
-        step(trainer, cut_pairs(list(range(5, 500)), (8, 4, 4), len(batch)))
+        step(trainer, warm_up(len(batch)))
         taken: list[float] = []
         peak = measure.peak_bytes(lambda: taken.append(measure.seconds(lambda: step(trainer, batch), "cpu")), "cpu")
         return {"bytes": peak, "process": measure._status("VmHWM"), "seconds": taken[0]}
@@ -211,6 +217,11 @@ def longest(data: str, results: measure.Results, progress: measure.Progress) -> 
             if last["outcome"] == "ok" and last["seconds"] * STEP**2 > PATIENCE:
                 break
             length = round(length * STEP / 256) * 256
+
+
+def faster(rounds: list[measure.Record], variant: str) -> dict[str, float]:
+    """How many times the packed step's time a variant takes, round by round."""
+    return measure.ratio([r["seconds"][variant] for r in rounds], [r["seconds"]["packed"] for r in rounds])
 
 
 def here(what: str, data: str, *rest: str) -> None:
