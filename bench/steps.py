@@ -119,7 +119,7 @@ def step(trainer: Any, pairs: list[Pair]) -> None:
 
 
 def model_and_tokenizer() -> tuple[Any, Any]:
-    from train.__main__ import load_model
+    from train.models import load_model
 
     return load_model("smollm2-135m", "float32")
 

@@ -55,7 +55,10 @@ def by_hand(tiny: Path, trainer) -> list[dict]:
     return steps
 
 
-def test_a_run_is_the_loop_written_out(tiny, tmp_path):
+@pytest.mark.parametrize("accepts", [True, False], ids=["", "a model that takes no num_items_in_batch"])
+def test_a_run_is_the_loop_written_out(tiny, tmp_path, accepts, monkeypatch):
+    # By which transformers before 5.19 decides whether to divide the loss by the number of micro-batches.
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "accepts_loss_kwargs", accepts, raising=False)
     more = {"lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0}
     trainer = main(flags(tiny, tmp_path, **more))
     truth = by_hand(tiny, trainer)

@@ -48,12 +48,17 @@ class Place(NamedTuple):
 
 
 def model_hash(model: nn.Module) -> str:
-    """Of configuration and weights, 32 hex digits; a model's name and folder do not matter."""
+    """Of configurations and weights, 32 hex digits; a model's name and folder do not matter."""
     digest = hashlib.blake2b(digest_size=16)
-    config = causal_lm(model).config.to_dict()
+    # An adapter's scale is in no weight.
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    config = causal_lm(model).config.to_dict() | {f"adapter {name}": own.to_dict() for name, own in adapters.items()}
     for name in ("_name_or_path", "transformers_version", "use_cache"):
         config.pop(name, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name in adapters:
+        for elsewhere in ("base_model_name_or_path", "inference_mode", "revision"):
+            config[f"adapter {name}"].pop(elsewhere, None)
+    digest.update(json.dumps(config, sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
@@ -291,6 +296,10 @@ def _key(chosen: np.ndarray, rejected: np.ndarray) -> bytes:
 
 def _tokens(pair: dict[str, Any]) -> int:
     return len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

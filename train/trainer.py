@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from epsdpo_kernels.integrations.batches import PackedBatches
+from epsdpo_kernels.integrations.checks import check_checkpoint, check_launch
 from epsdpo_kernels.integrations.packing import part
-from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward
+from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward, weighs_pairs_itself
 from epsdpo_kernels.linear import EpsilonDPOOutput
 from epsdpo_kernels.pair import losses_and_coefficients
 
@@ -36,25 +36,26 @@ REFERENCE_STATE = "reference.safetensors"
 class PairSampler(Sampler[int]):
     """The order of an epoch: by seed and epoch alone, so that every rank and a resumed run agree on it.
 
-    Where ranks would not all get full batches, blanks (the index one past the last pair) fill the end up. Repeating
-    pairs there, as is usual, would count their decisions twice.
+    Where ranks would not all get full batches, blanks (the index one past the last pair) fill the end up, or it is
+    dropped. Repeating pairs there, as is usual, would count their decisions twice.
     """
 
-    def __init__(self, pairs: int, multiple: int, seed: int | None):
-        self.pairs, self.multiple, self.seed, self.epoch = pairs, multiple, seed, 0
+    def __init__(self, pairs: int, multiple: int, seed: int | None, drop_last: bool = False):
+        self.pairs, self.multiple, self.seed, self.drop_last, self.epoch = pairs, multiple, seed, drop_last, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.pairs // self.multiple) * self.multiple
+        batches = self.pairs // self.multiple if self.drop_last else -(-self.pairs // self.multiple)
+        return batches * self.multiple
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(self.pairs))
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.pairs, generator=generator).tolist()
-        yield from order
+        yield from order[: len(self)]
         yield from [self.pairs] * (len(self) - self.pairs)
 
 
@@ -102,6 +103,7 @@ class PairTrainer(PackedBatches, Trainer):
             if kwargs.get(name) is not None:
                 kwargs[name] = WithBlank(kwargs[name])
         super().__init__(model, args, **kwargs)
+        check_launch(self)
         if args.fsdp and not self.accelerator.is_fsdp2:
             raise ValueError(
                 f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
@@ -109,8 +111,7 @@ class PairTrainer(PackedBatches, Trainer):
             )
         self.by_batch = getattr(loss_fn, "by_batch", False)
         self.set_layout([model] if ref_model is None else [model, ref_model], packed, max_tokens)
-        # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
-        self.loss_is_scaled_for_ga = True
+        weighs_pairs_itself(self)
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
         self.record = record
@@ -123,15 +124,18 @@ class PairTrainer(PackedBatches, Trainer):
         self._betas: list[Tensor] = []
 
     def _get_train_sampler(self, train_dataset: Any = None):
-        multiple = self.args.world_size * self._train_batch_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        pairs: Any = self.train_dataset
-        sampler = PairSampler(len(pairs), multiple if self.args.world_size > 1 else 1, seed)
-        return self.dealt(sampler, pairs.pairs)
+        in_order = self.args.train_sampling_strategy == "sequential"
+        data: Any = self.train_dataset
+        return self.dealt(self._sampler(data, self._train_batch_size, None if in_order else seed), data.pairs)
 
     def _get_eval_sampler(self, eval_dataset):
-        multiple = self.args.world_size * self.args.eval_batch_size
-        return PairSampler(len(eval_dataset), multiple if self.args.world_size > 1 else 1, None)
+        return self._sampler(eval_dataset, self.args.eval_batch_size, None)
+
+    def _sampler(self, dataset: Any, batch_size: int, seed: int | None) -> PairSampler:
+        # One rank's last batch may be short, and its loader can drop it by itself.
+        multiple = self.args.world_size * batch_size if self.args.world_size > 1 else 1
+        return PairSampler(len(dataset), multiple, seed, self.args.dataloader_drop_last)
 
     def labels_of(self, batch):
         return batch["labels"]
@@ -173,6 +177,10 @@ class PairTrainer(PackedBatches, Trainer):
                 self._stop_if_not_finite()
                 self.loss_fn.update_beta()
         return (loss, out) if return_outputs else loss
+
+    def evaluated(self) -> bool:
+        """Whether the log has an evaluation after the steps that are done."""
+        return any("eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -235,6 +243,7 @@ class PairTrainer(PackedBatches, Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_checkpoint(Path(resume_from_checkpoint), self)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.loss_fn.load_state_dict(load_file(Path(resume_from_checkpoint) / LOSS_STATE))
         if self.moving_reference:
@@ -320,13 +329,16 @@ class PairRecord:
         self.recorder.flush()
 
 
+def checkpoint_step(folder: str | os.PathLike) -> int | None:
+    """Optimizer steps in a complete checkpoint; None where a kill cut it short, or it is something else."""
+    try:
+        return json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def last_checkpoint(run: str | os.PathLike) -> Path | None:
     """The newest complete checkpoint of a run; one that a kill cut short is passed over."""
-    found = defaultdict(list)
-    for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-        except (OSError, ValueError, KeyError):
-            continue
-        found[step].append(folder)
-    return found[max(found)][0] if found else None
+    steps = {folder: checkpoint_step(folder) for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    whole = {step: folder for folder, step in steps.items() if step is not None}
+    return whole[max(whole)] if whole else None

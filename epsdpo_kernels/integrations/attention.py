@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
@@ -62,7 +63,11 @@ def pack_rows(models: Iterable[nn.Module]) -> str | None:
         # What a model of any kind may raise when its row is not what it expects is not ours to foresee.
         try:
             take_segments(model)
-            reason = reason or _difference(model)
+            if any(isinstance(p, DTensor) for p in model.parameters()):
+                # FSDP gathers around the model's own call only: what holds of the policy holds of its like.
+                reason = None if _alike(model, inner[0]) else "the reference is sharded, and not of the policy's kind"
+            elif model.device.type != "meta":  # where FSDP's loading leaves the weights to the first rank
+                reason = _difference(model)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         if reason:
@@ -76,6 +81,12 @@ def pack_rows(models: Iterable[nn.Module]) -> str | None:
             if model.config._attn_implementation != name:
                 model.set_attn_implementation(name)
     return reason
+
+
+def _alike(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Whether two models differ in nothing but their weights."""
+    own, others = one.config.to_dict(), other.config.to_dict()
+    return all(own[name] == others.get(name) for name in own if name not in ("_name_or_path", "use_cache", "dtype"))
 
 
 def _difference(model: PreTrainedModel) -> str | None:
