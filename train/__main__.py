@@ -25,7 +25,15 @@ from .cache import CachedReference, FirstStep
 from .methods import make_loss
 from .models import add_lora, load_model, make_policy, make_reference
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
-from .trainer import NotFiniteError, PairRecord, PairTrainer, checkpoint_step, last_checkpoint
+from .trainer import (
+    EvaluateWithStep,
+    NotFiniteError,
+    PairRecord,
+    PairTrainer,
+    checkpoint_step,
+    evaluated,
+    last_checkpoint,
+)
 
 
 def load_data(options: PairOptions, tokenizer, seed: int):
@@ -197,9 +205,11 @@ def main(arguments: list[str] | None = None) -> PairTrainer:
     options, args = parse(arguments)
     checkpoint = checkpoint_to_resume(args)
     trainer = build(options, args, checkpoint)
+    if trainer.eval_dataset is not None:
+        trainer.add_callback(EvaluateWithStep())
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.eval_dataset is not None and not trainer.evaluated():
-        trainer.evaluate()
+    if trainer.eval_dataset is not None and not evaluated(trainer.state):
+        trainer.evaluate()  # no step was left of a run that had no held-out pairs
     trainer.record.flush()
     trainer.save_model()
     trainer.save_state()

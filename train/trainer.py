@@ -7,6 +7,7 @@ parameters and accelerate's autocast covers it. The trainer sees pairs as rows o
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from epsdpo_kernels.integrations.batches import PackedBatches
 from epsdpo_kernels.integrations.checks import check_checkpoint, check_launch
@@ -73,7 +74,7 @@ class WithBlank(Dataset):
 
 
 class NotFiniteError(RuntimeError):
-    """A pair's loss is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
+    """A loss or its gradient is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
 
 
 class PairTrainer(PackedBatches, Trainer):
@@ -178,10 +179,6 @@ class PairTrainer(PackedBatches, Trainer):
                 self.loss_fn.update_beta()
         return (loss, out) if return_outputs else loss
 
-    def evaluated(self) -> bool:
-        """Whether the log has an evaluation after the steps that are done."""
-        return any("eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history)
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -197,6 +194,16 @@ class PairTrainer(PackedBatches, Trainer):
                 f"step {self.state.global_step + 1}: the loss of the pairs at rows {bad} of the data is not finite. "
                 f"Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
             )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # With a loss scaler some gradients are not finite by design, and their steps are skipped.
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise NotFiniteError(
+                f"step {self.state.global_step + 1}: the losses are finite, and their gradient is not. Nothing of this "
+                f"step was applied; the last checkpoint is in {self.args.output_dir}"
+            )
+        return norm
 
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, real: Tensor) -> None:
         sums = self._sums[split]
@@ -245,9 +252,36 @@ class PairTrainer(PackedBatches, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(Path(resume_from_checkpoint), self)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.loss_fn.load_state_dict(load_file(Path(resume_from_checkpoint) / LOSS_STATE))
+        self._load_state(Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_state(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """β, and the reference where it moves: the model at that step goes with them."""
+        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE))
         if self.moving_reference:
-            self.moving_reference.load(Path(resume_from_checkpoint) / REFERENCE_STATE)
+            self.moving_reference.load(checkpoint / REFERENCE_STATE)
+
+
+class EvaluateWithStep(TrainerCallback):
+    """Evaluates an epoch's last step, where epochs are evaluated, and the run's last one, with the step itself.
+
+    So that its checkpoint, which would come first, holds the evaluation; a resumed run neither misses nor repeats it.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        epoch_ends = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
+        control.should_evaluate |= epoch_ends or state.global_step >= state.max_steps
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_evaluate &= not evaluated(state)
+
+
+def evaluated(state: TrainerState) -> bool:
+    """Whether the log has an evaluation after the steps that are done."""
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
 
 
 class AfterStep(TrainerCallback):
