@@ -252,11 +252,11 @@ def test_killed_before_its_first_checkpoint(tiny, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     main([*arguments, last])
     said = "has no complete checkpoint, the run begins anew; what was on record is in "
-    assert f"{tmp_path / 'run'} {said}{tmp_path / 'run' / 'record.2'}" in capsys.readouterr().out
+    assert f"{tmp_path / 'run'} {said}{tmp_path / 'run' / 'earlier-2'}" in capsys.readouterr().out
     whole = read(tmp_path / "whole" / "record")
     assert read(tmp_path / "run" / "record").equals(whole)
-    for name in ("record.1", "record.2"):
-        kept = read(tmp_path / "run" / name)
+    for name in ("earlier-1", "earlier-2"):
+        kept = read(tmp_path / "run" / name / "record")
         assert len(kept) == 12 and kept.equals(whole.slice(0, 12))
 
 

@@ -9,11 +9,12 @@ rank it is in, where TRL averages micro-batches: the two differ where a micro-ba
 
 What this module holds on to in TRL and transformers, all of it here:
 
-- public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``ref_model``, ``accelerator``,
-  ``args``, ``state``; what its collator returns (``input_ids``, ``attention_mask``, ``completion_mask``); and "ref" as
-  the name of the copy of a pre-trained adapter.
+- public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``evaluation_loop``, ``ref_model``,
+  ``data_collator``, ``accelerator``, ``args``, ``state``; what its collator returns (``input_ids``,
+  ``attention_mask``, ``completion_mask``); and "ref" as the name of the copy of a pre-trained adapter.
 - private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint`` and
   ``_load_from_checkpoint`` (transformers' places for what belongs to a checkpoint); ``_get_train_sampler``;
+  ``_prepare_dataset`` and ``_set_signature_columns_if_needed``, through which rows keep their numbers (recording.py);
   ``aux_loss_enabled`` and ``router_aux_loss_coef``.
 - the model's ``forward``, which TRL replaces too: ours comes on top of it, so that the loss runs inside whatever wraps
   the model.
@@ -41,6 +42,7 @@ from ..module import BETA_UPDATES, EpsilonDPOLoss
 from .batches import PackedBatches
 from .checks import check_checkpoint, check_launch, check_reference, turn_off_dropout
 from .packing import part
+from .recording import PAIR_ID, ROW, RecordedTRL
 from .transformers import (
     HeadInputs,
     Reference,
@@ -89,14 +91,19 @@ class EpsilonDPOConfig(DPOConfig):
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Tokens of a micro-batch; one of more is cut. A step keeps its pairs."}
     )
+    record: bool = field(
+        default=True,
+        metadata={"help": "Write every pair's decision, and what it came from, to output_dir/record (epsdpo audit)."},
+    )
 
 
-class EpsilonDPOTrainer(PackedBatches, DPOTrainer):
+class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     """``trl.DPOTrainer`` with the loss of ε-DPO, without logits in memory.
 
     Takes the arguments of ``DPOTrainer``. ``loss_fn`` holds the running β, which checkpoints carry. Beside TRL's
     metrics it logs ``kl/beta`` (the running β), ``kl/relaxed``, ``kl/kept``, ``kl/tightened`` (shares of pairs), and
-    ``kl/chosen``, ``kl/rejected`` (exact, nats). ``logits/…`` are left out for a model that caps its logits.
+    ``kl/chosen``, ``kl/rejected`` (exact, nats). ``logits/…`` are left out for a model that caps its logits. Unless
+    ``record`` is off it records every pair into ``output_dir/record``, for ``epsdpo audit`` and ``epsdpo report``.
 
     Raises:
         ValueError, TypeError: what the loss cannot honour, with the reason and what to do instead; a head that cannot
@@ -139,6 +146,15 @@ class EpsilonDPOTrainer(PackedBatches, DPOTrainer):
         run_loss_in_forward(self.model, self._reference(autocast), self.loss_fn)
         models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
         self.set_layout(models, config.packed, config.max_tokens_per_batch)
+        if config.record:
+            self.start_recording(self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """What run.json says of the run beside its loss, under the names of ``python -m train``'s options."""
+        return {
+            "model": self.model.config._name_or_path, "max_length": self.args.max_length,
+            "sync_ref_model": self.args.sync_ref_model,
+        }  # fmt: skip
 
     def _reference(self, autocast: torch.dtype | None) -> Reference:
         if self.ref_model is None:
@@ -161,11 +177,9 @@ class EpsilonDPOTrainer(PackedBatches, DPOTrainer):
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without the pairs that accelerate repeats to fill every rank's last batch: decisions count once."""
-        pairs = len(batch["input_ids"]) // 2
-        real = self.accelerator.gradient_state.remainder
-        if self.accelerator.num_processes == 1 or real <= 0:
+        pairs, mine = len(batch["input_ids"]) // 2, self._own_pairs(batch)
+        if mine == pairs:
             return batch
-        mine = min(max(real - pairs * self.accelerator.process_index, 0), pairs)
         # A rank has to take part in the step.
         return part(batch, 0, mine) if mine else self.blank_of(batch)
 
@@ -186,8 +200,17 @@ class EpsilonDPOTrainer(PackedBatches, DPOTrainer):
         pair = part(batch, 0, 1)
         return pair | {"completion_mask": torch.zeros_like(pair["completion_mask"])}
 
+    def _own_pairs(self, batch: dict[str, Tensor]) -> int:
+        """How many pairs of a loader's last batch are not repeats; they come first."""
+        pairs = len(batch["input_ids"]) // 2
+        real = self.accelerator.gradient_state.remainder
+        if self.accelerator.num_processes == 1 or real <= 0:
+            return pairs
+        return min(max(real - pairs * self.accelerator.process_index, 0), pairs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask", "packing"})
+        known = {"input_ids", "attention_mask", "completion_mask", "packing", ROW, PAIR_ID}
+        unknown = sorted(set(inputs) - known)
         if unknown:
             raise ValueError(
                 f"data_collator: got a batch with {unknown}, takes input_ids, attention_mask and completion_mask: the "
@@ -199,6 +222,9 @@ class EpsilonDPOTrainer(PackedBatches, DPOTrainer):
         self.loss_fn.train(training)
         out = model(input_ids=ids, attention_mask=mask if packing is None else packing, pair_labels=labels)
         loss = out.loss
+        # Training has left the repeats out.
+        last = not training and self.accelerator.gradient_state.end_of_dataloader
+        self.append_to_record(out, labels, inputs, self._own_pairs(inputs) if last else len(ids) // 2)
         self._add_metrics("train" if training else "eval", out, labels, mask)
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.
