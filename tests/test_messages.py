@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -251,6 +252,30 @@ def test_no_field_can_spell_a_control_token(tmp_path):
     assert [part.count(start) for part in ids] == [3, 0, 0]  # tools, user, assistant
     assert [part.count(end) for part in ids] == [2, 2, 2]  # an end of turn, and EOS behind what the text ends with
     assert report.control_text == 1 and all(bad.strip() in text for text in decoded(found[0], tokenizer))
+
+
+def test_as_trl_prepares_them(tmp_path):
+    trl = pytest.importorskip("trl", reason="the extra trl is not installed")
+    thought = byte_tokenizer(FULL.replace("<|start|>assistant\n'", "<|start|>assistant\n<think>\n'"))
+    turns = [assistant("How old?"), user("30"), assistant("Thanks.")]
+    rows = [
+        ROW,
+        ROW | {"tools": json.dumps([tool()]), "chat_template_kwargs": {"think": False}},
+        ROW | {"prompt": [{"role": "system", "content": ""}, user("hi"), assistant("So, ")], "rejected": turns},
+        ROW | {"chosen": turns, "rejected": [*turns[:2], assistant(None, tool_calls=call())]},
+        ROW | {"chosen": [user("And?"), assistant("b")]},
+        {"chosen": [user("hi"), *turns], "rejected": [user("hi"), *turns[:2], assistant("So.")]},
+    ]
+    for tokenizer in (TOOLS, thought):
+        found = load(tmp_path, *rows, tokenizer=tokenizer)[0]
+        args = SimpleNamespace(dataset_num_proc=None, max_length=None)
+        for row, ours in zip(rows, found, strict=True):
+            trainer = SimpleNamespace(_tokenizer=tokenizer)
+            one = datasets.Dataset.from_list([row], on_mixed_types="use_json")
+            theirs = trl.DPOTrainer._prepare_dataset(trainer, one, tokenizer, args, "train")[0]
+            assert ours["prompt_ids"] == theirs["prompt_ids"]
+            for side in ("chosen_ids", "rejected_ids"):  # theirs end with the newline that no model writes
+                assert ours[side] == theirs[side][:-1] and tokenizer.decode(theirs[side][-1:]) == "\n"
 
 
 # Turns

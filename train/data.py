@@ -41,7 +41,7 @@ TOKENISED = datasets.Features(
 )
 # Rows for which a process more is worth its start, and rows that are tokenised at once.
 ROWS_A_PROCESS, ROWS_A_BATCH = 5000, 256
-PLACES = 20
+PLACES, MOST_COLUMNS = 20, 64
 NOTHING = (np.zeros(0, np.int32),) * 3
 
 
@@ -136,9 +136,9 @@ def load_pairs(
     max_length: tokens of a prompt and a completion, from 2. A longer completion loses its end, EOS included.
     max_prompt_length: in tokens, 1 to max_length − 1, half of max_length by default. A longer prompt loses its start.
     keep_columns: columns to carry through; None takes all that fit. A column fits where it holds only strings of up to
-        64 characters, only integers, or only booleans, nulls aside.
+        64 characters, only integers, or only booleans, nulls aside, and is one of the first 64.
     prerendered: whether strings were written by a chat template, so that control tokens in them are meant; False keeps
-        them as text, None refuses such strings. In messages they are always text.
+        them as text, None refuses such strings. In messages they are always text, and strings beside them have none.
 
     Returns the data set and the report. Rows have `pair_id` (16 hex digits, a hash of the pair), `row` (place in the
     source from 0; line number − 1), `prompt_ids`, `chosen_ids`, `rejected_ids` and the columns carried through. Prompt
@@ -220,7 +220,7 @@ class _Tokenise:
             note, pair_id = _columns_of(record or {}), None
             try:
                 pair = pair_of(record)
-                self._refuse_control(pair, row)
+                self._check_control(pair, record or {}, row)
                 rendered.append(self.encoder.render(pair))
                 note["unwritten"], pair_id = self.encoder.unwritten(pair), pair.id()
             except NoPair as drop:
@@ -232,13 +232,18 @@ class _Tokenise:
         tokens = dict(zip(IDS, map(list, zip(*parts, strict=True)), strict=True))
         return {"pair_id": ids, "row": rows, **tokens, "note": [json.dumps(note) for note in notes]}
 
-    def _refuse_control(self, pair: Pair, row: int) -> None:
-        token = self.encoder.spelt(pair) if self.encoder.prerendered is None else None
-        if token:
+    def _check_control(self, pair: Pair, record: Record, row: int) -> None:
+        """Control tokens in a row's strings are meant only where that is said, and where there are no messages."""
+        if self.encoder.prerendered is False:
+            return
+        token = self.encoder.spelt(part for name in PARTS[:3] if isinstance(part := record.get(name), str))
+        if token and self.encoder.prerendered is None:
             raise ValueError(
                 f"prerendered: row {row} has text that spells the control token {token!r}. Give true where a chat "
                 "template wrote the texts, so that it is one; false where it is text (or messages instead of texts)"
             )
+        if token and not isinstance(pair.prompt, str):
+            raise NoPair("control tokens in a string beside messages")
 
     def _cut(self, rendered: Rendered, encoded: Encoded, note: dict[str, Any]) -> tuple[np.ndarray, ...]:
         prompt = encoded.prompt[-self.max_prompt_length :]
@@ -252,14 +257,14 @@ class _Tokenise:
             note["dropped"] = "identical after truncation"
         if "dropped" in note:
             return NOTHING
-        note["prompts_truncated"] = int(len(prompt) < len(encoded.prompt))
-        note["completions_truncated"] = sum(len(cut[i]) < len(whole[i]) for i in range(2))
-        note["control_text"] = int(any(MARK in text for text in rendered[:3]))
-        note["parted"] = int(encoded.parted)
+        counts = {
+            "prompts_truncated": len(prompt) < len(encoded.prompt),
+            "completions_truncated": sum(len(cut[i]) < len(whole[i]) for i in range(2)),
+            "control_text": any(MARK in text for text in rendered[:3]),
+            "parted": encoded.parted,
+        }
+        note["counts"] = {name: int(count) for name, count in counts.items() if count}
         return prompt, chosen, rejected
-
-
-COUNTED = ("prompts_truncated", "completions_truncated", "control_text", "parted")
 
 
 def _columns_of(record: Record) -> dict[str, Any]:
@@ -275,6 +280,10 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
+def _fits(types: set[type]) -> bool:
+    return types in ({str}, {int}, {bool})
+
+
 def _read_notes(
     found: datasets.Dataset, report: Report, keep: Sequence[str] | None
 ) -> tuple[np.ndarray, dict[str, list]]:
@@ -283,28 +292,36 @@ def _read_notes(
     read: set[str] = set()
     values: dict[str, list] = {}
     types: dict[str, set[type]] = {}
+    counts: Counter[str] = Counter()
     for batch in found.select_columns(["row", "note"]).iter(4096):
         for row, text in zip(batch["row"], batch["note"], strict=True):
             note = json.loads(text)
             read.update(note["read"])
             for name in note["columns"]:
-                types.setdefault(name, set())
+                if len(types) < MOST_COLUMNS:
+                    types.setdefault(name, set())
             if "dropped" in note:
                 report.drop(note["dropped"], row)
                 kept[report.read] = False
             else:
-                for name in COUNTED:
-                    setattr(report, name, getattr(report, name) + note[name])
+                counts.update(note["counts"])
                 report.unwritten.update(note["unwritten"])
                 for name, value in note["columns"].items():
+                    if name not in types:
+                        continue
                     types[name].add(type(value))
+                    if not _fits(types[name]):
+                        values.pop(name, None)
+                        continue
                     column = values.setdefault(name, [])
                     column += [None] * (report.read - len(column))
                     # Categories are few: one string of each will do.
                     column.append(sys.intern(value) if isinstance(value, str) else value)
             report.read += 1
     report.kept = int(kept.sum())
-    fit = [name for name in types if types[name] in ({str}, {int}, {bool}) and name not in COLUMNS]
+    for name, count in counts.items():
+        setattr(report, name, count)
+    fit = [name for name in types if _fits(types[name]) and name not in COLUMNS]
     for name in keep or ():
         if name not in fit:
             raise ValueError(f"keep_columns: got {name!r}, takes columns of short strings, integers or booleans")

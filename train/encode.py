@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +20,6 @@ MARK = "\ufdd0"
 MARKED = re.compile(f"{MARK}([0-9]+){MARK}")
 # Characters given to the tokenizer at once: what it keeps of a token while it works is about a hundred bytes.
 CHARACTERS = 1 << 20
-# The first is what templates read; transformers copies the others there.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # What a row may not set: all that is not for the template to see.
 RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"tools", "documents"}
@@ -68,9 +67,8 @@ class Encoder:
         self.start_text = "".join(tokenizer.convert_ids_to_tokens(self.start))
         self.newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
 
-    def spelt(self, pair: Pair) -> str | None:
-        """A control token that a text of the pair spells, None for messages."""
-        texts = (part for part in pair[:3] if isinstance(part, str))
+    def spelt(self, texts: Iterable[str]) -> str | None:
+        """The first control token that texts spell."""
         return next((token for text in texts for token in self.pattern.findall(text) if token != MARK), None)
 
     # Rendering
@@ -112,8 +110,20 @@ class Encoder:
         names = {name for message in messages for name in message} - {"role", "content"}
         names |= (pair.template_kwargs or {}).keys() | ({"tools"} if pair.tools else set())
         template = self.tokenizer.get_chat_template(tools=pair.tools)
-        read = [name for name in REASONING if name in template]
-        return sorted(name for name in names if name not in template and not (name in REASONING and read))
+        return sorted(name for name in names if name not in template and name not in self._handed_on)
+
+    @cached_property
+    def _handed_on(self) -> set[str]:
+        """Fields whose text reaches the template under another name, as transformers does with thoughts."""
+        found = set()
+        for name in REASONING:
+            thought = {"role": "assistant", "content": "an answer", name: "a thought"}
+            try:
+                if "a thought" in self._apply([{"role": "user", "content": "a question"}, thought], {}):
+                    found.add(name)
+            except NoPair:
+                pass
+        return found
 
     def _closed(self, text: str, rendered: bool | None) -> str:
         """A text with its end: EOS, or what it was rendered with. A newline after an end of turn is never generated."""

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-BLOCK = 1 << 20
+BLOCK, PEEK = 1 << 20, 64
 LINES = datasets.Features({"row": datasets.Value("int64"), "line": datasets.Value("large_binary")})
 
 Record = dict[str, Any]
@@ -72,6 +73,8 @@ def _open_parquet(path: Path) -> datasets.Dataset:
         while block := file.read(BLOCK):
             content.update(block)
     try:
+        if not pq.read_metadata(path).num_rows:
+            return datasets.Dataset.from_dict({})
         return datasets.Dataset.from_parquet(str(path), config_name=content.hexdigest())
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"source: {path} can't be read: {error.__cause__ or error}") from error
@@ -98,7 +101,7 @@ def lines(source: str) -> Iterator[tuple[int, bytes]]:
     path = _file(source)
     try:
         with gzip.open(path) if source.endswith(".gz") else path.open("rb") as file:
-            start = file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()  # type: ignore[union-attr]
+            start = file.peek(PEEK)[:PEEK].removeprefix(codecs.BOM_UTF8).lstrip()  # type: ignore[union-attr]
             if ".jsonl" not in path.name and start.startswith(b"["):
                 yield from enumerate(_elements(file))
                 return
@@ -114,7 +117,7 @@ def _elements(file: Any) -> Iterator[bytes]:
     """The elements of a JSON array, one after the other; one that is no object is an empty one."""
     decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     stream = io.TextIOWrapper(file, "utf-8-sig")
-    text = stream.read(BLOCK)
+    text = stream.read(PEEK)
     at = text.index("[") + 1
     while True:
         at = between.match(text, at).end()  # type: ignore[union-attr]

@@ -27,8 +27,8 @@ from epsdpo_kernels import linear_pair_stats, record
 from epsdpo_kernels.integrations.transformers import head_inputs
 
 from .. import data
-from ..__main__ import load_model
 from ..methods import METHODS
+from ..models import load_model
 from ..trainer import last_checkpoint
 from .common import LOOKS, Mean, grid, mean
 
@@ -332,7 +332,8 @@ def picture(done: dict[Run, dict[str, Any]], runs: list[Run], path: Path) -> Non
             swept.errorbar([beta for beta, _ in own], [m.value for m in margin], [m.error for m in margin], **look)
         steps = done[Run(method, first.beta, first.seed)]["steps"]
         x = range(1, len(steps) + 1)
-        betas.plot(x, [s["beta/running"] for s in steps], color=colour, label=method)
+        line = "--" if method == "tr-dpo" else "-"  # its β is DPO's
+        betas.plot(x, [s["beta/running"] for s in steps], line, color=colour, label=method)
         if method == "eps-dpo":
             for what, line in (("relaxed", "-"), ("tightened", ":")):
                 decisions.plot(x, [s[f"beta/{what}"] for s in steps], line, color=colour, label=what)
@@ -388,7 +389,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             print("done before", flush=True)
     if options.micro_steps:
-        train_micro(options.out, options.seeds[0], options.micro_steps, flags)
+        train_micro(options.out, options.seeds[0], options.micro_steps, [*flags, f"--beta={options.betas[0]}"])
     print(write(options, runs))
     done = collect(options.out, runs)
     if failed:

@@ -212,6 +212,11 @@ def sweep(pairs: int) -> dict[str, list[Run]]:
     return {m: [Run(m, beta, pairs=pairs) for beta in (DPO_BETAS if m == "dpo" else BETAS)] for m in METHODS}
 
 
+def stopped_early(pairs: int) -> list[Run]:
+    """DPO of half the steps: less KL by less training, where the others have it by a larger β."""
+    return [Run("dpo", beta, steps=200, pairs=pairs) for beta in BETAS]
+
+
 def over_steps() -> dict[str, list[Run]]:
     """Runs of several lengths from β₀ = 1, by what they are called."""
     named = {"DPO": ("dpo", 0.4), "ε-DPO": ("eps-dpo", 0.4)}
@@ -228,19 +233,21 @@ Results = dict[Run, list[End]]  # one entry a seed, in the order of the seeds
 
 
 def more_than_dpo(results: Results, run: Run) -> Mean:
-    """How much more reward a run ends with than DPO of the same steps, preferences and seed at the same KL.
+    """How much more reward a run ends with than DPO of 400 steps at the same KL, of the same preferences and seed.
 
-    What DPO lacks to the best possible is interpolated between its β₀, and is 0 at KL 0. Seeds in which the run is
-    further from the reference than DPO gets at all are left out.
+    What DPO lacks to the best possible is interpolated between its β₀, and is 0 at KL 0. NaN where the run is further
+    from the reference than DPO gets, in any seed: the seeds that remain would be a choice.
     """
     found = []
     for seed, end in enumerate(results[run]):
         others = (results[other][seed] for other in sweep(run.pairs)["dpo"])
         curve = [(0.0, 0.0), *sorted((other.kl, other.missing) for other in others)]
         for (low, missing_low), (high, missing_high) in pairwise(curve):
-            if low <= end.kl < high:
+            if low < end.kl <= high:
                 share = (end.kl - low) / (high - low)
                 found.append(missing_low + share * (missing_high - missing_low) - end.missing)
+        if len(found) <= seed:
+            found.append(math.nan)
     return mean(found)
 
 
@@ -248,6 +255,12 @@ def each(results: Results, runs: Sequence[Run], name: str, digits: int = 3) -> l
     """The mean over seeds of a column of :class:`End`, and half its 95 % interval, for every run."""
     means = (mean([getattr(end, name) for end in results[run]]) for run in runs)
     return [f"{m.value:.{digits}g} ± {m.half_width:.1g}" for m in means]
+
+
+def geometric(results: Results, runs: Sequence[Run]) -> list[str]:
+    """The geometric mean over seeds of β at the end, and the factor that is half its 95 % interval, for every run."""
+    means = (mean([math.log(end.beta) for end in results[run]]) for run in runs)
+    return [f"{math.exp(m.value):.3g}" + (f" ×÷ {math.exp(m.half_width):.2f}" if m.error > 1e-6 else "") for m in means]
 
 
 def gains(results: Results, runs: Sequence[Run]) -> list[str]:
@@ -270,16 +283,21 @@ def tables(results: Results) -> str:
         add(f"{of} KL at the end (nats):", "method", heads, {m: each(results, r, "kl") for m, r in rows.items()})
         add(
             f"{of} reward more than DPO's at the same KL (thousandths):", "method", heads,
-            {m: gains(results, r) for m, r in rows.items() if m != "dpo"},
+            {m: gains(results, r) for m, r in rows.items() if m != "dpo"}
+            | {"dpo, 200 steps": gains(results, stopped_early(pairs))},
         )  # fmt: skip
-        add(f"{of} β at the end:", "method", heads, {m: each(results, r, "beta") for m, r in rows.items()})
-    for title, name in (("β", "beta"), ("β·mean margin", "scaled_margin"), ("KL (nats)", "kl")):
+        moved = {m: geometric(results, r) for m, r in rows.items() if m in ("eps-dpo", "beta-dpo", "lsc-dpo")}
+        add(f"{of} β at the end:", "method", heads, moved)
+    cells = {label: geometric(results, runs) for label, runs in over_steps().items()}
+    add("β at the end, by steps, from β₀ = 1:", "run", STEPS, cells)
+    for title, name in (("β·mean margin", "scaled_margin"), ("KL (nats)", "kl")):
         cells = {label: each(results, runs, name) for label, runs in over_steps().items()}
         add(f"{title} at the end, by steps, from β₀ = 1:", "run", STEPS, cells)
     heads = [f"ε = {epsilon}" for epsilon in EPSILONS]
-    for title, name in (("β", "beta"), ("KL (nats)", "kl")):
-        cells = {update: each(results, runs, name) for update, runs in over_epsilon().items()}
-        add(f"ε-DPO, {title} at the end, from β₀ = 1:", "`beta_update`", heads, cells)
+    cells = {update: geometric(results, runs) for update, runs in over_epsilon().items()}
+    add("ε-DPO, β at the end, from β₀ = 1:", "`beta_update`", heads, cells)
+    cells = {update: each(results, runs, "kl") for update, runs in over_epsilon().items()}
+    add("ε-DPO, KL (nats) at the end, from β₀ = 1:", "`beta_update`", heads, cells)
     cells = {update: gains(results, runs) for update, runs in over_epsilon().items()}
     title = "ε-DPO, reward more than DPO's at the same KL (thousandths), from β₀ = 1:"
     add(title, "`beta_update`", heads, cells)
@@ -294,28 +312,31 @@ def tables(results: Results) -> str:
 
 
 def picture(results: Results, path: Path) -> None:
-    """KL by β₀, and what is missing to the best reward by KL, for many preferences and for few."""
+    """KL by β₀, and reward more than DPO's at the same KL, for many preferences and for few."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    for method, runs in sweep(PAIRS[0]).items():
+        colour, marker = LOOKS[method]
+        kl = {run.beta: mean([end.kl for end in results[run]]).value for run in runs}
+        panels[0].plot(*zip(*sorted(kl.items()), strict=True), color=colour, marker=marker, label=method)
     for axes, pairs in zip(panels[1:], PAIRS, strict=True):
-        for method, runs in sweep(pairs).items():
-            runs = sorted(runs, key=lambda run: run.beta)
-            kl, missing = ([mean([getattr(e, n) for e in results[run]]) for run in runs] for n in ("kl", "missing"))
-            colour, marker = LOOKS[method]
-            look = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.2, "label": method}
+        axes.axhline(0, color=LOOKS["dpo"][0], label="dpo, 400 steps")
+        shown = {m: (runs, LOOKS[m], "-") for m, runs in sweep(pairs).items() if m not in ("dpo", "tr-dpo")}
+        shown["dpo, 200 steps"] = (stopped_early(pairs), LOOKS["dpo"], ":")
+        for label, (runs, (colour, marker), line) in shown.items():
+            more = [more_than_dpo(results, run) for run in runs]
             axes.errorbar(
-                [m.value for m in kl], [m.value for m in missing], yerr=[m.half_width for m in missing],
-                capsize=2, elinewidth=0.8, **look,
+                [mean([end.kl for end in results[run]]).value for run in runs], [1e3 * m.value for m in more],
+                yerr=[1e3 * m.half_width for m in more], color=colour, marker=marker, linestyle=line, capsize=2,
+                elinewidth=0.8, label=label,
             )  # fmt: skip
-            if pairs == PAIRS[0]:
-                panels[0].plot([run.beta for run in runs], [m.value for m in kl], **look)
         axes.set(
-            xlabel="KL(policy ‖ reference) at the end, nats", ylabel="reward missing to the best at that KL",
-            title=f"{pairs:,} preferences", ylim=(0, None), xlim=(0, None),
+            xlabel="KL(policy ‖ reference) at the end, nats", ylabel="reward more than DPO's at that KL, thousandths",
+            title=f"{pairs:,} preferences", xlim=(0, None),
         )  # fmt: skip
     panels[0].set(
         xlabel="β₀", ylabel="KL(policy ‖ reference) at the end, nats", xscale="log", yscale="log",
@@ -323,7 +344,7 @@ def picture(results: Results, path: Path) -> None:
     )  # fmt: skip
     for axes in panels:
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=9, loc="lower left")
+        axes.legend(fontsize=9, loc="lower left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -336,19 +357,25 @@ def picture_of_steps(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    columns = (("beta", "β", "log"), ("scaled_margin", "β · mean margin", "linear"), ("kl", "KL, nats", "linear"))
-    for axes, (column, label, scale) in zip(panels, columns, strict=True):
-        for name, runs in over_steps().items():
-            colour, marker = LOOKS[runs[0].method]
+    for name, runs in over_steps().items():
+        colour, marker = LOOKS[runs[0].method]
+        look = {"color": colour, "marker": marker, "linestyle": "--" if runs[0].z_star != 0.4 else "-", "capsize": 2}
+        logs = [mean([math.log(end.beta) for end in results[run]]) for run in runs]
+        middle = [math.exp(m.value) for m in logs]
+        ends = [
+            [abs(math.exp(m.value + sign * m.half_width) - y) for m, y in zip(logs, middle, strict=True)]
+            for sign in (-1, 1)
+        ]
+        panels[0].errorbar(STEPS, middle, yerr=ends, **look, label=name)
+        for axes, column in zip(panels[1:], ("scaled_margin", "kl"), strict=True):
             values = [mean([getattr(end, column) for end in results[run]]) for run in runs]
-            axes.errorbar(
-                STEPS, [m.value for m in values], yerr=[m.half_width for m in values], color=colour, marker=marker,
-                linestyle="--" if runs[0].z_star != 0.4 else "-", capsize=2, label=name,
-            )  # fmt: skip
-        axes.set(xlabel="steps of the run", xscale="log", yscale=scale, title=f"{label} at the end")
-        axes.set_xticks(STEPS, map(str, STEPS), minor=False)
+            axes.errorbar(STEPS, [m.value for m in values], yerr=[m.half_width for m in values], **look, label=name)
+    for axes, title in zip(panels, ("β", "β · mean margin", "KL(policy ‖ reference), nats,"), strict=True):
+        axes.set(xlabel="steps of the run", xscale="log", title=f"{title} at the end")
+        axes.set_xticks(STEPS, map(str, STEPS))
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
+    panels[0].set_yscale("log")
     panels[0].legend(fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -359,7 +386,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder of the tables and the pictures")
     parser.add_argument("--seeds", type=int, default=8, help="tasks, each with its own preferences and batches")
     options = parser.parse_args(arguments)
-    groups = [*(sweep(pairs) for pairs in PAIRS), over_steps(), over_epsilon()]
+    groups = [*(sweep(pairs) | {"early": stopped_early(pairs)} for pairs in PAIRS), over_steps(), over_epsilon()]
     runs = list(dict.fromkeys(run for group in groups for named in group.values() for run in named))
     results: Results = {run: [] for run in runs}
     for seed in range(options.seeds):
