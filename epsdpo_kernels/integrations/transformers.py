@@ -48,7 +48,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
     Raises:
         TypeError: it is something else.
-        ValueError: it has adapters that the loss would run without, or that nothing could switch off.
+        ValueError: it has an adapter that the loss would run without.
     """
     unwrap: Any = getattr(model, "get_base_model", None)
     inner = unwrap() if unwrap else model
@@ -59,12 +59,6 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
         )
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model: got {type(inner).__name__}, takes a transformers PreTrainedModel, or one within PEFT")
-    if inner._hf_peft_config_loaded:
-        raise ValueError(
-            f"model: got {type(inner).__name__} with an adapter that transformers has loaded, frozen, into its layers. "
-            "Load it with peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True): its copy is then the "
-            "reference"
-        )
     return inner
 
 

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import DPOConfig, DPOTrainer
 
 from ..linear import EpsilonDPOOutput
@@ -125,7 +126,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         loss_fn = _Loss(settings.beta, config.epsilon, config.beta_update, settings.label_smoothing)
         if args is not None:
             _refuse_arguments(args)
-        _refuse_adapters(model, kwargs.get("peft_config"))
+        _refuse_adapters(model, ref_model, kwargs.get("peft_config"))
         super().__init__(model, ref_model, args, *rest, **kwargs)
         if self._is_vision_dataset:
             raise ValueError(
@@ -373,7 +374,14 @@ def _refuse_arguments(args: DPOConfig) -> None:
             )
 
 
-def _refuse_adapters(model: Any, peft_config: Any) -> None:
+def _refuse_adapters(model: Any, ref_model: Any, peft_config: Any) -> None:
+    by_name = isinstance(model, str) and find_adapter_config_file(model)
+    if by_name or (ref_model is None and getattr(model, "_hf_peft_config_loaded", False)):
+        raise ValueError(
+            "model: got an adapter that transformers loads into the layers of its base, which would be the reference "
+            "without it. Load it with peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True): its copy is "
+            "then the reference"
+        )
     if peft_config is None and not isinstance(model, str) and is_peft_model(model):
         peft_config = model.active_peft_config
     if peft_config is not None and peft_config.is_prompt_learning:
