@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 
 if not torch.cuda.is_available():  # before any test imports the kernels
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What `datasets` keeps on disk, of tests alone.
+CACHE = tempfile.TemporaryDirectory(prefix="epsdpo-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 WORDS = "the sky is blue green red and so are you my friend not what i said yes no maybe sure".split()
 

@@ -32,10 +32,10 @@ def prepare(folder: Path) -> None:
     """A tiny model, a tokenizer that has learnt from the data, and short pairs of them as prompt and completions."""
     import tokenizers
 
-    from epsdpo_kernels.record import sources
+    from epsdpo_kernels.record import rows, sources
 
     found = []
-    for _, record in sources.read_rows(str(DATA), "train"):
+    for _, record in rows.read_rows(str(DATA), "train"):
         try:
             pair = sources.pair_of(record)
         except sources.NoPair:

@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
         _field("rank", pa.int16(), "", "process that computed the pair, from 0"),
         _field("epoch", pa.float64(), "passes", "passes over the data done before the step", nullable=True),
         _field("split", pa.string(), "", "train, or the prefix of an evaluation's metrics: eval, eval_NAME"),
-        _field("method", pa.string(), "", "eps-dpo, dpo, tr-dpo or beta-dpo"),
+        _field("method", pa.string(), "", "eps-dpo, dpo, tr-dpo, beta-dpo or lsc-dpo"),
         _field("pair_id", pa.string(), "", "hash of the pair's texts, the same in every run", nullable=True),
         _field("row", pa.int64(), "", "row in the data as given, from 0; in a stream the place", nullable=True),
         _field("chosen_tokens", pa.int32(), "tokens", "scored tokens of the chosen completion"),

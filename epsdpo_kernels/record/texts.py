@@ -8,14 +8,14 @@ from typing import Any
 
 import datasets
 
-from . import sources
+from . import rows, sources
 
 
 def find(source: str | list[str], split: str, ids: Collection[str]) -> Iterator[tuple[str, sources.Pair]]:
     """Yields (id, pair) of those with one of some ids, wherever they stand, each once.
 
     Args:
-        source: a file or a hub name that :func:`sources.read_rows` takes, an Arrow file of `datasets`, or several.
+        source: a file or a hub name that :func:`rows.read_rows` takes, an Arrow file of `datasets`, or several.
         split: of a hub data set.
 
     Raises:
@@ -37,7 +37,7 @@ def find(source: str | list[str], split: str, ids: Collection[str]) -> Iterator[
 
 def _records(source: str, split: str) -> Iterator[dict[str, Any] | None]:
     if not source.endswith(".arrow"):
-        yield from (record for _, record in sources.read_rows(source, split))
+        yield from (record for _, record in rows.read_rows(source, split))
     elif Path(source).is_file():
         yield from datasets.Dataset.from_file(source)
     else:
