@@ -28,6 +28,9 @@ test-oldest test-newest test-gpu-set: test-%: | $(VENV)/bin/python  ## the quick
 	$(BIN)/uv pip list --python $(VENV)/$*
 	$(VENV)/$*/bin/python -m pytest -q $(QUICK_TESTS)
 
+sweep: $(VENV)/.test  ## the loss on a tiny model of every causal class in transformers: right, or refused with a reason
+	$(BIN)/python -m tests.model_sweep
+
 bench: $(VENV)/.bench  ## speed and memory on this CPU beside what people would use instead; minutes
 	$(BIN)/python -m pytest bench/test_speed.py bench/test_scaling.py -q --capture=no -p no:cacheprovider
 	$(BIN)/python -m bench.tables

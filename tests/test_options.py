@@ -99,7 +99,8 @@ def test_options_that_need_another_are_refused(tiny, tmp_path):
 
 
 def order(run):
-    rows = read(run / "record").to_pandas()
+    """Rows in the order of steps; within one, where all pairs weigh alike, in the data's."""
+    rows = read(run / "record").to_pandas().sort_values(["step", "row"])
     return rows[rows.split == "train"].row.tolist()
 
 

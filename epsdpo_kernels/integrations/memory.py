@@ -92,9 +92,11 @@ def _kept_by_token(model: nn.Module) -> float:
         del hidden
         return sum(found.values())
 
-    training = model.training
+    training, longest = model.training, 128
+    if places := getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None):
+        longest = min(longest, places)
     model.eval()
     try:
-        return (kept(128) - kept(64)) / 64
+        return (kept(longest) - kept(longest // 2)) / (longest - longest // 2)
     finally:
         model.train(training)
