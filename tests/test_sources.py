@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from bench import rows
 from epsdpo_kernels.record import rows as source_rows
 from epsdpo_kernels.record.sources import texts
 from pair_data import CHAT, PLAIN, TEMPLATE, assistant, byte_tokenizer, decoded, load, pair, user, write
@@ -229,3 +230,12 @@ def test_what_is_kept_goes_by_tokenizer_and_options(tmp_path):
     for _ in range(2):
         assert load(tmp_path, pair("<bos>"), prerendered=True)[0]["prompt_ids"][0] == [PLAIN.bos_token_id]
         assert len(load(tmp_path, pair("<bos>"), prerendered=False)[0]["prompt_ids"][0]) == 5
+
+
+def test_a_large_file_is_measured(tmp_path, cache):
+    rows.write(tmp_path / "pairs.jsonl", 400)
+    found = rows.measure(tmp_path / "pairs.jsonl", CHAT, tmp_path / "cache")
+    assert (found["rows"], found["kept"]) == (400, 396) and found["broken lines"] == [18, 118, 218, 318]
+    pairs = load_pairs(tmp_path / "pairs.jsonl", CHAT)[0]
+    assert found["tokens"] == sum(len(row[name]) for row in pairs for name in data.IDS)
+    assert found["peak MiB"] >= found["MiB at the start"] > 100
