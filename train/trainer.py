@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from epsdpo_kernels.integrations.checks import check_checkpoint, check_launch
-from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward, weighs_pairs_itself
+from epsdpo_kernels.integrations.transformers import (
+    AfterStep,
+    Reference,
+    pair_metrics,
+    run_loss_in_forward,
+    weighs_pairs_itself,
+)
 from epsdpo_kernels.linear import EpsilonDPOOutput
 from epsdpo_kernels.pair import losses_and_coefficients
 
@@ -107,6 +113,8 @@ class PairTrainer(Trainer):
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
         self.record = record
+        # Not in compute_loss: a checkpoint that is made before the optimizer steps must hold β of before.
+        self.add_callback(AfterStep(lambda step: self.loss_fn.update_beta()))
         if moving_reference:
             self.add_callback(AfterStep(moving_reference.after_step))
         self._window: list[tuple[Tensor, Tensor]] = []
@@ -154,7 +162,6 @@ class PairTrainer(Trainer):
                 self._betas.append(torch.where(row != BLANK, out.beta, torch.nan))
             if self.accelerator.gradient_state.sync_gradients:
                 self._stop_if_not_finite()
-                self.loss_fn.update_beta()
         return (loss, out) if return_outputs else loss
 
     def evaluated(self) -> bool:
@@ -227,17 +234,6 @@ class PairTrainer(Trainer):
         self.loss_fn.load_state_dict(load_file(Path(resume_from_checkpoint) / LOSS_STATE))
         if self.moving_reference:
             self.moving_reference.load(Path(resume_from_checkpoint) / REFERENCE_STATE)
-
-
-class AfterStep(TrainerCallback):
-    """Calls a function with the number of each optimizer step that is done."""
-
-    def __init__(self, function: Callable[[int], None]):
-        self.function = function
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # transformers has counted this step already.
-        self.function(state.global_step)
 
 
 class PairRecord:
