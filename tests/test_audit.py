@@ -1,5 +1,6 @@
 """The audit: a record that holds together is OK, and every way in which one does not is named where it is."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,16 +17,17 @@ pa = pytest.importorskip("pyarrow", reason="the trainer's extra is not installed
 pq = pytest.importorskip("pyarrow.parquet")
 
 from epsdpo_kernels.__main__ import main  # noqa: E402
-from epsdpo_kernels.record import parts, read  # noqa: E402
+from epsdpo_kernels.record import SCHEMA, Recorder, parts, read  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
-from records import write_run  # noqa: E402
+from epsdpo_kernels.record.recorder import write_end  # noqa: E402
+from records import OPTIONS, rechain, write_run  # noqa: E402
 from runs import flags  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
 
-def alter(run: Path, place: int, **values) -> dict:
-    """Writes other values into a row of the first part; the row as it was."""
+def alter(run: Path, place: int, chain: bool = True, **values) -> dict:
+    """Writes other values into a row of the first part, and the chain anew, so that rows tell; the row as it was."""
     part = parts(run / "record")[0]
     table = pq.read_table(part)
     was = table.slice(place, 1).to_pylist()[0]
@@ -36,14 +37,18 @@ def alter(run: Path, place: int, **values) -> dict:
         at = table.schema.get_field_index(name)
         table = table.set_column(at, table.schema.field(name), pa.array(column, table.schema.field(name).type))
     pq.write_table(table, part)
+    if chain:
+        rechain(run)
     return was
 
 
-def keep(run: Path, mask) -> None:
-    """Keeps the rows of the first part for which ``mask(row)`` is true."""
+def keep(run: Path, mask, chain: bool = True) -> None:
+    """Keeps the rows of the first part for which ``mask(row)`` is true, and writes the chain anew."""
     part = parts(run / "record")[0]
     table = pq.read_table(part)
     pq.write_table(table.filter(pa.array([mask(row) for row in table.to_pylist()])), part)
+    if chain:
+        rechain(run)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +143,7 @@ def test_what_is_missing_and_what_is_twice(tmp_path):
 
     run = fresh("part", rows_per_part=8)
     parts(run / "record")[3].unlink()
+    rechain(run)
     assert {"gap", "missing"} == set(audit(run).counts)
 
     run = fresh("row")
@@ -161,6 +167,7 @@ def test_what_is_missing_and_what_is_twice(tmp_path):
     last = parts(run / "record")[-1]
     table = pq.read_table(last)
     pq.write_table(table.filter(table["step"].to_numpy() < 8), last)
+    rechain(run)
     found = audit(run)
     assert found.counts["rank"] == 1 and found.findings[-1].kind != "gap"
     assert next(f for f in found.findings if f.kind == "rank").follows == "8–10"
@@ -211,6 +218,154 @@ def test_a_part_that_cannot_be_read_is_named(tmp_path):
         audit(run)
 
 
+def chained(run: Path) -> list[tuple]:
+    return [(f.part, f.column, f.holds, f.follows) for f in audit(run).findings if f.kind == "chain"]
+
+
+def short_digest(part: Path) -> str:
+    return hashlib.sha256(part.read_bytes()).hexdigest()[:16]
+
+
+def test_one_altered_number_breaks_the_chain(tmp_path):
+    """Also one from which nothing follows: an entropy, which only the model could work out again."""
+    write_run(tmp_path, rows_per_part=8)
+    first = parts(tmp_path / "record")[0]
+    was = short_digest(first)
+    alter(tmp_path, 3, chain=False, chosen_entropy=9.0)
+    assert chained(tmp_path) == [(first.name, "SHA-256", short_digest(first), was)]
+    assert set(audit(tmp_path).counts) == {"chain"}
+    rechain(tmp_path)
+    assert audit(tmp_path).ok
+
+    # Where a figure does not follow, the row is named too.
+    decision = pq.read_table(first)["decision"][3].as_py()
+    alter(tmp_path, 3, chain=False, decision=0 if decision else 1)
+    assert audit(tmp_path).counts == {"chain": 1, "value": 1}
+
+
+def test_the_end_vouches_for_the_last_part(tmp_path):
+    write_run(tmp_path)
+    (only,) = parts(tmp_path / "record")
+    was = short_digest(only)
+    alter(tmp_path, 3, chain=False, rejected_entropy=9.0)
+    assert chained(tmp_path) == [(only.name, "SHA-256", short_digest(only), was)]
+
+
+def test_a_removed_row_breaks_the_chain(tmp_path):
+    write_run(tmp_path, rows_per_part=8)
+    first = parts(tmp_path / "record")[0]
+    keep(tmp_path, lambda row: row["row"] != pq.read_table(first)["row"][2].as_py(), chain=False)
+    assert [part for part, *_ in chained(tmp_path)] == [first.name]
+    assert {"chain", "short", "missing"} <= set(audit(tmp_path).counts)
+
+
+def test_two_swapped_parts_break_the_chain(tmp_path):
+    run = write_run(tmp_path / "contents", rows_per_part=8)
+    names = [part.name for part in parts(run / "record")]
+    one, other = parts(run / "record")[2:4]
+    data = one.read_bytes(), other.read_bytes()
+    one.write_bytes(data[1]), other.write_bytes(data[0])
+    # The part before the two, and both: none is what the next one says.
+    assert [(part, column) for part, column, *_ in chained(run)] == [(name, "SHA-256") for name in names[1:4]]
+    assert set(audit(run).counts) == {"chain"}
+
+    run = write_run(tmp_path / "numbers", rows_per_part=8)
+    for part, number in zip(parts(run / "record")[2:4], ("0003", "0002"), strict=True):
+        part.rename(part.with_name(f"{part.name[:-12]}{number}.parquet"))
+    assert [follows for *_, follows in chained(run)] == ["part 2 of rank 0", "part 3 of rank 0"]
+
+
+def test_a_removed_part_is_named(tmp_path):
+    write_run(tmp_path / "middle", rows_per_part=8)
+    gone = parts(tmp_path / "middle" / "record")[3]
+    gone.unlink()
+    after = parts(tmp_path / "middle" / "record")[3].name
+    assert chained(tmp_path / "middle") == [(after, "part", "–", "part 3 of rank 0")]
+
+    # Of the last part neither steps nor pairs need tell: the run may just have ended.
+    run = write_run(tmp_path / "last", rows_per_part=8, eval_pairs=0, epochs=1)
+    last = parts(run / "record")[-1]
+    last.unlink()
+    assert chained(run) == [("end-000.json", "part", "–", last.name)]
+    assert set(audit(run).counts) == {"chain"}
+    (run / "record" / "end-000.json").unlink()
+    assert chained(run) == [("", "end", "–", "end-000.json")]
+
+    run = write_run(tmp_path / "first", rows_per_part=8)
+    parts(run / "record")[0].unlink()
+    assert [(column, follows) for _, column, _, follows in chained(run)] == [("part", "part 0 of rank 0")]
+
+    run = write_run(tmp_path / "ranks", ranks=2, rows_per_part=8)
+    last = parts(run / "record")[-1]
+    last.unlink()
+    assert chained(run) == [("end-001.json", "part", "–", last.name)]
+
+
+def test_a_kill_between_a_part_and_its_end_is_no_forgery(tmp_path):
+    run = write_run(tmp_path, rows_per_part=8)
+    *_, before, last = parts(run / "record")
+    write_end(run / "record" / "end-000.json", before, hashlib.sha256(before.read_bytes()).hexdigest(), False)
+    found = audit(run)
+    assert found.ok and dict(found.limits)["late_part"] == {"part": last.name} and "open" in dict(found.limits)
+    last.unlink()
+    assert audit(run).ok and [name for name, _ in audit(run).limits] == ["open"]
+    write_end(run / "record" / "end-000.json", before, "0" * 64, True)
+    assert [column for _, column, *_ in chained(run)] == ["SHA-256"]
+
+
+def forge(run: Path, step: int, epsilon: float) -> None:
+    """The consistent forgery: one decision of a step turned round, and all that follows from it, to the end."""
+    from epsdpo_kernels.pair import losses_and_coefficients, pair_beta
+
+    beta, turned = None, False
+    for part in parts(run / "record"):
+        table = pq.read_table(part)
+        rows = table.to_pandas()
+        for at in sorted(rows["step"].unique()):
+            for split in ("train", "eval"):  # an evaluation comes after its step
+                of = (rows["step"] == at) & (rows["split"] == split)
+                if not of.any():
+                    continue
+                if at == step and split == "train" and not turned:
+                    place = rows.index[of & (rows["decision"] != 0)][0]
+                    for name in ("relaxed_shift", "tightened_shift", "decision"):
+                        rows.loc[place, name] *= -1
+                    turned = True
+                if beta is not None:
+                    rows.loc[of, "beta"] = beta
+                decision = torch.tensor(rows.loc[of, "decision"].to_numpy())
+                used = pair_beta(decision, torch.tensor(rows.loc[of, "beta"].to_numpy()), epsilon)
+                names = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
+                logps = tuple(torch.tensor(rows.loc[of, name].to_numpy()).double() for name in names)
+                losses, coefficient = losses_and_coefficients(logps, used.double(), 0.0)
+                for name, values in (("beta_used", used), ("loss", losses), ("coefficient", coefficient)):
+                    rows.loc[of, name] = values.numpy().astype("float32")
+                if turned and split == "train":
+                    held = torch.tensor(rows.loc[of, "beta"].to_numpy()[0])
+                    beta = held.div_(1 + epsilon * decision.double().mean()).item()
+        forged = pa.Table.from_pandas(rows, SCHEMA, preserve_index=False)
+        if turned:
+            pq.write_table(forged.replace_schema_metadata(table.schema.metadata), part)
+
+
+def test_a_consistent_forgery_is_seen_unless_the_whole_chain_is_rewritten(tmp_path):
+    run = write_run(tmp_path, rows_per_part=8, epsilon=0.05)
+    honest, names = audit(run), [part.name for part in parts(run / "record")]
+    assert honest.ok and len(names) > 8
+    betas = read(run / "record")["beta"].to_numpy()
+    forge(run, 9, 0.05)
+    assert abs(read(run / "record")["beta"].to_numpy() / betas - 1).max() > 0.01
+    found = audit(run)
+    # Every figure follows from the others; the bytes are not those that were written.
+    assert set(found.counts) == {"chain"}
+    altered = [f.part for f in found.findings]
+    assert names[4] in altered and altered[-1] == names[-1] and names[0] not in altered
+    # What is not proved: who rewrites every part and the end too is seen only by the digest that somebody kept.
+    rechain(run)
+    forged = audit(run)
+    assert forged.ok and forged.digest != honest.digest and len(honest.digest) == 64
+
+
 def test_many_findings_are_counted_and_few_are_shown(tmp_path):
     write_run(tmp_path, pairs=200)
     facts = json.loads((tmp_path / "run.json").read_text())
@@ -228,7 +383,7 @@ def test_runs_of_other_methods(tiny, tmp_path, method):
     train(flags(tiny, tmp_path, method=method, eval_fraction=0.25, eval_strategy="steps", eval_steps=2))
     found = audit(tmp_path)
     assert found.ok, str(found)
-    assert len(found.table) == 36 + 12 * 4  # three evaluations on the way, one at the end, after the same step
+    assert len(found.table) == 36 + 12 * 3  # three evaluations, the last of them after the last step
     place = 20
     was = alter(tmp_path, place, decision=1)
     named = [(f.column, f.row) for f in audit(tmp_path).findings]
@@ -262,6 +417,37 @@ def test_lsc_dpos_beta_follows_from_the_margins_of_the_step_before(tiny, tmp_pat
     assert sum(f.column == "beta" for f in found) == 3 * 2
 
 
+def test_a_long_run_of_beta_dpo(tmp_path):
+    """β₀·(1 + α·(margin − M₀)) cancels to a small part of β₀: a rounding of M₀ in any of the batches would show."""
+    from epsdpo_kernels.pair import losses_and_coefficients
+    from train.methods import BetaDPOLoss
+
+    loss_fn, g = BetaDPOLoss(0.1, alpha=0.6, keep=0.8), torch.Generator().manual_seed(0)
+    options = OPTIONS | {"method": "beta-dpo", "beta_dpo_alpha": 0.6, "beta_dpo_keep": 0.8}
+    facts = {"options": options, "pairs": {"train": 16}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    recorder, nothing, betas = Recorder(tmp_path / "record"), torch.zeros(16), []
+    for step in range(1, 501):
+        margins = 30 + 2 * math.sin(step) + torch.randn(16, generator=g)
+        before = loss_fn.beta.item()
+        kept, _ = loss_fn._decide(margins, torch.ones(16, dtype=torch.bool))
+        used = torch.where(kept, loss_fn.beta, 0)
+        betas.append(loss_fn.beta.item())
+        logps = margins, nothing, nothing, nothing
+        losses, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), used.double(), 0.0)
+        columns = {name: 0.0 for name in SCHEMA.names if name not in ("rank", "label")}
+        recorder.append(columns | {
+            "step": step, "micro": 0, "epoch": float(step - 1), "split": "train", "method": "beta-dpo",
+            "pair_id": [f"{n:016x}" for n in range(16)], "row": range(16), "vetoed": False, "beta": before,
+            "chosen_logp": margins.numpy(), "margin": margins.numpy(), "beta_used": used.numpy(),
+            "loss": torch.where(kept, losses, 0).numpy(), "coefficient": coefficient.numpy(),
+        })  # fmt: skip
+    recorder.close()
+    assert sum(0.0011 < beta < 0.01 for beta in betas) > 10
+    found = audit(tmp_path)
+    assert found.ok, str(found)
+
+
 KILLED = """
 import os, signal, sys
 from train.__main__ import main
@@ -285,13 +471,15 @@ def test_killed_in_the_middle_of_a_part_and_resumed(tiny, tmp_path):
     )
     assert run.returncode == -signal.SIGKILL
     assert len(list((tmp_path / "record").glob(".part-*.tmp"))) == 1 and len(parts(tmp_path / "record")) == 2
-    assert audit(tmp_path).ok  # what is there holds together: it reaches to the last complete checkpoint
+    found = audit(tmp_path)  # what is there holds together: it reaches to the last complete checkpoint
+    assert found.ok and [name for name, _ in found.limits] == ["open"]
+    assert "not checked: The record of rank 0 was not closed" in str(found)
 
     from train.__main__ import main as train
 
     train([*arguments, "--resume_from_checkpoint=last"])
     found = audit(tmp_path)
-    assert found.ok, str(found)
+    assert found.ok and not found.limits, str(found)
     assert len(found.table) == 96 and found.table["step"].to_numpy().max() == 16
 
 
@@ -305,20 +493,19 @@ def test_a_large_record_takes_seconds(tmp_path):
 
 def test_cost_of_the_record(tmp_path):
     """`pytest -s` prints what a step of 8 pairs pays; the bound takes a step of a second, and a busy machine."""
-    from epsdpo_kernels import EpsilonDPOOutput
-    from epsdpo_kernels.record import Recorder
-    from train.trainer import PairRecord
+    from epsdpo_kernels import EpsilonDPOLoss, EpsilonDPOOutput
+    from epsdpo_kernels.record import Record
 
     pairs = {"row": list(range(8)), "pair_id": [f"{n:016x}" for n in range(8)]}
-    record = PairRecord(Recorder(tmp_path), "eps-dpo", 0.05, 0.0, {"train": pairs}, None)
+    record = Record(tmp_path, EpsilonDPOLoss(0.1, 0.05), pairs={"train": pairs})
     out = EpsilonDPOOutput(*(torch.randn(8) for _ in EpsilonDPOOutput._fields))
-    out = out._replace(step=torch.ones(8, dtype=torch.int8))
-    row, tokens, beta = torch.arange(8), torch.full((2, 8), 100), torch.tensor(0.1)
+    out = out._replace(step=torch.ones(8, dtype=torch.int8), beta=torch.full((8,), 0.1 / 1.05))
+    row, labels = torch.arange(8), torch.ones(16, 100, dtype=torch.int64)
     start, processor = time.perf_counter(), time.process_time()
-    for step in range(200):
-        record.append("train", SimpleNamespace(global_step=step, epoch=0.0), row, tokens, beta, out)
-    record.flush()
+    for step in range(1, 201):
+        record.append(out, labels, step=step, row=row, epoch=0.0)
+    record.close()
     cost, processor = (time.perf_counter() - start) / 200, (time.process_time() - processor) / 200
     print(f"\nthe record costs {cost * 1e3:.2f} ms a step of 8 pairs: {cost / 8:.3%} of a step of 8 s")
-    assert len(read(tmp_path)) == 1600 and cost > 0
+    assert len(read(tmp_path / "record")) == 1600 and cost > 0
     assert processor < 0.02

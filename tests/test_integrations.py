@@ -192,6 +192,11 @@ def test_the_copy_of_a_head_is_read_where_it_trains():
     check_head(model)
 
 
+def test_a_policy_of_which_nothing_trains_is_refused():
+    with pytest.raises(ValueError, match="model: got LlamaForCausalLM of which nothing trains"):
+        check_reference(llama().requires_grad_(False), llama())
+
+
 def test_a_second_model_that_shares_weights_is_refused():
     policy, reference = llama(), llama()
     check_reference(policy, reference)
@@ -336,6 +341,15 @@ def test_an_adapter_that_names_no_base_or_another_is_refused(tiny, tmp_path, sft
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_r": 4}, {"cache": True}])
+def test_a_given_reference_may_have_an_adapter(tiny, tmp_path, sft, more):
+    folder, merged = sft()
+    more = {"cache_reference": tmp_path / "cache"} if "cache" in more else more
+    trainer = main(flags(tiny, tmp_path / "run", ref_model=folder, **more))
+    ours = torch.cat([by_row(tmp_path / "run", f"ref_{side}_logp") for side in ("chosen", "rejected")])
+    torch.testing.assert_close(ours.double(), logps(merged, collated(trainer)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_r": 4}, {"cache": True}])
 def test_a_given_reference_is_the_reference(tiny, tmp_path, more):
     other = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     with torch.no_grad():
@@ -474,6 +488,18 @@ def test_trl_an_adapter_on_embeddings_starts_from_itself(tiny, tmp_path, sft):
     trainer = trl_trainer(tiny, tmp_path, model, max_steps=3)
     trainer.train()
     assert of_trl(trainer)[0]["kl/chosen"] == 0 and of_trl(trainer)[-1]["kl/chosen"] > 0
+
+
+@pytest.mark.parametrize("by", ["name", "model"])
+def test_trl_an_adapter_that_transformers_has_loaded(tiny, tmp_path, sft, by):
+    """Its reference would be the base without it; a reference that is given may well be such a model."""
+    folder, merged = sft()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with pytest.raises(ValueError, match="model: got an adapter that transformers loads into the layers"):
+        trl_trainer(tiny, tmp_path, str(folder) if by == "name" else loaded)
+    trainer = trl_trainer(tiny, tmp_path, merged.requires_grad_(True), ref_model=loaded, max_steps=1)
+    trainer.train()
+    assert of_trl(trainer)[0]["kl/chosen"] == pytest.approx(0, abs=1e-6)
 
 
 def test_trl_a_checkpoint_of_weights_alone_is_refused(tiny, tmp_path):

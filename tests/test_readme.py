@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from epsdpo_kernels import epsilon_dpo_reference
+from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 
@@ -109,6 +109,66 @@ def test_the_loop(tiny, make_optimizer, lr, compiled):
     assert bool(graphs) == compiled
     out = names["out"]
     assert out.step.dtype == torch.int8 and (out.chosen_kl > 0).all()
+
+
+def with_record(loop: str) -> str:
+    """The loop with the lines that the README adds to it, taken from there as a patch."""
+    section = (ROOT / "README.md").read_text().split("## See and trace every decision")[1].split("\n## ")[0]
+    patched, left = [], loop.splitlines()
+    for line in re.search(r"```diff\n(.*?)```", section, re.DOTALL).group(1).splitlines():
+        sign, line = line[0], line[1:]
+        if sign == "+":
+            at = len(left) if line == "record.close()" else 0  # after the loop
+            patched, left = [*patched, *left[:at], line], left[at:]
+            continue
+        (at,) = (i for i, own in enumerate(left) if own.startswith(line))
+        patched, left = patched + left[: at + (sign == " ")], left[at + 1 :]
+    return "\n".join(patched)
+
+
+def test_the_loop_with_its_record(tiny, tmp_path, monkeypatch):
+    """Five lines: what they append is what the loss said, and audit and report take it."""
+    pytest.importorskip("pyarrow", reason="the extra 'record' is not installed")
+    from epsdpo_kernels.__main__ import main
+    from epsdpo_kernels.record import read
+    from epsdpo_kernels.record.audit import audit
+
+    assert len(with_record(swap_in()).splitlines()) == len(swap_in().splitlines()) + 4  # five, one in another's place
+    monkeypatch.chdir(tmp_path)
+    policy, reference = models(tiny)
+    outs = []
+
+    class Counting(EpsilonDPOLoss):
+        def forward(self, *args):
+            outs.append((self.beta.item(), super().forward(*args)))
+            return outs[-1][1]
+
+    monkeypatch.setattr("epsdpo_kernels.EpsilonDPOLoss", Counting)
+    names = {
+        "policy": policy, "reference": reference, "loader": batches(), "device": "cpu",
+        "optimizer": torch.optim.AdamW(policy.parameters(), lr=1e-2),
+    }  # fmt: skip
+    exec(with_record(swap_in()), names)
+    rows = read(tmp_path / "runs" / "mine" / "record").to_pylist()
+    assert len(rows) == 24 and [row["step"] for row in rows] == [1 + i // 4 for i in range(24)]
+    tokens = [(batch["labels"] != -100).sum(1).view(2, -1).T.tolist() for batch in batches()]
+    for i, row in enumerate(rows):
+        beta, out = outs[i // 4]
+        assert row["beta"] == pytest.approx(beta, rel=1e-7) and row["decision"] == out.step[i % 4].item()
+        assert [row["chosen_tokens"], row["rejected_tokens"]] == tokens[i // 4][i % 4]
+        for name, figure in {
+            "beta_used": "beta", "loss": "losses", "chosen_kl": "chosen_kl", "rejected_logp": "rejected_logps",
+            "tightened_shift": "tightened_shift", "chosen_entropy": "chosen_entropy",
+        }.items():  # fmt: skip
+            assert row[name] == pytest.approx(getattr(out, figure)[i % 4].item(), rel=1e-6), name
+        assert row["row"] is row["pair_id"] is row["epoch"] is None and row["split"] == "train"
+    found = audit(tmp_path / "runs" / "mine")
+    assert found.ok and {name for name, _ in found.limits} == {"no_row", "no_id", "no_epoch"}, str(found)
+    assert main(["report", "runs/mine"]) == 0
+    page = Path("runs/mine/report/report.html").read_text(encoding="utf-8")
+    assert "trained in 6 steps: 24 rows of the record" in page and "24 rows of train have no id" in page
+    with pytest.raises(ValueError, match="before loss_fn.update_beta"):
+        names["record"].append(outs[0][1], batches()[0]["labels"], step=7)
 
 
 def launch(tiny, folder, how):

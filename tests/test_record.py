@@ -1,5 +1,6 @@
 """The record: what is appended is what is read, whole parts only, and a resumed record has no gap and no double."""
 
+import json
 import os
 import re
 import subprocess
@@ -136,7 +137,16 @@ def test_resume_has_no_gap_and_no_double(tmp_path, resume_step):
     assert [row["row"] for row in rows if row["rank"] == 0] == [100 * s + i for s in range(1, 9) for i in (0, 1)]
     assert [row["row"] for row in rows if row["rank"] == 1] == [100 * s + i for s in range(1, 7) for i in (0, 1)]
     assert not list(tmp_path.glob(".*"))
-    assert all(re.fullmatch(r"part-00[01]-\d{8}-\d{4}\.parquet", path.name) for path in tmp_path.iterdir())
+    names = [path.name for path in tmp_path.iterdir()]
+    assert all(re.fullmatch(r"part-00[01]-\d{8}-\d{4}\.parquet|end-00[01]\.json", name) for name in names)
+    for rank in (0, 1):
+        before = ""
+        for number, part in enumerate(part for part in parts(tmp_path) if f"part-00{rank}" in part.name):
+            assert part.name.endswith(f"-{number:04d}.parquet")
+            assert pq.read_schema(part).metadata[b"sha256_before"].decode() == before
+            before = subprocess.run(["sha256sum", part], capture_output=True, text=True, check=True).stdout[:64]
+        end = json.loads((tmp_path / f"end-00{rank}.json").read_text())
+        assert end == {"part": part.name, "sha256": before, "closed": True}
 
 
 def test_a_part_appears_whole_or_not_at_all(tmp_path, monkeypatch):

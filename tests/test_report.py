@@ -146,7 +146,7 @@ def test_several_runs_and_methods(tmp_path):
     runs = [write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", method="dpo", eval_pairs=0)]
     page = report(runs, tmp_path / "out", "ja")
     first, second = data_of(page)["runs"]
-    assert first["name"] != second["name"] and second["evaluation"]["step"] == []
+    assert first["name"] != second["name"] and second["evaluation"] == []
     assert [alarm["state"] for alarm in second["alarms"]][1] == "none"
     assert '<html lang="ja">' in page.read_text(encoding="utf-8")
     assert {path.name for path in page.parent.iterdir()} >= {"margin-1.png", "margin-2.png", "curves.png"}
@@ -191,7 +191,7 @@ def test_hostile_text(tmp_path, monkeypatch):
     (shown,) = data_of(page)["runs"]
     of = {row: shown["texts"].get(str(place)) for place, row in enumerate(shown["pairs"]["row"])}
     assert len(shown["texts"]) == len(bodies) - 1 and of[0] is None
-    assert any("1 pairs have other texts" in line for line in shown["notes"])
+    assert any("1 pairs are not in the data set with the texts" in line for line in shown["notes"])
     prompt, chosen, rejected = of[1]
     assert chosen == HOSTILE[1] and rejected == HOSTILE[1] + "!" and prompt == f"p1 {HOSTILE[1]}"
     assert of[2][1] == "⟨U+202E⟩gnp.exe⟨U+2066⟩ abc ⟨U+200F⟩⟨U+2028⟩ end"
@@ -284,4 +284,4 @@ def test_the_demo_ends_with_its_report(tiny, tmp_path, monkeypatch, capsys):
     assert verdict == "audit: OK, 36 rows, 3 training steps, 1 part"
     assert last.endswith(str(run / "report" / "report.html"))
     (shown,) = data_of(run / "report" / "report.html")["runs"]
-    assert shown["labels"][0]["n"] == 24 and shown["evaluation"]["step"] == [0, 3]
+    assert shown["labels"][0]["n"] == 24 and [one["step"] for one in shown["evaluation"]] == [[0, 3]]

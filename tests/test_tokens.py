@@ -91,7 +91,7 @@ def test_strings_are_tokenised_as_one_text(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["first", "always", "legacy"])
 def test_text_goes_on_after_a_spelt_control_token(tmp_path, kind):
     tokenizer = spm_tokenizer(kind)
-    found = load_one(tmp_path, pair([user("The</s>cat")], "four</s>is", "no"), tokenizer)
+    found = load_one(tmp_path, pair([user("The</s>cat")], [assistant("four</s>is")], "no"), tokenizer)
     prompt, chosen, _ = decoded(found, tokenizer)
     assert "\nThe</s>cat</s>" in prompt and chosen == "four</s>is</s>"
     assert found["prompt_ids"].count(2) == 1 and found["chosen_ids"].count(2) == 1
@@ -188,6 +188,17 @@ def test_control_tokens_in_strings_need_a_word(tmp_path, row, meant):
     ids = found[0]["prompt_ids"], found[0]["chosen_ids"], found[0]["rejected_ids"]
     assert [sum(part.count(token) for token in control) for part in ids] == [0, 1, 1]  # EOS alone
     assert report.control_text == 1
+
+
+def test_strings_beside_messages(tmp_path):
+    rendered = CHAT.apply_chat_template([user("hi")], add_generation_prompt=True, tokenize=False)
+    for row in (pair([user("hi")], "yes<|end|>", "no<|end|>"), pair(rendered, [assistant("yes")], [assistant("no")])):
+        with pytest.raises(ValueError, match="prerendered: row 0 has text that spells"):
+            load(tmp_path, row, tokenizer=CHAT)
+        reason = "control tokens in a string beside messages"
+        assert drops(tmp_path, row, pair("a"), tokenizer=CHAT, prerendered=True) == {reason: [0]}
+        found, report = load(tmp_path, row, tokenizer=CHAT, prerendered=False)
+        assert found["chosen_ids"][0].count(CHAT.eos_token_id) == 1 and report.control_text == 1
 
 
 def test_messages_need_no_word(tmp_path):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -14,18 +12,23 @@ import datasets
 import torch
 import transformers
 
-from epsdpo_kernels import __version__
 from epsdpo_kernels.integrations.checks import check_vocabulary
 from epsdpo_kernels.integrations.transformers import Reference, check_head
-from epsdpo_kernels.record import Recorder
-from epsdpo_kernels.record.recorder import parts
+from epsdpo_kernels.record import Record, parts, set_aside
 
 from . import cache, data
 from .cache import CachedReference, FirstStep
 from .methods import make_loss
 from .models import add_lora, load_model, make_policy, make_reference
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
-from .trainer import NotFiniteError, PairRecord, PairTrainer, checkpoint_step, last_checkpoint
+from .trainer import (
+    EvaluateWithStep,
+    NotFiniteError,
+    PairTrainer,
+    checkpoint_step,
+    evaluated,
+    last_checkpoint,
+)
 
 
 def load_data(options: PairOptions, tokenizer, seed: int):
@@ -93,13 +96,13 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         base = copy.deepcopy(model) if options.method == "tr-dpo" else model
         model = add_lora(model, options)
         check_head(model, args.autocast_dtype)
-    moving = None
+    ref_model = moving = None
     reference: Reference
     if cached:
         reference = cached
         cached.policy = None if options.ref_model else model
     else:
-        reference, moving = make_reference(options, args, model, base)
+        reference, ref_model, moving = make_reference(options, args, model, base)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     loss_fn = make_loss(
@@ -111,27 +114,22 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     done = checkpoint_step(resume) if resume else None
     # What began at the start was evaluated there.
     args.eval_on_start = args.eval_on_start and not resume
-    epsilon = options.epsilon if options.method == "eps-dpo" else 0.0
-    record = PairRecord(
-        Recorder(Path(args.output_dir, "record"), args.process_index, resume_step=done), options.method, epsilon,
-        options.label_smoothing, {"train": pairs, "eval": held_out}, options.label_column,
+    record = Record(
+        args.output_dir, loss_fn, options=dataclasses.asdict(options), pairs={"train": pairs, "eval": held_out},
+        facts={
+            "transformers": transformers.__version__, "training_arguments": args.to_sanitized_dict(), "data": reports,
+        },
+        label=options.label_column, rank=args.process_index, resume_step=done,
     )  # fmt: skip
     trainer = PairTrainer(
-        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record,
+        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record, ref_model=ref_model,
+        packed=options.packed, max_tokens=options.max_tokens_per_batch,
         train_dataset=pairs, eval_dataset=held_out,
         data_collator=data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
         processing_class=tokenizer,
     )  # fmt: skip
     if cached:
         trainer.add_callback(FirstStep(cached))
-    if trainer.is_world_process_zero():
-        facts = {
-            "version": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "options": dataclasses.asdict(options), "training_arguments": args.to_sanitized_dict(), "data": reports,
-            "train_pairs": len(pairs), "eval_pairs": len(held_out or ()),
-        }  # fmt: skip
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir, "run.json").write_text(json.dumps(facts, indent=1, default=str), encoding="utf-8")
     return trainer
 
 
@@ -173,21 +171,19 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
             f"resume_from_checkpoint: got {asked}, but the run in {run} is complete and left no checkpoint; give "
             "another output_dir"
         )
-    begin_anew(args, run / "record")
+    begin_anew(args)
     return None
 
 
-def begin_anew(args: TrainingArguments, record: Path) -> None:
+def begin_anew(args: TrainingArguments) -> None:
     """Sets the record of an attempt aside, if there is one, and says that the run begins anew."""
     with args.main_process_first(local=args.save_on_each_node, desc="setting a record aside"):
         if not args.should_save:
             return
-        aside = ""
-        if parts(record):
-            number = next(n for n in itertools.count(1) if not record.with_name(f"record.{n}").exists())
-            aside = f"; what was on record is in {record.rename(record.with_name(f'record.{number}'))}"
+        aside = set_aside(args.output_dir)
+        there = f"; what was on record is in {aside}" if aside else ""
         print(
-            f"resume_from_checkpoint: {record.parent} has no complete checkpoint, the run begins anew{aside}",
+            f"resume_from_checkpoint: {args.output_dir} has no complete checkpoint, the run begins anew{there}",
             flush=True,
         )
 
@@ -196,10 +192,12 @@ def main(arguments: list[str] | None = None) -> PairTrainer:
     options, args = parse(arguments)
     checkpoint = checkpoint_to_resume(args)
     trainer = build(options, args, checkpoint)
+    if trainer.eval_dataset is not None:
+        trainer.add_callback(EvaluateWithStep())
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.eval_dataset is not None and not trainer.evaluated():
-        trainer.evaluate()
-    trainer.record.flush()
+    if trainer.eval_dataset is not None and not evaluated(trainer.state):
+        trainer.evaluate()  # no step was left of a run that had no held-out pairs
+    trainer.record.close()
     trainer.save_model()
     trainer.save_state()
     return trainer

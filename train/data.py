@@ -138,7 +138,7 @@ def load_pairs(
     keep_columns: columns to carry through; None takes all that fit. A column fits where it holds only strings of up to
         64 characters, only integers, or only booleans, nulls aside, and is one of the first 64.
     prerendered: whether strings were written by a chat template, so that control tokens in them are meant; False keeps
-        them as text, None refuses such strings. In messages they are always text.
+        them as text, None refuses such strings. In messages they are always text, and strings beside them have none.
 
     Returns the data set and the report. Rows have `pair_id` (16 hex digits, a hash of the pair), `row` (place in the
     source from 0; line number − 1), `prompt_ids`, `chosen_ids`, `rejected_ids` and the columns carried through. Prompt
@@ -220,7 +220,7 @@ class _Tokenise:
             note, pair_id = _columns_of(record or {}), None
             try:
                 pair = pair_of(record)
-                self._refuse_control(pair, row)
+                self._check_control(pair, record or {}, row)
                 rendered.append(self.encoder.render(pair))
                 note["unwritten"], pair_id = self.encoder.unwritten(pair), pair.id()
             except NoPair as drop:
@@ -232,13 +232,18 @@ class _Tokenise:
         tokens = dict(zip(IDS, map(list, zip(*parts, strict=True)), strict=True))
         return {"pair_id": ids, "row": rows, **tokens, "note": [json.dumps(note) for note in notes]}
 
-    def _refuse_control(self, pair: Pair, row: int) -> None:
-        token = self.encoder.spelt(pair) if self.encoder.prerendered is None else None
-        if token:
+    def _check_control(self, pair: Pair, record: Record, row: int) -> None:
+        """Control tokens in a row's strings are meant only where that is said, and where there are no messages."""
+        if self.encoder.prerendered is False:
+            return
+        token = self.encoder.spelt(part for name in PARTS[:3] if isinstance(part := record.get(name), str))
+        if token and self.encoder.prerendered is None:
             raise ValueError(
                 f"prerendered: row {row} has text that spells the control token {token!r}. Give true where a chat "
                 "template wrote the texts, so that it is one; false where it is text (or messages instead of texts)"
             )
+        if token and not isinstance(pair.prompt, str):
+            raise NoPair("control tokens in a string beside messages")
 
     def _cut(self, rendered: Rendered, encoded: Encoded, note: dict[str, Any]) -> tuple[np.ndarray, ...]:
         prompt = encoded.prompt[-self.max_prompt_length :]

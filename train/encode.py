@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -67,9 +67,8 @@ class Encoder:
         self.start_text = "".join(tokenizer.convert_ids_to_tokens(self.start))
         self.newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
 
-    def spelt(self, pair: Pair) -> str | None:
-        """A control token that a text of the pair spells, None for messages."""
-        texts = (part for part in pair[:3] if isinstance(part, str))
+    def spelt(self, texts: Iterable[str]) -> str | None:
+        """The first control token that texts spell."""
         return next((token for text in texts for token in self.pattern.findall(text) if token != MARK), None)
 
     # Rendering

@@ -38,9 +38,10 @@ class BetaDPOLoss(nn.Module):
         keep: share of pairs kept, ρ, in (0, 1].
     """
 
+    by_batch = True  # no pair's loss is its own: batches may be neither dealt nor cut
     beta: Tensor  # () fp32, of the last training batch
-    margin_mean: Tensor  # () fp32, M₀
-    margin_std: Tensor  # () fp32, σ
+    margin_mean: Tensor  # () float64, M₀
+    margin_std: Tensor  # () float64, σ
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.6, keep: float = 0.8):
         super().__init__()
@@ -49,8 +50,10 @@ class BetaDPOLoss(nn.Module):
         if not 0 < keep <= 1:
             raise ValueError(f"keep: got {keep}, takes a number in (0, 1]")
         self.base_beta, self.alpha, self.keep = beta, alpha, keep
-        for name, value in (("beta", beta), ("margin_mean", 0.0), ("margin_std", 0.0)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
+        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float32))
+        # Averages of a whole run: in float32 they gather roundings, which β shows where margin − M₀ is near −1/α.
+        for name in ("margin_mean", "margin_std"):
+            self.register_buffer(name, torch.tensor(0.0, dtype=torch.float64))
 
     def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
         stats = linear_pair_stats(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)

@@ -144,8 +144,8 @@ def add_lora(model: Any, options: PairOptions) -> Any:
 
 def make_reference(
     options: PairOptions, args: TrainingArguments, model: Any, base: nn.Module
-) -> tuple[Reference, MovingReference | None]:
-    """The policy's reference, checked, and what moves it where the method is TR-DPO.
+) -> tuple[Reference, nn.Module | None, MovingReference | None]:
+    """The policy's reference, checked, its model where that is a second one, and what moves it where that is TR-DPO.
 
     Args:
         model: the policy, before it is wrapped.
@@ -156,11 +156,12 @@ def make_reference(
         if not options.lora_r:
             copy_adapter(model)
         check_reference(model, None, args.autocast_dtype)
-        return without_adapter(model), None
+        return without_adapter(model), None, None
     if options.ref_model:
         ref_model = load_model(options.ref_model, options.dtype)[0]
     else:
         ref_model = copy.deepcopy(base) if base is model else base
     check_reference(model, ref_model, args.autocast_dtype)
     reference = frozen_reference(ref_model.to(args.device))
-    return reference, MovingReference(model, ref_model, options.sync_alpha, options.sync_steps) if moves else None
+    moving = MovingReference(model, ref_model, options.sync_alpha, options.sync_steps) if moves else None
+    return reference, ref_model, moving

@@ -48,6 +48,16 @@ class PairOptions:
         default=None,
         metadata={"help": "whether strings of the data were written by a chat template, control tokens and all"},
     )
+    packed: bool = field(
+        default=True,
+        metadata={
+            "help": "run a pair's prompt once and no padding, where the model's layers allow it; see docs/packing.md"
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a micro-batch; one of more is cut, an optimizer step keeps its pairs"},
+    )
     label_column: str | None = field(
         default=None, metadata={"help": "categorical column of the data to keep in the record, e.g. a topic"}
     )

@@ -16,11 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.integrations.integration_utils import default_logdir
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
-from epsdpo_kernels.integrations.checks import check_checkpoint, check_launch
+from epsdpo_kernels.integrations.batches import PackedBatches
+from epsdpo_kernels.integrations.checks import NotFiniteError, check_checkpoint, check_gradient, check_launch
+from epsdpo_kernels.integrations.packing import part
+from epsdpo_kernels.integrations.recording import Recorded
 from epsdpo_kernels.integrations.transformers import (
     AfterStep,
     Reference,
@@ -29,7 +33,7 @@ from epsdpo_kernels.integrations.transformers import (
     weighs_pairs_itself,
 )
 from epsdpo_kernels.linear import EpsilonDPOOutput
-from epsdpo_kernels.pair import losses_and_coefficients
+from epsdpo_kernels.record import Record
 
 from .data import BLANK
 
@@ -76,11 +80,7 @@ class WithBlank(Dataset):
         return {"row": BLANK} if i == len(self.pairs) else self.pairs[i]
 
 
-class NotFiniteError(RuntimeError):
-    """A pair's loss is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
-
-
-class PairTrainer(Trainer):
+class PairTrainer(Recorded, PackedBatches, Trainer):
     """Trains on pairs with a loss module that owns its β.
 
     Args:
@@ -88,7 +88,10 @@ class PairTrainer(Trainer):
         reference: gives the reference's hidden states and head; see :func:`frozen_reference`.
         loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, or any module with its call, ``beta`` and ``update_beta``.
         moving_reference: a :class:`train.methods.MovingReference`, or None where the reference stays.
-        record: a :class:`PairRecord` that takes every micro-batch, or None.
+        record: a :class:`epsdpo_kernels.record.Record` that takes every micro-batch, or None.
+        ref_model: the model that ``reference`` runs, where that is not the policy.
+        packed: whether pairs go through the models as packed rows, where these can.
+        max_tokens: of a micro-batch; one of more is cut.
 
     Raises:
         ValueError: ``args.fsdp`` is asked for where accelerate does not shard.
@@ -96,8 +99,9 @@ class PairTrainer(Trainer):
     """
 
     def __init__(
-        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record=None, **kwargs
-    ):
+        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record: Record | None = None,
+        ref_model=None, packed: bool = True, max_tokens: int | None = None, **kwargs,
+    ):  # fmt: skip
         run_loss_in_forward(model, reference, loss_fn)
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
@@ -109,11 +113,12 @@ class PairTrainer(Trainer):
                 f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
                 "version 2 (the default of fsdp_config); on CPUs it would replicate the model without a word"
             )
+        self.by_batch = getattr(loss_fn, "by_batch", False)
+        self.set_layout([model] if ref_model is None else [model, ref_model], packed, max_tokens)
         weighs_pairs_itself(self)
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
         self.record = record
-        # Not in compute_loss: a checkpoint that is made before the optimizer steps must hold β of before.
         self.add_callback(AfterStep(lambda step: self.loss_fn.update_beta()))
         if moving_reference:
             self.add_callback(AfterStep(moving_reference.after_step))
@@ -121,12 +126,16 @@ class PairTrainer(Trainer):
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         boards = [one for one in self.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
         self._board = boards[0] if boards else None
+        if self._board and self._board.logging_dir is None:
+            # It finds its folder when training begins; what is logged before would open one in the working directory.
+            self._board.logging_dir = os.path.join(args.output_dir, default_logdir())
         self._betas: list[Tensor] = []
 
     def _get_train_sampler(self, train_dataset: Any = None):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         in_order = self.args.train_sampling_strategy == "sequential"
-        return self._sampler(self.train_dataset, self._train_batch_size, None if in_order else seed)
+        data: Any = self.train_dataset
+        return self.dealt(self._sampler(data, self._train_batch_size, None if in_order else seed), data.pairs)
 
     def _get_eval_sampler(self, eval_dataset):
         return self._sampler(eval_dataset, self.args.eval_batch_size, None)
@@ -135,6 +144,18 @@ class PairTrainer(Trainer):
         # One rank's last batch may be short, and its loader can drop it by itself.
         multiple = self.args.world_size * batch_size if self.args.world_size > 1 else 1
         return PairSampler(len(dataset), multiple, seed, self.args.dataloader_drop_last)
+
+    def labels_of(self, batch):
+        return batch["labels"]
+
+    def blank_of(self, batch):
+        pair = part(batch, 0, 1)
+        return pair | {"labels": torch.full_like(pair["labels"], -100), "row": torch.full_like(pair["row"], BLANK)}
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.lay_out(batches)
+        return batches, pairs
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs of an optimizer step, over micro-batches and ranks: ()."""
@@ -145,15 +166,15 @@ class PairTrainer(Trainer):
         labels, row = inputs["labels"], inputs["row"]
         self.loss_fn.train(model.training)
         beta = self.loss_fn.beta.clone()
-        out = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pair_labels=labels, row=row
-        )  # fmt: skip
+        packing = self.packing_of(inputs)
+        mask = inputs["attention_mask"] if packing is None else packing
+        out = model(input_ids=inputs["input_ids"], attention_mask=mask, pair_labels=labels, row=row)
         split = "train" if model.training else "eval"
         loss = out.loss
         self._add_metrics(split, out, real=row != BLANK)
-        if self.record and not (row == BLANK).all():
-            tokens = (labels != -100).sum(1).view(2, -1)
-            self.record.append(split, self.state, row, tokens, beta, out)
+        if self.record:
+            step, epoch = self.state.global_step + model.training, float(self.state.epoch or 0)
+            self.record.append(out, labels, step=step, row=row, epoch=epoch, beta=beta)
         if model.training:
             # Ranks' gradients are averaged, hence times their number.
             loss = loss * ((row != BLANK).sum() * self.args.world_size / num_items_in_batch)
@@ -163,10 +184,6 @@ class PairTrainer(Trainer):
             if self.accelerator.gradient_state.sync_gradients:
                 self._stop_if_not_finite()
         return (loss, out) if return_outputs else loss
-
-    def evaluated(self) -> bool:
-        """Whether the log has an evaluation after the steps that are done."""
-        return any("eval_loss" in entry and entry["step"] == self.state.global_step for entry in self.state.log_history)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -183,6 +200,11 @@ class PairTrainer(Trainer):
                 f"step {self.state.global_step + 1}: the loss of the pairs at rows {bad} of the data is not finite. "
                 f"Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
             )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        check_gradient(norm, self)
+        return norm
 
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, real: Tensor) -> None:
         sums = self._sums[split]
@@ -218,9 +240,6 @@ class PairTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         # First of all, so that the state that transformers writes last marks the checkpoint as complete.
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # Rows past a checkpoint come again when it is resumed; rows before it would not.
-        if self.record:
-            self.record.flush()
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(self.loss_fn.state_dict(), folder / LOSS_STATE)
@@ -231,77 +250,36 @@ class PairTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(Path(resume_from_checkpoint), self)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.loss_fn.load_state_dict(load_file(Path(resume_from_checkpoint) / LOSS_STATE))
+        self._load_state(Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_state(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """β, and the reference where it moves: the model at that step goes with them."""
+        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE))
         if self.moving_reference:
-            self.moving_reference.load(Path(resume_from_checkpoint) / REFERENCE_STATE)
+            self.moving_reference.load(checkpoint / REFERENCE_STATE)
 
 
-class PairRecord:
-    """Turns a run's outputs into rows of its record.
+class EvaluateWithStep(TrainerCallback):
+    """Evaluates an epoch's last step, where epochs are evaluated, and the run's last one, with the step itself.
 
-    Args:
-        recorder: where the rows go.
-        method: name of the method.
-        epsilon, label_smoothing: of the loss; ε is 0 where the method has none.
-        pairs: data sets with ``row`` and ``pair_id``, by split; None where there is none.
-        label: a column of theirs to carry along, or None.
+    So that its checkpoint, which would come first, holds the evaluation; a resumed run neither misses nor repeats it.
     """
 
-    def __init__(
-        self, recorder, method: str, epsilon: float, label_smoothing: float, pairs: dict[str, Any], label: str | None
-    ):
-        self.recorder = recorder
-        self.label_smoothing = label_smoothing
-        self.constants = {"method": method, "epsilon": epsilon, "label_smoothing": label_smoothing}
-        self.ids: dict[tuple[str, int], str] = {}
-        self.labels: dict[tuple[str, int], str] = {}
-        for split, data in pairs.items():
-            if data is None:
-                continue
-            # A row of one source says nothing of the same row of another.
-            places = [(split, row) for row in data["row"]]
-            self.ids |= dict(zip(places, data["pair_id"], strict=True))
-            if label:
-                self.labels |= dict(zip(places, map(str, data[label]), strict=True))
-        self._place, self._micro = ("", 0), 0
+    def on_step_end(self, args, state, control, **kwargs):
+        epoch_ends = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
+        control.should_evaluate |= epoch_ends or state.global_step >= state.max_steps
 
-    def append(self, split: str, state, row: Tensor, tokens: Tensor, beta: Tensor, out: EpsilonDPOOutput) -> None:
-        """One micro-batch; ``tokens`` are (2, B) scored tokens, ``beta`` is the running β before the step."""
-        step = state.global_step + (split == "train")
-        if (split, step) != self._place:
-            self._place, self._micro = (split, step), 0
-        logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
-        _, coefficient = losses_and_coefficients(
-            tuple(t.double() for t in logps), out.beta.double(), self.label_smoothing
-        )
-        # One transfer for all that a GPU holds.
-        figures = torch.stack([t.double() for t in (
-            *tokens, *logps, (logps[0] - logps[1]) - (logps[2] - logps[3]), out.relaxed_shift, out.tightened_shift,
-            out.step, beta.expand_as(out.beta), out.beta, out.losses, coefficient, out.chosen_kl, out.rejected_kl,
-            out.chosen_entropy, out.rejected_entropy,
-        )]).cpu().numpy()  # fmt: skip
-        names = (
-            "chosen_tokens", "rejected_tokens", "chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp",
-            "margin", "relaxed_shift", "tightened_shift", "decision", "beta", "beta_used", "loss", "coefficient",
-            "chosen_kl", "rejected_kl", "chosen_entropy", "rejected_entropy",
-        )  # fmt: skip
-        rows = row.tolist()
-        columns = dict(zip(names, figures, strict=True)) | self.constants
-        columns |= {
-            "split": split,
-            "step": step,
-            "micro": self._micro,
-            "epoch": float(state.epoch or 0),
-            "vetoed": out.vetoed.cpu().numpy(),
-        }
-        columns |= {"row": rows, "pair_id": [self.ids[split, r] for r in rows]}
-        if self.labels:
-            columns["label"] = [self.labels[split, r] for r in rows]
-        self.recorder.append(columns)
-        self._micro += 1
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_evaluate &= not evaluated(state)
 
-    def flush(self) -> None:
-        self.recorder.flush()
+
+def evaluated(state: TrainerState) -> bool:
+    """Whether the log has an evaluation after the steps that are done."""
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
 
 
 def checkpoint_step(folder: str | os.PathLike) -> int | None:

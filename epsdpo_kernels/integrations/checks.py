@@ -93,8 +93,14 @@ def check_reference(
         inputs: what gives the second model's hidden states and head where :func:`head_inputs` itself does not.
 
     Raises:
-        TypeError, ValueError: its head cannot be fused, its vocabulary is another, or it shares weights that train.
+        TypeError, ValueError: its head cannot be fused, its vocabulary is another, or it shares weights that train; or
+            nothing of the policy trains.
     """
+    if not any(p.requires_grad for p in policy.parameters()):
+        raise ValueError(
+            f"model: got {type(policy).__name__} of which nothing trains. An adapter trains that was loaded with "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True)"
+        )
     if reference is None:
         with as_reference(policy):
             check_head(policy, autocast, argument="ref_model")

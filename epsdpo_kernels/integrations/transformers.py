@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
+from .packing import Packing, no_mask
 
 
 class HeadInputs(NamedTuple):
     """A model's side of :func:`epsdpo_kernels.linear_epsilon_dpo`."""
 
-    hidden: Tensor  # (rows, T, H)
+    hidden: Tensor  # (rows, T, H), or (M, H) of a packed row's scored tokens
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     logit_scale: float
@@ -32,8 +33,9 @@ class HeadInputs(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# (input_ids, attention_mask, row) -> the reference's side of the loss; row (B,) int64 are the pairs' rows in the data
-Reference = Callable[[Tensor, Tensor, Tensor | None], HeadInputs]
+# (input_ids, attention_mask, row) -> the reference's side of the loss; the mask may be a Packing, and row (B,) int64 is
+# where the pairs are in the data
+Reference = Callable[[Tensor, Tensor | Packing, Tensor | None], HeadInputs]
 
 # Names of configurations for what multiplies the logits, what divides them, and what caps them after that.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -46,7 +48,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
     Raises:
         TypeError: it is something else.
-        ValueError: it has adapters that the loss would run without, or that nothing could switch off.
+        ValueError: it has an adapter that the loss would run without.
     """
     unwrap: Any = getattr(model, "get_base_model", None)
     inner = unwrap() if unwrap else model
@@ -57,12 +59,6 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
         )
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model: got {type(inner).__name__}, takes a transformers PreTrainedModel, or one within PEFT")
-    if inner._hf_peft_config_loaded:
-        raise ValueError(
-            f"model: got {type(inner).__name__} with an adapter that transformers has loaded, frozen, into its layers. "
-            "Load it with peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True): its copy is then the "
-            "reference"
-        )
     return inner
 
 
@@ -114,13 +110,14 @@ def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> HeadInputs:
+def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Packing) -> HeadInputs:
     """Runs the backbone, never the head.
 
     Args:
         model: a causal language model, within PEFT or not.
         input_ids: (rows, T) int64.
-        attention_mask: (rows, T), 1 on tokens, 0 on padding to their right.
+        attention_mask: (rows, T), 1 on tokens, 0 on padding to their right; or how the rows are packed as one, which
+            takes ``input_ids``'s place and gives the scored hidden states only.
 
     Raises:
         TypeError, ValueError: the model's head cannot be fused; see :func:`lm_head`.
@@ -129,18 +126,27 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> 
     head, (scale, softcap) = lm_head(model), logit_transforms(model)
     # A few classes carry the name of a parent's backbone.
     backbone = model.base_model if model.base_model is not model else model.model
-    out = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    hidden = out.last_hidden_state
+    if isinstance(attention_mask, Packing):
+        packing, mask = attention_mask, None
+        out = backbone(
+            input_ids=packing.input_ids, position_ids=packing.position_ids, attention_mask=no_mask(packing.input_ids),
+            segments=packing.segments, use_cache=False,
+        )  # fmt: skip
+        hidden = out.last_hidden_state[0].index_select(0, packing.scored)
+    else:
+        mask = attention_mask
+        out = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        hidden = out.last_hidden_state
     if not torch.is_autocast_enabled(hidden.device.type):
         # Of models whose head has another dtype, those run without autocast that cast to it.
         hidden = hidden.to(head.weight.dtype)
     weight = gathered(head.weight, hidden.dtype)
     bias = None if head.bias is None else gathered(head.bias, hidden.dtype)
-    router_loss = _router_loss(model, getattr(out, "router_logits", None), attention_mask)
+    router_loss = _router_loss(model, getattr(out, "router_logits", None), mask)
     return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
 
 
-def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor) -> Tensor | None:
+def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor | None:
     """() the weighted load-balancing loss that the model's own forward adds, if it does."""
     config = model.config.get_text_config()
     if not router_logits or not getattr(config, "output_router_logits", False):
@@ -262,7 +268,7 @@ def frozen_reference(ref_model: nn.Module, inputs: Callable[..., HeadInputs] = h
     """A second model, without gradients and without dropout; ``inputs`` gives its hidden states and head."""
     ref_model.requires_grad_(False).eval()
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
+    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
         return inputs(ref_model, input_ids, attention_mask)
 
     return reference
@@ -271,7 +277,7 @@ def frozen_reference(ref_model: nn.Module, inputs: Callable[..., HeadInputs] = h
 def without_adapter(model: Any) -> Reference:
     """A PEFT model's own reference, which costs no second model; see :func:`as_reference`."""
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
+    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
         with as_reference(model):
             return head_inputs(model, input_ids, attention_mask)
 
@@ -317,7 +323,10 @@ def as_reference(model: Any) -> Iterator[None]:
 
 
 def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Module) -> None:
-    """Teaches ``model.forward`` to return the loss of pairs when it is given ``pair_labels``; else it is as before."""
+    """Teaches ``model.forward`` to return the loss of pairs when it is given ``pair_labels``; else it is as before.
+
+    ``attention_mask`` may be a :class:`Packing`, which comes with labels of its own.
+    """
     plain_forward = model.forward
 
     def forward(*args, pair_labels: Tensor | None = None, row: Tensor | None = None, **inputs):
@@ -326,10 +335,13 @@ def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Modu
         with torch.no_grad():
             ref = reference(inputs["input_ids"], inputs["attention_mask"], row)
         policy = head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+        packing, bounds = inputs["attention_mask"], None
+        if isinstance(packing, Packing):
+            pair_labels, bounds = packing.labels, packing.cu_seqlens
         out = loss_fn(
             policy.hidden, policy.weight, pair_labels, ref.hidden, ref.weight, bias=policy.bias, ref_bias=ref.bias,
             logit_scale=policy.logit_scale, softcap=policy.softcap, ref_logit_scale=ref.logit_scale,
-            ref_softcap=ref.softcap,
+            ref_softcap=ref.softcap, cu_seqlens=bounds,
         )  # fmt: skip
         return out if policy.router_loss is None else out._replace(loss=out.loss + policy.router_loss)
 

@@ -9,13 +9,14 @@ rank it is in, where TRL averages micro-batches: the two differ where a micro-ba
 
 What this module holds on to in TRL and transformers, all of it here:
 
-- public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``ref_model``, ``accelerator``,
-  ``args``, ``state``; what its collator returns (``input_ids``, ``attention_mask``, ``completion_mask``); and "ref" as
-  the name of the copy of a pre-trained adapter.
-- private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_prepare_dataset`` and its columns
-  of ids, ``_save_checkpoint``, ``_load_from_checkpoint`` and ``_load_best_model`` (transformers' places for what
-  belongs to a checkpoint), ``_get_grad_norm`` (called once before every optimizer step); ``aux_loss_enabled`` and
-  ``router_aux_loss_coef``.
+- public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``evaluation_loop``, ``ref_model``,
+  ``data_collator``, ``accelerator``, ``args``, ``state``; what its collator returns (``input_ids``,
+  ``attention_mask``, ``completion_mask``); and "ref" as the name of the copy of a pre-trained adapter.
+- private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint``,
+  ``_load_from_checkpoint`` and ``_load_best_model`` (transformers' places for what belongs to a checkpoint);
+  ``_get_grad_norm`` (called once before every optimizer step); ``_get_train_sampler``; ``_prepare_dataset`` with the
+  columns of ids that it makes, and ``_set_signature_columns_if_needed``, through which rows keep their numbers
+  (recording.py); ``aux_loss_enabled`` and ``router_aux_loss_coef``.
 - the model's ``forward``, which TRL replaces too: ours comes on top of it, so that the loss runs inside whatever wraps
   the model.
 """
@@ -30,15 +31,19 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import DPOConfig, DPOTrainer
 
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
+from .batches import PackedBatches
 from .checks import (
     NotFiniteError,
     check_checkpoint,
@@ -47,6 +52,8 @@ from .checks import (
     check_reference,
     turn_off_dropout,
 )
+from .packing import part
+from .recording import PAIR_ID, ROW, RecordedTRL
 from .transformers import (
     AfterStep,
     HeadInputs,
@@ -119,14 +126,26 @@ class EpsilonDPOConfig(DPOConfig):
             "choices": list(BETA_UPDATES),
         },
     )
+    packed: bool = field(
+        default=True,
+        metadata={"help": "Run a pair's prompt once and no padding, where the model's layers allow it."},
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Tokens of a micro-batch; one of more is cut. A step keeps its pairs."}
+    )
+    record: bool = field(
+        default=True,
+        metadata={"help": "Write every pair's decision, and what it came from, to output_dir/record (epsdpo audit)."},
+    )
 
 
-class EpsilonDPOTrainer(DPOTrainer):
+class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     """``trl.DPOTrainer`` with the loss of ε-DPO, without logits in memory.
 
     Takes the arguments of ``DPOTrainer``. ``loss_fn`` holds the running β, which checkpoints carry. Beside TRL's
     metrics it logs ``kl/beta`` (the running β), ``kl/relaxed``, ``kl/kept``, ``kl/tightened`` (shares of pairs), and
-    ``kl/chosen``, ``kl/rejected`` (exact, nats). ``logits/…`` are left out for a model that caps its logits.
+    ``kl/chosen``, ``kl/rejected`` (exact, nats). ``logits/…`` are left out for a model that caps its logits. Unless
+    ``record`` is off it records every pair into ``output_dir/record``, for ``epsdpo audit`` and ``epsdpo report``.
 
     Raises:
         ValueError, TypeError: what the loss cannot honour, with the reason and what to do instead; a head that cannot
@@ -152,7 +171,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         loss_fn = _Loss(settings.beta, config.epsilon, config.beta_update, settings.label_smoothing)
         if args is not None:
             _refuse_arguments(args)
-        _refuse_adapters(model, kwargs.get("peft_config"))
+        _refuse_adapters(model, ref_model, kwargs.get("peft_config"))
         super().__init__(model, ref_model, args, *rest, **kwargs)
         if self._is_vision_dataset:
             raise ValueError(
@@ -172,6 +191,17 @@ class EpsilonDPOTrainer(DPOTrainer):
             turn_off_dropout(self.model, autocast)
         run_loss_in_forward(self.model, self._reference(autocast), self.loss_fn)
         self.add_callback(AfterStep(self._move_beta))
+        models = [self.model] if self.ref_model is None else [self.model, self._plain(self.ref_model)]
+        self.set_layout(models, config.packed, config.max_tokens_per_batch)
+        if config.record:
+            self.start_recording(self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """What run.json says of the run beside its loss, under the names of ``python -m train``'s options."""
+        return {
+            "model": self.model.config._name_or_path, "max_length": self.args.max_length,
+            "sync_ref_model": self.args.sync_ref_model,
+        }  # fmt: skip
 
     def _move_beta(self, step: int) -> None:
         self.loss_fn.update_beta()
@@ -214,36 +244,61 @@ class EpsilonDPOTrainer(DPOTrainer):
         if batches and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1] = self._without_repeats(batches[-1])
         pairs = sum(_pairs(batch).sum() for batch in batches)
+        self.lay_out(batches)
         pairs = self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
         # Of a step with nothing to score the loss is 0, not 0 · 0/0.
         return batches, pairs.clamp(min=1)
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without the pairs that accelerate repeats to fill every rank's last batch: decisions count once."""
+        pairs, mine = len(batch["input_ids"]) // 2, self._own_pairs(batch)
+        if mine == pairs:
+            return batch
+        # A rank has to take part in the step.
+        return part(batch, 0, mine) if mine else self.blank_of(batch)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not RandomSampler:
+            return sampler
+        # accelerate would put its own in a RandomSampler's place, for an order that all ranks agree on.
+        return self.dealt(
+            SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed), sampler.data_source
+        )
+
+    def labels_of(self, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
+        return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+    def blank_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        pair = part(batch, 0, 1)
+        return pair | {"completion_mask": torch.zeros_like(pair["completion_mask"])}
+
+    def _own_pairs(self, batch: dict[str, Tensor]) -> int:
+        """How many pairs of a loader's last batch are not repeats; they come first."""
         pairs = len(batch["input_ids"]) // 2
         real = self.accelerator.gradient_state.remainder
         if self.accelerator.num_processes == 1 or real <= 0:
-            return batch
-        mine = min(max(real - pairs * self.accelerator.process_index, 0), pairs)
-        if mine == 0:  # a rank has to take part in the step: one pair, of which nothing is scored
-            batch = {name: t[[0, pairs]] for name, t in batch.items()}
-            return batch | {"completion_mask": torch.zeros_like(batch["completion_mask"])}
-        return {name: torch.cat((t[:mine], t[pairs : pairs + mine])) for name, t in batch.items()}
+            return pairs
+        return min(max(real - pairs * self.accelerator.process_index, 0), pairs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask"})
+        known = {"input_ids", "attention_mask", "completion_mask", "packing", ROW, PAIR_ID}
+        unknown = sorted(set(inputs) - known)
         if unknown:
             raise ValueError(
                 f"data_collator: got a batch with {unknown}, takes input_ids, attention_mask and completion_mask: the "
                 "model's backbone would run without the others"
             )
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        labels = ids.masked_fill(inputs["completion_mask"] == 0, IGNORE)
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        labels, packing = self.labels_of(inputs), self.packing_of(inputs)
         training = self.model.training
         self.loss_fn.train(training)
-        out = model(input_ids=ids, attention_mask=mask, pair_labels=labels)
+        out = model(input_ids=ids, attention_mask=mask if packing is None else packing, pair_labels=labels)
         loss = out.loss
+        # Training has left the repeats out.
+        last = not training and self.accelerator.gradient_state.end_of_dataloader
+        self.append_to_record(out, labels, inputs, self._own_pairs(inputs) if last else len(ids) // 2)
         self._add_metrics("train" if training else "eval", out, labels, mask)
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.
@@ -345,17 +400,22 @@ class _Loss(EpsilonDPOLoss):
     logits: Tensor | None  # (2B,) sums over a completion's tokens of the mean logit; None where logits are capped
 
     @torch.no_grad()
-    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap) -> None:
+    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds) -> None:
         self.logits = None
         if softcap is None:
             # The mean over the vocabulary of x·Wᵀ + b is x·mean(W) + mean(b).
             with torch.autocast(hidden.device.type, enabled=False):
                 means = hidden.float() @ weight.mean(0, dtype=torch.float32)
             means = logit_scale * (means if bias is None else means + bias.mean(dtype=torch.float32))
-            self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
+            if bounds is None:
+                self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
+            else:
+                self.logits = torch.segment_reduce(means, "sum", offsets=bounds)
 
     def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
-        self._read_logits(hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"])
+        self._read_logits(
+            hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"], kwargs["cu_seqlens"]
+        )
         return super().forward(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
 
 
@@ -411,7 +471,14 @@ def _refuse_arguments(args: DPOConfig) -> None:
         )
 
 
-def _refuse_adapters(model: Any, peft_config: Any) -> None:
+def _refuse_adapters(model: Any, ref_model: Any, peft_config: Any) -> None:
+    by_name = isinstance(model, str) and find_adapter_config_file(model)
+    if by_name or (ref_model is None and getattr(model, "_hf_peft_config_loaded", False)):
+        raise ValueError(
+            "model: got an adapter that transformers loads into the layers of its base, which would be the reference "
+            "without it. Load it with peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True): its copy is "
+            "then the reference"
+        )
     if peft_config is None and not isinstance(model, str) and is_peft_model(model):
         peft_config = model.active_peft_config
     if peft_config is not None and peft_config.is_prompt_learning:

@@ -1,27 +1,32 @@
-"""``epsdpo audit RUN``: checks a run's record against itself, and says OK or where not.
+"""``epsdpo audit RUN``: checks a run's record against itself, and says OK or where not, and what it could not check.
 
 Every figure that follows from others in the record is worked out again from those: the decision from the shifts, the β
 of a pair from decision, ε and running β, margin, loss and coefficient from the log-probs, the running β of a step from
 the one before it. So a figure that was altered is named where it stands, and only there. The same goes for what must be
-there: every step, micro-batch, rank and pair, once.
+there: every step, micro-batch, rank and pair, once. A part whose bytes are not those that the next part, or the end,
+holds the digest of was altered after it was written, however well its figures agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from ..pair import BETA_DPO_MOMENTUM, beta_dpo, losses_and_coefficients, lsc_dpo, pair_beta, perturbation_step
-from .recorder import SCHEMA, SPLITS, parts
+from .recorder import BEFORE, END, SCHEMA, TRAIN, in_order, numbers, parts
+from .run import steps_done
+from .words import words
 
 # A figure may differ from what follows by 8 roundings of float32, relative to the largest number that went into it.
 ROUNDING = 8 * 2.0**-24
@@ -33,10 +38,11 @@ Columns = dict[str, np.ndarray]
 class Finding:
     """One thing that is not as it must be.
 
-    kind: "value", a figure that does not follow; "unreadable", a part; "gap", steps or micro-batches that are missing;
-        "rank", steps that one process lacks; "short", a step with fewer pairs than the others; "double", a pair that
-        comes again; "missing", pairs that an epoch or evaluation lacks; "id", a row of the data with two ids; "end", a
-        record that ends before its run.
+    kind: "value", a figure that does not follow; "unreadable", a part; "chain", a part that was altered, moved or
+        removed after it was written; "gap", steps or micro-batches that are missing; "rank", steps that one process
+        lacks; "short", a step with fewer pairs than the others; "double", a pair that comes again; "missing", pairs
+        that an epoch or evaluation lacks; "id", a row of the data with two ids; "end", a record that ends before its
+        run.
     The place is given as far as there is one: part, place in the part (from 0), epoch (from 0), step, row of the data,
     pair id. ``holds`` and ``follows`` are values, or counts of what ``column`` names, "–" for none.
     """
@@ -69,15 +75,19 @@ class Audit:
         run: folder of the run.
         facts: its run.json.
         table: the rows that could be read, with ``part`` and ``place``, in the order of :func:`recorder.read`.
+        digest: the SHA-256 over those of all ranks' last parts. Who keeps it can tell later whether anything changed.
         counts: findings by kind; ``findings`` holds the first 50 of each kind and column.
+        limits: what could not be checked, by its name in words.py, with the values of that sentence.
     """
 
     run: Path
     facts: dict[str, Any]
     table: pa.Table
     parts: int
+    digest: str = ""
     findings: list[Finding] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    limits: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -86,25 +96,28 @@ class Audit:
     @property
     def steps(self) -> int:
         """Training steps in the record."""
-        return len(np.unique(self.table["step"].to_numpy()[self.table["split"].to_numpy() == SPLITS[0]]))
+        return len(np.unique(self.table["step"].to_numpy()[self.table["split"].to_numpy() == TRAIN]))
 
     def add(self, kind: str, column: str, holds: Any, follows: Any, count: int = 1, **where) -> None:
         self.findings.append(Finding(kind, column, str(holds), str(follows), **where))
         self.counts[kind] += count
 
+    def unchecked(self, language: str = "en") -> list[str]:
+        """What could not be checked, in sentences."""
+        say = words("limits", language)
+        return [say[name].format(**values) for name, values in self.limits]
+
     def __str__(self) -> str:
         counted = (
             f"{len(self.table):,} rows, {self.steps:,} training steps, {self.parts:,} part{'s' * (self.parts != 1)}"
         )
-        if self.ok:
-            return f"OK, {counted}"
         found = sum(self.counts.values())
-        lines = [f"NOT OK, {found:,} finding{'s' * (found != 1)} in {counted}"]
+        lines = [f"NOT OK, {found:,} finding{'s' * (found != 1)} in {counted}" if found else f"OK, {counted}"]
         lines += [f"  {finding}" for finding in self.findings[:SHOWN]]
         if found > SHOWN:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common())
             lines.append(f"  … the first {min(SHOWN, len(self.findings))} are shown of: {kinds}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  not checked: {line}" for line in self.unchecked())])
 
 
 def audit(run: Path) -> Audit:
@@ -118,28 +131,32 @@ def audit(run: Path) -> Audit:
         raise FileNotFoundError(f"run: {run} holds no run.json")
     facts = json.loads((run / "run.json").read_text(encoding="utf-8", errors="replace"))
     found = parts(run / "record")
-    tables, unreadable = [], []
+    links, tables, unreadable = [], [], []
     for part in found:
+        data = part.read_bytes()
         try:
-            table = pq.read_table(part)
+            table = pq.read_table(pa.BufferReader(data))
             table.validate(full=True)  # text that is no UTF-8, too
             if not table.schema.equals(SCHEMA):
                 raise ValueError("its columns are not the schema's")
         except (pa.ArrowException, OSError, ValueError) as error:
             unreadable.append((part.name, " ".join(str(error).split())[:200]))
+            links.append(Link(part, hashlib.sha256(data).hexdigest(), None))
             continue
+        before = (table.schema.metadata or {}).get(BEFORE, b"nothing").decode(errors="replace")
+        links.append(Link(part, hashlib.sha256(data).hexdigest(), before))
         names = pa.array([part.name]).dictionary_encode().take(pa.array(np.zeros(len(table), np.int32)))
+        table = table.cast(SCHEMA)
         tables.append(table.append_column("part", names).append_column("place", pa.array(np.arange(len(table)))))
     if not tables:
         raise FileNotFoundError(f"run: {run / 'record'} holds no part of a record that can be read")
-    table = pa.concat_tables(tables).unify_dictionaries()
-    split = table["split"].to_numpy() != SPLITS[0]
-    table = table.take(np.lexsort([*(table[name].to_numpy() for name in ("rank", "micro", "step")), split]))
-    result = Audit(run, facts, table, len(found))
+    result = Audit(run, facts, in_order(pa.concat_tables(tables).unify_dictionaries()), len(found))
     for name, problem in unreadable:
         result.add("unreadable", "part", problem, "a part of a record", part=name)
-    rows = columns(table)
-    rows["train"] = rows["split"] == SPLITS[0]
+    _check_chain(result, links)
+    rows = columns(result.table)
+    rows["train"] = rows["split"] == TRAIN
+    _note_unknown(result, rows)
     _check_values(result, rows)
     _check_steps(result, rows)
     _check_pairs(result, rows)
@@ -147,8 +164,96 @@ def audit(run: Path) -> Audit:
 
 
 def columns(table: pa.Table) -> Columns:
-    """A record's columns as arrays: numbers as they are stored, text as objects."""
-    return {name: table[name].to_numpy() for name in table.column_names}
+    """A record's columns as arrays: numbers as they are stored, text as objects.
+
+    Of what is null, a row is −1, an epoch NaN, an id empty and a label None.
+    """
+    filled = {"row": pc.fill_null(table["row"], -1), "pair_id": pc.fill_null(table["pair_id"], "")}
+    return {name: filled.get(name, table[name]).to_numpy() for name in table.column_names}
+
+
+class Link(NamedTuple):
+    """A part in the chain of its rank's."""
+
+    part: Path
+    digest: str
+    before: str | None  # the digest that it holds of the part before it; None where it can't be read
+
+
+def _check_chain(result: Audit, links: list[Link]) -> None:
+    """Every part is as the next one, and the last as the end, says that it was written."""
+    folder = result.run / "record"
+    ends = {int(END.fullmatch(path.name)[1]): path for path in folder.glob("end-*.json") if END.fullmatch(path.name)}  # type: ignore[index]
+    last, still_open = [], []
+    for rank in sorted({numbers(link.part)[0] for link in links} | ends.keys()):
+        own = [link for link in links if numbers(link.part)[0] == rank]
+        before, number = Link(folder, "", None), -1
+        for link in own:
+            missing = range(number + 1, number := numbers(link.part)[2])
+            for one in missing:
+                result.add("chain", "part", "–", f"part {one} of rank {rank}", part=link.part.name)
+            if not missing and link.before not in (None, before.digest):
+                named = before.part.name if before.digest else link.part.name
+                result.add("chain", "SHA-256", before.digest[:16] or "–", link.before[:16], part=named)  # type: ignore[index]
+            before = link
+        state = _check_end(result, ends.get(rank), folder / f"end-{rank:03d}.json", own)
+        still_open += [rank] if state == "open" else []
+        last.append(own[-1].digest if own else "")
+    result.digest = hashlib.sha256("".join(last).encode()).hexdigest()
+    if still_open:
+        step = int(result.table["step"].to_numpy().max(initial=0))
+        result.limits.append(("open", {"ranks": ", ".join(map(str, still_open)), "step": step}))
+
+
+def _check_end(result: Audit, end: Path | None, expected: Path, own: list[Link]) -> str:
+    """Compares the last parts of a rank with its end; "open" or "closed", as it says."""
+    told: Any = None
+    if end is not None:
+        try:
+            told = json.loads(end.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            pass
+    well_formed = isinstance(told, dict) and all(isinstance(told.get(name), str) for name in ("part", "sha256"))
+    digests = [link.digest for link in own]
+    # A run that is killed between a part and its end leaves one part more than the end knows of.
+    late = well_formed and digests[-2:-1] == [told["sha256"]] or end is None and len(own) == 1
+    if late:
+        result.limits.append(("late_part", {"part": own[-1].part.name}))
+    elif not well_formed:
+        result.add("chain", "end", "–", expected.name)
+    elif told["part"] not in [link.part.name for link in own]:
+        result.add("chain", "part", "–", told["part"], part=expected.name)
+    elif digests[-1] != told["sha256"]:
+        if told["part"] == own[-1].part.name:
+            result.add("chain", "SHA-256", digests[-1][:16], told["sha256"][:16], part=told["part"])
+        else:
+            result.add("chain", "end", own[-1].part.name, told["part"], part=expected.name)
+    return "closed" if well_formed and told.get("closed") is True and not late else "open"
+
+
+def _note_unknown(result: Audit, rows: Columns) -> None:
+    """What can't be checked, because the run didn't know it."""
+    facts = result.facts
+    if begins := facts.get("begins_after"):
+        result.limits.append(("begins_after", {"step": begins}))
+    if others := facts.get("states_of_others"):
+        result.limits.append(("states_of_others", {"states": ", ".join(map(str, others))}))
+    for split in dict.fromkeys(rows["split"]):
+        own = rows["split"] == split
+        for name, unknown in (
+            ("no_row", rows["row"] < 0),
+            ("no_id", rows["pair_id"] == ""),
+            ("no_epoch", rows["train"] & np.isnan(rows["epoch"])),
+        ):
+            if n := int((own & unknown).sum()):
+                result.limits.append((name, {"split": split, "n": f"{n:,}"}))
+        if split in _streams(facts):
+            result.limits.append(("stream", {"split": split}))
+
+
+def _streams(facts: dict[str, Any]) -> list[str]:
+    """The splits that came as streams: a row is a place in one pass, and how many there are nobody knows."""
+    return facts.get("streams", [])
 
 
 def _name_rows(result: Audit, rows: Columns, kind: str, column: str, bad: np.ndarray, follows: Any) -> None:
@@ -198,7 +303,7 @@ def _check_values(result: Audit, rows: Columns) -> None:
 
     beta, beta_used = _betas(result, rows, decision)
     _name_rows(result, rows, "value", "beta", _differ(rows["beta"], beta, beta), beta.astype(np.float32))
-    used = _differ(rows["beta_used"], beta_used, rows["beta"])
+    used = _differ(rows["beta_used"], beta_used, np.maximum(beta, beta_used))
     _name_rows(result, rows, "value", "beta_used", used, beta_used.astype(np.float32))
 
     logps = [tensor(name) for name in ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")]
@@ -253,7 +358,8 @@ def _betas(result: Audit, rows: Columns, decision: np.ndarray) -> tuple[np.ndarr
     else:
         after = held * (relaxed / (1 + epsilon) + (count - relaxed - tightened) + tightened / (1 - epsilon)) / count
     # β after each step that was taken, and at the start: what the next step, and an evaluation, works with.
-    done, known = np.concatenate([[0], steps]), np.concatenate([[np.float32(options["beta"])], after])
+    start = np.nan if result.facts.get("begins_after") else np.float32(options["beta"])
+    done, known = np.concatenate([[0], steps]), np.concatenate([[start], after])
     before = rows["step"] - train
     place = np.minimum(np.searchsorted(done, before), len(done) - 1)
     beta = np.where(done[place] == before, known[place], np.nan)
@@ -295,7 +401,7 @@ def _beta_dpo_betas(options: dict[str, Any], rows: Columns) -> tuple[np.ndarray,
     before, moved = np.full(len(count), np.nan), np.full(len(count), np.nan)
     for i, step in enumerate(batches.tolist()):
         if step > (batches[i - 1] + 1 if i else 1):
-            break  # past a gap, the moving average is not known
+            break  # past a gap, and where the record begins late, the moving average is not known
         average = BETA_DPO_MOMENTUM * average + (1 - BETA_DPO_MOMENTUM) * mean[i]
         before[i] = running
         running = moved[i] = beta_dpo(base, alpha, mean_kept[i], average)
@@ -316,10 +422,10 @@ def _check_steps(result: Audit, rows: Columns) -> None:
     train = rows["train"]
     step, rank = rows["step"][train], rows["rank"][train]
     steps, count = np.unique(step, return_counts=True)
-    last = int(steps.max(initial=0))
-    for first, end in _ranges(np.setdiff1d(np.arange(1, last + 1), steps)):
-        result.add("gap", "step", "–", _range(first, end), step=first)
-    done = _steps_done(result.run)
+    first, last = int(result.facts.get("begins_after", 0)) + 1, int(steps.max(initial=0))
+    for begin, end in _ranges(np.setdiff1d(np.arange(first, last + 1), steps)):
+        result.add("gap", "step", "–", _range(begin, end), step=begin)
+    done = steps_done(result.run, result.facts.get("states_of_others", ()))
     if done > last:
         result.add("end", "step", last, done)
 
@@ -331,10 +437,11 @@ def _check_steps(result: Audit, rows: Columns) -> None:
         for i in np.flatnonzero(inner & (count != usual)):
             result.add("short", "pairs", count[i], usual, step=int(steps[i]))
     for one in range(int(rank.max(initial=0)) + 1):
-        for first, end in _ranges(np.setdiff1d(steps, np.concatenate([step[rank == one], ends]))):
-            result.add("rank", f"step, rank {one}", "–", _range(first, end), step=first)
+        for begin, end in _ranges(np.setdiff1d(steps, np.concatenate([step[rank == one], ends]))):
+            result.add("rank", f"step, rank {one}", "–", _range(begin, end), step=begin)
 
-    places = np.stack([~train, rows["step"], rows["rank"], rows["micro"]], 1)
+    _, split = np.unique(rows["split"], return_inverse=True)
+    places = np.stack([split, rows["step"], rows["rank"], rows["micro"]], 1)
     _, index, inverse = np.unique(places[:, :3], axis=0, return_index=True, return_inverse=True)
     inverse = inverse.reshape(-1)
     micros = np.zeros(len(index), np.int64)
@@ -348,40 +455,63 @@ def _check_steps(result: Audit, rows: Columns) -> None:
 
 
 def _check_pairs(result: Audit, rows: Columns) -> None:
-    """Every pair is there once an epoch and once an evaluation."""
-    train, facts = rows["train"], result.facts
-    for split in (True, False):
-        of = np.flatnonzero(train == split)
-        row, ids = rows["row"][of], rows["pair_id"][of]
-        _, first, inverse = np.unique(row, return_index=True, return_inverse=True)
-        other = np.zeros(len(train), bool)
-        other[of] = ids != ids[first][inverse]
-        then = np.full(len(train), "", object)
-        then[of] = ids[first][inverse]
-        _name_rows(result, rows, "id", "pair_id", other, then)
+    """Every pair is there once an epoch and once an evaluation, as far as rows and their number are known."""
+    known = rows["row"] >= 0
+    for split in dict.fromkeys(rows["split"]):
+        own = (rows["split"] == split) & known
+        if split not in _streams(result.facts):
+            _check_ids(result, rows, np.flatnonzero(own & (rows["pair_id"] != "")))
+        if split == TRAIN:
+            _check_epochs(result, rows, np.flatnonzero(own & ~np.isnan(rows["epoch"])))
+        else:
+            _check_evaluations(result, rows, split, np.flatnonzero(own))
 
-    of = np.flatnonzero(train)
+
+def _check_ids(result: Audit, rows: Columns, of: np.ndarray) -> None:
+    """A row of the data has one id; ``of`` are the places to look at."""
+    ids = rows["pair_id"][of]
+    _, first, inverse = np.unique(rows["row"][of], return_index=True, return_inverse=True)
+    other, then = np.zeros(len(rows["row"]), bool), np.full(len(rows["row"]), "", object)
+    other[of], then[of] = ids != ids[first][inverse], ids[first][inverse]
+    _name_rows(result, rows, "id", "pair_id", other, then)
+
+
+def _check_epochs(result: Audit, rows: Columns, of: np.ndarray) -> None:
+    arguments = result.facts.get("training_arguments", {})
     epoch = np.floor(rows["epoch"][of]).astype(np.int64)
-    double = np.zeros(len(train), bool)
-    double[of] = _again(epoch, rows["row"][of])
-    _name_rows(result, rows, "double", "row", double, "–")
-    pairs = facts.get("train_pairs", len(np.unique(rows["row"][of])))
-    if not facts.get("training_arguments", {}).get("dataloader_drop_last"):
-        for one in np.unique(epoch)[:-1]:  # the last one may still go on
+    if not arguments.get("ignore_data_skip"):  # a resumed run then begins its epoch's data again
+        double = np.zeros(len(rows["row"]), bool)
+        double[of] = _again(epoch, rows["row"][of])
+        _name_rows(result, rows, "double", "row", double, "–")
+    pairs = _pairs(result, TRAIN, len(np.unique(rows["row"][of])))
+    over = np.unique(epoch)[:-1]  # the last one may still go on
+    if result.facts.get("begins_after"):
+        over = over[1:]
+    if pairs and not arguments.get("dataloader_drop_last"):
+        for one in over:
             there = len(np.unique(rows["row"][of][epoch == one]))
             if there < pairs:
                 result.add("missing", "pairs", there, pairs, pairs - there, epoch=int(one))
 
-    of = np.flatnonzero(~train)
+
+def _check_evaluations(result: Audit, rows: Columns, split: str, of: np.ndarray) -> None:
+    pairs = _pairs(result, split, 0)
     for step in np.unique(rows["step"][of]):
         # After one step there may be several evaluations, each of all pairs.
         row, times = np.unique(rows["row"][of][rows["step"][of] == step], return_counts=True)
         usual = int(np.median(times))
         for r, n in zip(row[times != usual], times[times != usual], strict=True):
-            result.add("double" if n > usual else "missing", "eval", n, usual, step=int(step), row=int(r))
-        if len(row) < facts.get("eval_pairs", 0):
-            there, pairs = len(row), facts["eval_pairs"]
-            result.add("missing", "eval pairs", there, pairs, pairs - there, step=int(step))
+            result.add("double" if n > usual else "missing", split, n, usual, step=int(step), row=int(r))
+        if len(row) < pairs:
+            result.add("missing", f"{split} pairs", len(row), pairs, pairs - len(row), step=int(step))
+
+
+def _pairs(result: Audit, split: str, otherwise: int) -> int:
+    """Pairs of a split, as the run counted them; 0 where it couldn't."""
+    if split in _streams(result.facts):
+        return 0
+    pairs = result.facts.get("pairs", {}).get(split, otherwise)
+    return pairs if isinstance(pairs, int) else 0
 
 
 def _again(epoch: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -394,28 +524,22 @@ def _again(epoch: np.ndarray, row: np.ndarray) -> np.ndarray:
 
 
 def _ends_of_epochs(result: Audit, rows: Columns) -> np.ndarray:
-    """The last step of every epoch that is over: another has begun, or all its pairs are there."""
-    train = rows["train"]
-    epoch = np.floor(rows["epoch"][train]).astype(np.int64)
+    """The last step of every epoch that is over: another has begun, or all its pairs are there.
+
+    And every step of which the epoch isn't known, for it may be one.
+    """
+    known = rows["train"] & ~np.isnan(rows["epoch"])
+    epoch, step = np.floor(rows["epoch"][known]).astype(np.int64), rows["step"][known]
+    unknown = np.unique(rows["step"][rows["train"] & ~known])
     if not len(epoch):
-        return epoch
+        return unknown
     last = epoch.max()
-    ends = [rows["step"][train][epoch == one].max() for one in np.unique(epoch) if one < last]
-    of_last = rows["row"][train][epoch == last]
-    if len(np.unique(of_last)) >= result.facts.get("train_pairs", 0):
-        ends.append(rows["step"][train].max())
-    return np.array(ends, np.int64)
-
-
-def _steps_done(run: Path) -> int:
-    """The most optimizer steps that a state of the run counts; a state that a kill cut short counts none."""
-    done = 0
-    for state in (run / "trainer_state.json", *run.glob("checkpoint-*/trainer_state.json")):
-        try:
-            done = max(done, int(json.loads(state.read_text(encoding="utf-8"))["global_step"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return done
+    ends = [step[epoch == one].max() for one in np.unique(epoch) if one < last]
+    of_last = rows["row"][known][epoch == last]
+    # Of a stream, and without rows, nobody knows whether the last one is over.
+    if len(np.unique(of_last[of_last >= 0])) >= _pairs(result, TRAIN, 0):
+        ends.append(step.max())
+    return np.concatenate([np.array(ends, np.int64), unknown])
 
 
 def _ranges(numbers: np.ndarray) -> list[tuple[int, int]]:
@@ -436,5 +560,5 @@ def add_command(commands: Any) -> None:
 
 def _command(given: argparse.Namespace) -> int:
     result = audit(given.run)
-    print(f"{result.run / 'record'}: {result}")
+    print(f"{result.run / 'record'}: {result}\nSHA-256 of its end: {result.digest}")
     return 0 if result.ok else 1

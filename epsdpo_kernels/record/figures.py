@@ -35,9 +35,25 @@ def rounded(values: Any, digits: int = 5) -> list:
 
 
 def split(rows: Columns, name: str) -> Columns:
-    """The rows of "train" or "eval"."""
+    """The rows of "train" or of an evaluation."""
     own = rows["split"] == name
     return {column: values[own] for column, values in rows.items()}
+
+
+def pair_numbers(rows: Columns) -> np.ndarray:
+    """(N,) one number a pair: by its id; where that isn't known by its row; where neither is, each visit is a pair.
+
+    Numbers are in the order of the pairs' rows. A row alone would not do: in a stream it is another pair's next time.
+    """
+    row, names = rows["row"], rows["pair_id"].copy()
+    for i in np.flatnonzero(names == ""):
+        names[i] = f"row {row[i]}" if row[i] >= 0 else f"visit {i}"  # no id has a space in it
+    _, number = np.unique(names, return_inverse=True)
+    first = np.full(number.max(initial=-1) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, number, row)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(len(first))
+    return rank[number]
 
 
 def measures(rows: Columns) -> Columns:
@@ -91,23 +107,24 @@ def dots(rows: Columns, seed: int = 0) -> dict[str, Any]:
         drawn = np.sort(np.random.default_rng(seed).choice(sound, DOTS, replace=False))
     return {
         "x": rounded(x[drawn], 4), "y": rounded(y[drawn], 4), "decision": rows["decision"][drawn].tolist(),
-        "step": rows["step"][drawn].tolist(), "id": rows["pair_id"][drawn].tolist(), "of": len(rows["step"]),
+        "step": rows["step"][drawn].tolist(), "pair": pair_numbers(rows)[drawn].tolist(), "of": len(rows["step"]),
     }  # fmt: skip
 
 
 def by_pair(rows: Columns) -> Columns:
-    """One entry a pair (by its row in the data), in the order of rows: what its visits add up to.
+    """One entry a pair, in the order of :func:`pair_numbers`: what its visits add up to.
 
     ``order`` and ``start`` lead from a pair to its visits: ``order[start[i] : start[i + 1]]`` are places in ``rows``,
     by step. ``lean`` is the mean of margin − KL difference.
     """
-    order = np.lexsort([rows["step"], rows["row"]])
-    row = rows["row"][order]
-    start = np.concatenate([np.flatnonzero(np.concatenate([[True], row[1:] != row[:-1]])), [len(row)]])
+    number = pair_numbers(rows)
+    order = np.lexsort([rows["step"], number])
+    number = number[order]
+    start = np.concatenate([np.flatnonzero(np.concatenate([[True], number[1:] != number[:-1]])), [len(number)]])
     group = np.repeat(np.arange(len(start) - 1), np.diff(start))
     last, decision = order[start[1:] - 1], rows["decision"][order]
     lean = (rows["margin"].astype(np.float64) - kl_difference(rows))[order]
-    changed = np.concatenate([[False], (decision[1:] != decision[:-1]) & (row[1:] == row[:-1])])
+    changed = np.concatenate([[False], (decision[1:] != decision[:-1]) & (number[1:] == number[:-1])])
     found = {name: np.bincount(group, decision == sign).astype(int) for name, sign in SIGNS.items()}
     return found | {
         "order": order, "start": start, "row": rows["row"][last], "id": rows["pair_id"][last],
@@ -120,12 +137,16 @@ def by_pair(rows: Columns) -> Columns:
 
 def flips(rows: Columns, pairs: Columns) -> dict[str, Any]:
     """How often a decision follows another at a pair's next visit: matrix[from][to], in the order of ``SIGNS``."""
-    decision, row = rows["decision"][pairs["order"]], rows["row"][pairs["order"]]
-    same = row[1:] == row[:-1]
+    decision = rows["decision"][pairs["order"]]
+    same = np.ones(len(decision) - 1, bool)
+    same[pairs["start"][1:-1] - 1] = False
     places = (1 - decision[:-1][same].astype(int)) * 3 + (1 - decision[1:][same].astype(int))
     matrix = np.bincount(places, minlength=9).reshape(3, 3)
     seen, flipped = pairs["visits"] > 1, pairs["flips"] > 0
-    return {"matrix": matrix.tolist(), "seen_again": int(seen.sum()), "flipped": int(flipped.sum())}
+    known = bool(((rows["pair_id"] != "") | (rows["row"] >= 0)).all())
+    return {
+        "matrix": matrix.tolist(), "seen_again": int(seen.sum()), "flipped": int(flipped.sum()), "known": known,
+    }  # fmt: skip
 
 
 def most(pairs: Columns) -> dict[str, np.ndarray]:
@@ -217,7 +238,7 @@ def alarms(rows: Columns, decides: bool) -> dict[str, dict[str, Any]]:
         worst["met"] if worst["name"] and decides else None,
         **{k: worst[k] for k in ("name", "value", "others")},
     )
-    _, once = np.unique(rows["row"], return_index=True)
+    _, once = np.unique(pair_numbers(rows), return_index=True)
     share = float((rows["ref_rejected_logp"] > rows["ref_chosen_logp"])[once].mean())
     state("reference", share - 0.5 > REFERENCE_ERRORS * 0.5 / math.sqrt(len(once)), value=share, pairs=len(once))
     return found

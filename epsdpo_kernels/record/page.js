@@ -147,6 +147,11 @@ function shape(name, x, y, r) {
   return `M${a} ${(y + s * r * 1.25).toFixed(1)}l${r * 1.2} ${-s * r * 2.1}h${-r * 2.4}z`;
 }
 
+// The mark of one evaluation set among several.
+function setMark(k, x, y) {
+  return [shape("kept", x, y, 4), `M${x - 4} ${y - 4}h8v8h-8z`, `M${x} ${y - 5}l5 5l-5 5l-5 -5z`, shape("relaxed", x, y, 4)][k % 4];
+}
+
 const decisionLegend = (counts, ...more) => el("ul", { class: "legend" }, SIGNS.map(([name]) =>
   el("li", null, svg("svg", { viewBox: "0 0 28 14", "aria-hidden": "true" }, svg("path", { class: name, d: shape(name, 14, 7, 5) })),
     W[name] + (counts ? " " + counts[name] : ""))), more);
@@ -238,20 +243,22 @@ function shares(run) {
 }
 
 function curves() {
+  const sets = [...new Set(runs.flatMap((run) => run.evaluation.map((one) => one.name)))];
   const legend = el("ul", { class: "legend" }, runs.map((run, i) => el("li", null,
     svg("svg", { viewBox: "0 0 28 14", "aria-hidden": "true" }, styled(svg("path", { class: "curve", d: "M1 7H27" }), lineKey(i))), foreign(run.name))),
-    runs.some((run) => run.evaluation.step.length) ? el("li", null, "● " + W.evaluation) : null);
+    sets.map((name, k) => el("li", null, svg("svg", { viewBox: "0 0 28 14", "aria-hidden": "true" },
+      svg("path", { class: "kept", d: setMark(k, 14, 7) })), W.evaluation, sets.length > 1 ? foreign(name) : null)));
   const names = ["reward_margin", "accuracy", "kl_chosen", "kl_rejected", "entropy_chosen", "entropy_rejected"];
   return section("curves", note(W.chart_hint), legend, el("div", { class: "charts" }, names.map((name) => chart({
     caption: W[name], label: `${W[name]}: ` + runs.map((run) => `${run.name} ${number(run.series[name].at(-1))}`).join(", "),
-    x: extent(runs.flatMap((run) => [...run.series.step, ...run.evaluation.step]), 0),
-    y: extent(runs.flatMap((run) => [...run.series[name], ...(run.evaluation[name] || [])])),
+    x: extent(runs.flatMap((run) => [...run.series.step, ...run.evaluation.flatMap((one) => one.step)]), 0),
+    y: extent(runs.flatMap((run) => [...run.series[name], ...run.evaluation.flatMap((one) => one[name])])),
     percent: name === "accuracy", xTitle: W.optimizer_step, height: 220,
     draw: (scale) => runs.flatMap((run, i) => [
       styled(svg("path", { class: "curve", d: path(run.series.step, run.series[name], scale) }), lineKey(i)),
-      ...run.evaluation.step.map((step, k) => run.evaluation[name][k] === null ? null : styled(
-        svg("circle", { cx: scale.X(step), cy: scale.Y(run.evaluation[name][k]), r: 4 }),
-        { fill: `var(--run${i % 7})`, stroke: "var(--paper)" })),
+      ...run.evaluation.flatMap((one) => one.step.map((step, k) => one[name][k] === null ? null : styled(
+        svg("path", { class: "evaluated", d: setMark(sets.indexOf(one.name), scale.X(step), scale.Y(one[name][k])) }),
+        { fill: `var(--run${i % 7})`, stroke: "var(--paper)" }))),
     ]),
     read: {
       xs: runs[0].series.step,
@@ -293,8 +300,8 @@ function short(run, places, caption) {
 }
 
 function flips(run) {
-  const { matrix, seen_again } = run.flips;
-  if (!seen_again) return section("flips", note(W.once));
+  const { matrix, seen_again, known } = run.flips;
+  if (!seen_again) return section("flips", note(known ? W.once : W.unknown_pairs));
   const rows = SIGNS.map(([name], i) => el("tr", null, el("th", { scope: "row" }, decision(SIGNS[i][1])),
     matrix[i].map((n) => td(number(n), "number"))));
   return section("flips", el("div", { class: "columns" },
@@ -403,12 +410,14 @@ function openPair(run, i) {
 
 function auditSection() {
   return section("audit", runs.map((run) => {
-    const { ok, text, findings } = run.audit;
+    const { ok, text, findings, limits, digest } = run.audit;
     const head = ["kind", "part", "place", "epoch", "step", "row", "pair", "column", "holds", "follows"].map((name) => th(W[name]));
     const rows = findings.map((f) => el("tr", null, td(words.findings[f.kind], "wide"),
       [f.part, f.place, f.epoch, f.step, f.row, f.pair_id, f.column, f.holds, f.follows].map((value) => el("td", { class: String(value).length > 40 ? "wide" : "id" }, value === null || value === "" ? "–" : foreign(value)))));
     return el("div", null, el("p", null, state(ok ? "fine" : "look"), " ", foreign(run.name), ": ", text),
-      findings.length ? table(head, rows, { "aria-label": W.audit }) : null);
+      findings.length ? table(head, rows, { "aria-label": W.audit }) : null,
+      limits.length ? el("div", null, el("h3", null, W.unchecked), el("ul", { class: "note" }, limits.map((line) => el("li", null, line)))) : null,
+      el("p", { class: "note" }, `${W.digest}: `, el("code", null, digest)));
   }));
 }
 

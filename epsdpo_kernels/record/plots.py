@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .words import words
 LOOKS = {"relaxed": ("#0072B2", "^"), "kept": ("#7F7F7F", "o"), "tightened": ("#D55E00", "v")}
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
+SHAPES = "osD^"  # of an evaluation's sets
 JAPANESE = ("Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "IPAGothic", "Hiragino Sans", "Yu Gothic", "Meiryo")
 JAPANESE_FILE = re.compile("NotoSans(CJK|JP)|ipaexg|ipag|Hiragino|YuGoth|meiryo", re.IGNORECASE)
 CURVES = ("reward_margin", "accuracy", "kl_chosen", "kl_rejected", "entropy_chosen", "entropy_rejected")
@@ -111,10 +113,9 @@ def _curves(plt, runs, say):
             axes.plot(
                 run["series"]["step"], run["series"][name], line, color=colour, label=run["name"].replace("$", r"\$")
             )
-            if run["evaluation"]["step"]:
-                axes.plot(
-                    run["evaluation"]["step"], run["evaluation"][name], "o", color=colour, markeredgecolor="white"
-                )
+            for shape, held_out in zip(itertools.cycle(SHAPES), run["evaluation"]):
+                label = held_out["name"].replace("$", r"\$") if len(run["evaluation"]) > 1 else None
+                axes.plot(held_out["step"], held_out[name], shape, color=colour, markeredgecolor="white", label=label)
         axes.set(xlabel=say["optimizer_step"])
         _title(axes, say[name])
     grid.flat[0].legend(fontsize=9)

@@ -1,11 +1,15 @@
-"""The record: for every pair and step, what was decided, from what, and with what effect.
+"""The parts of a record: for every pair and step, what was decided, from what, and with what effect.
 
-A record is a folder of Parquet parts that one `Recorder` a rank appends to and `read` puts together.
-`python -m epsdpo_kernels.record.recorder` prints its documentation, docs/record.md.
+A record is a folder of Parquet parts that one `Recorder` a rank appends to and `read` puts together. Each part holds
+the SHA-256 of the part before it, and a small file the last part's, so that an alteration shows unless all that comes
+after it was rewritten too. `python -m epsdpo_kernels.record.recorder` prints docs/record.md.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,9 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SPLITS = ("train", "eval")
+TRAIN = "train"
 STEPS_PER_PART = 200
 PART = re.compile(r"part-(\d{3,})-(\d{8,})-(\d{4,})\.parquet")
+END = re.compile(r"end-(\d{3,})\.json")
+# In a part's metadata: the SHA-256 of the rank's part before it, empty in the first.
+BEFORE = b"sha256_before"
 
 
 def _field(name: str, kind: pa.DataType, unit: str, description: str, nullable: bool = False) -> pa.Field:
@@ -33,11 +40,11 @@ SCHEMA = pa.schema(
         ),
         _field("micro", pa.int32(), "", "micro-batch within the step, or batch within the evaluation, from 0"),
         _field("rank", pa.int16(), "", "process that computed the pair, from 0"),
-        _field("epoch", pa.float64(), "passes", "passes over the data done before the step"),
-        _field("split", pa.string(), "", "train or eval"),
+        _field("epoch", pa.float64(), "passes", "passes over the data done before the step", nullable=True),
+        _field("split", pa.string(), "", "train, or the prefix of an evaluation's metrics: eval, eval_NAME"),
         _field("method", pa.string(), "", "eps-dpo, dpo, tr-dpo, beta-dpo or lsc-dpo"),
-        _field("pair_id", pa.string(), "", "hash of the pair's texts, the same in every run"),
-        _field("row", pa.int64(), "", "row in the source data, from 0"),
+        _field("pair_id", pa.string(), "", "hash of the pair's texts, the same in every run", nullable=True),
+        _field("row", pa.int64(), "", "row in the data as given, from 0; in a stream the place", nullable=True),
         _field("chosen_tokens", pa.int32(), "tokens", "scored tokens of the chosen completion"),
         _field("rejected_tokens", pa.int32(), "tokens", "the same of the rejected one"),
         _field("chosen_logp", _F, "nats", "log-probability of the chosen completion, summed, under the policy"),
@@ -72,10 +79,11 @@ class Recorder:
     """Appends pairs to the record of a run.
 
     A part is written when it holds 200 steps or ``rows_per_part`` rows, at a step's end: under another name first, then
-    renamed, so a kill loses the open part at most. Call :meth:`flush` when a checkpoint is saved.
+    renamed, so a kill loses the open part at most. Call :meth:`flush` when a checkpoint is saved, :meth:`close` in the
+    end.
 
     Args:
-        folder: of the record; made where missing. It holds nothing but parts.
+        folder: of the record; made where missing. It holds nothing but parts, and an end a rank.
         rank: of this process. Every rank writes its own parts, so ranks need no agreement.
         rows_per_part: pairs.
         resume_step: steps in the checkpoint that the run goes on from. This rank's rows of later steps are removed, for
@@ -89,30 +97,38 @@ class Recorder:
         self, folder: str | os.PathLike, rank: int = 0, rows_per_part: int = 16384, resume_step: int | None = None
     ):
         self.folder, self.rank, self.rows_per_part = Path(folder), rank, rows_per_part
+        self._end = self.folder / f"end-{rank:03d}.json"
         self._rows: list[dict[str, Any]] = []
         self._count, self._steps = 0, 0
         self._step: int | None = None
+        self._closed = False
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f".part-{rank:03d}-*.tmp"):
+        for leftover in (*self.folder.glob(f".part-{rank:03d}-*.tmp"), *self.folder.glob(f".{self._end.name}.tmp")):
             leftover.unlink()
-        own = [part for part in parts(self.folder) if _numbers(part)[0] == rank]
+        own = [part for part in parts(self.folder) if numbers(part)[0] == rank]
         if own and resume_step is None:
             raise FileExistsError(f"folder: {folder} holds a record of rank {rank}; give resume_step to go on with it")
-        for part in own:
-            _cut(part, resume_step)
-        self._next = max((_numbers(part)[2] for part in own), default=-1) + 1
+        # From the last one, and no further than there is something to remove: what is kept whole keeps its digest.
+        while own and _cut(own[-1], resume_step):
+            if own[-1].exists():
+                break
+            own.pop()
+        self._last: Path | None = own[-1] if own else None
+        self._digest = digest(own[-1]) if own else ""
+        self._next = numbers(own[-1])[2] + 1 if own else 0
+        self._write_end()
 
     def append(self, columns: Mapping[str, Any]) -> None:
         """Adds the pairs of one micro-batch.
 
         Args:
-            columns: a (B,) array or a scalar for every name in ``SCHEMA``; ``rank`` is not given, ``label`` may be left
-                out. One step, one split.
+            columns: a (B,) array or a scalar for every name in ``SCHEMA``; ``rank`` is not given, and what may be null
+                may be left out. One step, one split.
 
         Raises:
-            ValueError: a column that is missing, unknown or of another length.
+            ValueError: a column that is missing, unknown or of another length; a step before the last one.
         """
-        given = columns.keys() | {"rank", "label"}
+        given = columns.keys() | {field.name for field in SCHEMA if field.nullable} | {"rank"}
         if given != set(SCHEMA.names):
             raise ValueError(f"columns: {sorted(given ^ set(SCHEMA.names))} missing or unknown")
         arrays = {name: np.array(value) for name, value in columns.items()}
@@ -120,6 +136,11 @@ class Recorder:
         if len(lengths) != 1:
             raise ValueError(f"columns: got arrays of {sorted(lengths)} rows, takes arrays of one length")
         step = int(arrays["step"].flat[0])
+        if self._step is not None and step < self._step:
+            raise ValueError(f"step: got {step} after {self._step}, takes steps in their order")
+        if self._closed:
+            self._closed = False
+            self._write_end()
         if step != self._step:
             if self._count >= self.rows_per_part or self._steps >= STEPS_PER_PART:
                 self.flush()
@@ -140,15 +161,28 @@ class Recorder:
             values = np.concatenate([np.broadcast_to(b, n) for b, n in zip(blocks, lengths, strict=True)])
             table[field.name] = pa.array(values, field.type)
         first = int(self._rows[0]["step"].flat[0])
-        _write(pa.table(table, SCHEMA), self.folder / f"part-{self.rank:03d}-{first:08d}-{self._next:04d}.parquet")
+        part = self.folder / f"part-{self.rank:03d}-{first:08d}-{self._next:04d}.parquet"
+        self._digest = write_part(pa.table(table, SCHEMA), part, self._digest)
+        self._last, self._next = part, self._next + 1
         self._rows.clear()
-        self._count, self._steps, self._step, self._next = 0, 0, None, self._next + 1
+        self._count, self._steps = 0, 0
+        self._write_end()
 
-    close = flush
+    def close(self) -> None:
+        """Writes what is left, and that nothing was lost. Appending goes on with the record."""
+        self.flush()
+        self._closed = True
+        self._write_end()
+
+    def _write_end(self) -> None:
+        if self._last is None:
+            self._end.unlink(missing_ok=True)
+            return
+        write_end(self._end, self._last, self._digest, self._closed)
 
 
 def read(folder: str | os.PathLike) -> pa.Table:
-    """A record as one table, train before eval, then by step, micro-batch, rank and place in the micro-batch.
+    """A record as one table, train first, then by step, split, micro-batch, rank and place in the micro-batch.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no part.
@@ -166,42 +200,68 @@ def read(folder: str | os.PathLike) -> pa.Table:
         if not table.schema.equals(SCHEMA):
             names = sorted({field.name for field in set(table.schema) ^ set(SCHEMA)})
             raise ValueError(f"{part}: columns {names or 'in their order'} differ from the record's schema")
-        tables.append(table)
-    table = pa.concat_tables(tables)
-    split = table["split"].to_numpy() != SPLITS[0]
+        tables.append(table.cast(SCHEMA))
+    return in_order(pa.concat_tables(tables))
+
+
+def in_order(table: pa.Table) -> pa.Table:
+    """The rows of parts, in the order of :func:`read`."""
+    name, split = np.unique(table["split"].to_numpy(), return_inverse=True)
+    rank, micro, step = (table[column].to_numpy() for column in ("rank", "micro", "step"))
     # The sort is stable, and parts are read in the order they were written: places stay as they were.
-    return table.take(np.lexsort([*(table[name].to_numpy() for name in ("rank", "micro", "step")), split]))
+    return table.take(np.lexsort([rank, micro, split, step, (name != TRAIN)[split]]))
 
 
 def parts(folder: Path) -> list[Path]:
     """The parts in a folder, those of a rank in the order they were written."""
-    return sorted((path for path in folder.glob("part-*.parquet") if PART.fullmatch(path.name)), key=_numbers)
+    return sorted((path for path in folder.glob("part-*.parquet") if PART.fullmatch(path.name)), key=numbers)
 
 
-def _numbers(part: Path) -> tuple[int, ...]:
-    """Rank, first step, number."""
-    return tuple(map(int, PART.fullmatch(part.name).groups()))  # type: ignore[union-attr]
+def numbers(part: Path) -> tuple[int, int, int]:
+    """Rank, first step, and the part's number, which for each rank goes up by one from 0."""
+    rank, step, number = map(int, PART.fullmatch(part.name).groups())  # type: ignore[union-attr]
+    return rank, step, number
 
 
-def _cut(part: Path, step: int | None) -> None:
-    """Removes the rows past a step."""
+def digest(part: Path) -> str:
+    """The SHA-256 of a part, as ``sha256sum`` prints it."""
+    return hashlib.sha256(part.read_bytes()).hexdigest()
+
+
+def write_part(table: pa.Table, part: Path, before: str) -> str:
+    """Writes a part after the one with the digest ``before``; its own digest."""
+    data = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({BEFORE: before}), data, compression="zstd")
+    write_file(part, data.getvalue())
+    return hashlib.sha256(data.getvalue()).hexdigest()
+
+
+def write_end(end: Path, last: Path, sha256: str, closed: bool) -> None:
+    """Writes where the record of a rank ends, and whether the run has said that it does."""
+    write_file(end, json.dumps({"part": last.name, "sha256": sha256, "closed": closed}).encode())
+
+
+def _cut(part: Path, step: int | None) -> bool:
+    """Removes the rows past a step, and the part where none is left; whether there were any."""
     table = pq.read_table(part)
     kept = table.filter(table["step"].to_numpy() <= step)
     if not len(kept):
         part.unlink()
     elif len(kept) < len(table):
-        _write(kept, part)
+        write_part(kept, part, table.schema.metadata.get(BEFORE, b"").decode())
+    return len(kept) < len(table)
 
 
-def _write(table: pa.Table, part: Path) -> None:
-    temporary = part.with_name(f".{part.name}.tmp")
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all; when it returns it is on disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, part)
+    os.replace(temporary, path)
     # The rename lasts through a power cut when the folder is on disk too.
-    folder = os.open(part.parent, os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -68,7 +68,8 @@ def describe(found: Audit, name: str, language: str, visits: int, texts: bool) -
         ValueError: the record has no row of training; or, with ``texts``, the data set can't be read.
     """
     rows = columns(found.table)
-    train, held_out = (figures.split(rows, split) for split in ("train", "eval"))
+    train = figures.split(rows, "train")
+    held_out = {name: figures.split(rows, name) for name in sorted(set(rows["split"]) - {"train"})}
     if not len(train["step"]):
         raise ValueError(f"run: the record of {found.run} holds no step of training")
     options = found.facts["options"]
@@ -83,8 +84,7 @@ def describe(found: Audit, name: str, language: str, visits: int, texts: bool) -
     alarms["audit"] = {"state": "fine" if found.ok else "look", "n": sum(found.counts.values())}
     categories = figures.labels(train)
     drawn = figures.dots(train)
-    by_id = {pairs["id"][i]: k for i, k in place.items()}
-    drawn["pair"] = [by_id.get(one, -1) for one in drawn.pop("id")]
+    drawn["pair"] = [place.get(one, -1) for one in drawn["pair"]]
     curves = figures.series(train)
     joined, joined_notes = _join(found, pairs, wanted, language) if texts else ({}, [])
     notes = words("notes", language)
@@ -106,9 +106,15 @@ def describe(found: Audit, name: str, language: str, visits: int, texts: bool) -
         "method": visible(options["method"], 40),
         "summary": _summary(found, train, pairs, alarms, changes, decides, language),
         "alarms": _alarms(alarms, language),
-        "audit": {"ok": found.ok, "text": counted, "findings": _findings(found)},
+        "audit": {
+            "ok": found.ok,
+            "text": counted,
+            "findings": _findings(found),
+            "digest": found.digest,
+            "limits": [visible(line, 400) for line in found.unchecked(language)],
+        },
         "series": curves,
-        "evaluation": _evaluation(held_out),
+        "evaluation": [{"name": visible(name, 64)} | _evaluation(own) for name, own in held_out.items()],
         "map": figures.beta_map(train),
         "dots": drawn,
         "flips": changes,
@@ -116,9 +122,10 @@ def describe(found: Audit, name: str, language: str, visits: int, texts: bool) -
         "labels": [one | {"label": visible(one["label"], 64)} for one in categories[: figures.CATEGORIES]],
         "categories": len(categories),
         "pairs": {
-            "id": [visible(one, 64) for one in pairs["id"][wanted]],
+            "id": [visible(one or "–", 64) for one in pairs["id"][wanted]],
             "label": [None if one is None else visible(one, 64) for one in pairs["label"][wanted]],
-            **{n: pairs[n][wanted].tolist() for n in ("row", "visits", "decision", "flips", "vetoed", *figures.SIGNS)},
+            "row": [row if row >= 0 else None for row in pairs["row"][wanted].tolist()],
+            **{n: pairs[n][wanted].tolist() for n in ("visits", "decision", "flips", "vetoed", *figures.SIGNS)},
             **{n: figures.rounded(pairs[n][wanted]) for n in ("margin", "kl_difference", "lean")},
             "of": len(pairs["row"]),
         },
@@ -142,7 +149,7 @@ def _summary(
     n = f"{len(train['step']):,}"
     shares = {name: percent(float((train["decision"] == sign).mean())) for name, sign in figures.SIGNS.items()}
     lines = [
-        say["size"].format(
+        say["size" if changes["known"] else "size_only"].format(
             rows=n, pairs=f"{len(pairs['row']):,}", steps=f"{len(np.unique(train['step'])):,}",
             epochs=f"{len(train['step']) / len(pairs['row']):.3g}",
         ),
@@ -208,8 +215,6 @@ def _findings(found: Audit) -> list[dict[str, Any]]:
 def _evaluation(rows: Columns) -> dict[str, list]:
     """The measures of each evaluation; a step that was evaluated twice counts once, averaged."""
     steps, group = np.unique(rows["step"], return_inverse=True)
-    if not len(steps):
-        return {"step": []}
     means = {name: np.bincount(group, values) / np.bincount(group) for name, values in figures.measures(rows).items()}
     return {"step": steps.tolist()} | {name: figures.rounded(values) for name, values in means.items()}
 
@@ -225,21 +230,25 @@ def _settings(facts: dict[str, Any]) -> list[list[str]]:
 
 def _join(found: Audit, pairs: Columns, wanted: np.ndarray, language: str) -> tuple[dict[str, Any], list[str]]:
     """Texts of pairs by their place in the page, up to the budget, and what there is to say of it."""
-    from . import sources
+    from .texts import find
 
     options, notes = found.facts["options"], words("notes", language)
-    joined, changed, spent = {}, 0, 0
-    sourced = sources.pairs(options["dataset"], pairs["row"][wanted], options.get("dataset_split") or "train")
-    for place, (i, pair) in enumerate(zip(wanted, sourced, strict=True)):
-        if pair.id() != pairs["id"][i]:
-            changed += 1
-            continue
-        shown = [visible(text, TEXT_CUT, notes["cut"]) for text in pair.text().values()]
-        spent += sum(map(len, shown))
+    source, split = options.get("dataset"), options.get("dataset_split") or "train"
+    if not source:
+        return {}, [notes["no_source"]]
+    places = {name: place for place, i in enumerate(wanted) if (name := str(pairs["id"][i]))}
+    texts = {}
+    for name, pair in find(source, split, places):
+        texts[places[name]] = [visible(text, TEXT_CUT, notes["cut"]) for text in pair.text().values()]
+    joined, spent = {}, 0
+    for place in sorted(texts):  # the telling ones come first
+        spent += sum(map(len, texts[place]))
         if spent > TEXT_BUDGET:
             break
-        joined[str(place)] = shown
-    told = [notes["texts"].format(source=inside(options["dataset"]), n=f"{len(joined):,}", cut=f"{TEXT_CUT:,}")]
+        joined[str(place)] = texts[place]
+    name = source if isinstance(source, str) else ", ".join(Path(one).name for one in source)
+    told = [notes["texts"].format(source=inside(name), n=f"{len(joined):,}", cut=f"{TEXT_CUT:,}")]
+    changed = len(wanted) - len(texts)
     return joined, told + ([notes["texts_changed"].format(n=f"{changed:,}")] if changed else [])
 
 

@@ -62,7 +62,7 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
         "entropy_chosen": ("entropy, chosen (nats/token)", "エントロピー、好ましい応答(nat/トークン)"),
         "entropy_rejected": ("entropy, rejected (nats/token)", "エントロピー、好ましくない応答(nat/トークン)"),
         "training": ("training", "学習"),
-        "evaluation": ("evaluation (dots)", "評価(点)"),
+        "evaluation": ("evaluation", "評価"),
         "pair": ("pair", "ペア"),
         "row": ("row", "行"),
         "label": ("category", "カテゴリ"),
@@ -111,6 +111,8 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "map_hint": ("The darker, the more of the step's pairs.", "濃いほど、そのステップのペアが多いことを示します。"),
         "part": ("part", "パート"),
+        "unchecked": ("Not checked", "確認できなかった点"),
+        "digest": ("SHA-256 of the record's end", "記録の終端の SHA-256"),
         "place": ("row of the part", "パート内の行"),
         "column": ("column", "列"),
         "holds": ("holds", "記録の値"),
@@ -121,6 +123,10 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
         "once": (
             "Every pair was seen once: there is no second decision to compare with.",
             "各ペアは 1 回ずつしか使われておらず、比較できる 2 回目の判定がありません。",
+        ),
+        "unknown_pairs": (
+            "The record does not say which pairs its rows are of, so a second decision can't be told from a first.",
+            "どのペアの行か記録されていないため、2 回目の判定を見分けられません。",
         ),
         "no_labels": (
             "The record carries no category (train with --label_column).",
@@ -166,6 +172,10 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
             "The run trained on {pairs} pairs in {steps} steps (passes over the data: {epochs}): {rows} rows "
             "of the record.",
             "{pairs} ペアを {steps} ステップ(データ {epochs} 周)で学習し、{rows} 行を記録しました。",
+        ),
+        "size_only": (
+            "The run trained in {steps} steps: {rows} rows of the record, which don't all say which pair they are of.",
+            "{steps} ステップで学習し、{rows} 行を記録しました。どのペアのものか不明な行があります。",
         ),
         "beta_lower": (
             "The KL penalty β went from {first} to {last}, {change} lower: the model may now move further from the "
@@ -273,6 +283,7 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
     "findings": {
         "value": ("a figure that does not follow", "再計算と合わない値"),
         "unreadable": ("a part that can't be read", "読み取れないパート"),
+        "chain": ("a part altered, moved or removed after it was written", "書き込み後に変更・移動・削除されたパート"),
         "gap": ("steps or micro-batches missing", "ステップまたはマイクロバッチの欠落"),
         "rank": ("a process that lacks steps", "特定プロセスのステップの欠落"),
         "short": ("a step with fewer pairs", "ペアの足りないステップ"),
@@ -280,6 +291,46 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
         "missing": ("pairs missing", "ペアの欠落"),
         "id": ("a row with two ids", "1 行に 2 つの ID"),
         "end": ("the record ends before its run", "実行より先に終わる記録"),
+    },
+    # What the audit could not check.
+    "limits": {
+        "open": (
+            "The record of rank {ranks} was not closed: the run was killed, or goes on. What it did after its last "
+            "part (the record reaches to step {step}) is not in it.",
+            "ランク {ranks} の記録は閉じられていません。実行が強制終了されたか、継続中です。"
+            "最後のパート(記録はステップ {step} まで)より後は記録にありません。",
+        ),
+        "late_part": (
+            "{part} is newer than the end that the record names: the run was killed just then, or the part was added.",
+            "{part} は、記録の終端より後に書かれています。その瞬間に実行が強制終了されたか、後から追加されたものです。",
+        ),
+        "begins_after": (
+            "The record begins after step {step}, where the run was resumed: nothing before it is checked, and the β "
+            "that it began with can't be.",
+            "記録は実行が再開されたステップ {step} の後から始まります。それ以前と、開始時の β は確認できません。",
+        ),
+        "states_of_others": (
+            "The folder held states of another run when this one began; they don't count: {states}.",
+            "開始時のフォルダにあった別の実行の状態は数えていません: {states}。",
+        ),
+        "no_row": (
+            "{n} rows of {split} don't say which row of the data they are, so pairs that are missing or come twice "
+            "don't show there.",
+            "{split} の {n} 行はデータの行番号が不明のため、欠落や重複を確認できません。",
+        ),
+        "no_id": (
+            "{n} rows of {split} have no id, so their texts can't be told from others.",
+            "{split} の {n} 行は ID がないため、本文を照合できません。",
+        ),
+        "no_epoch": (
+            "{n} rows of {split} don't say which epoch they are of, so pairs that are missing or come twice, and short "
+            "steps, don't show there.",
+            "{split} の {n} 行はエポックが不明のため、ペアの欠落や重複、ペアの足りないステップを確認できません。",
+        ),
+        "stream": (
+            "{split} came as a stream: a row is a place in one pass, and whether a pass is whole can't be told.",
+            "{split} はストリームです。行番号は 1 周の中の位置であり、1 周が揃っているかは確認できません。",
+        ),
     },
     # What was sampled, joined and left out.
     "notes": {
@@ -309,16 +360,21 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
             "曲線の 1 点は {n} ステップの平均です。",
         ),
         "texts": (
-            "Texts were joined from {source} by row, and checked by id: {n} pairs. Handle this file as you handle the "
+            "Texts were found in {source} by their ids: {n} pairs. Handle this file as you handle the "
             "data. Texts longer than {cut} characters are cut, and say so; "
             "control and direction marks are shown as ⟨U+…⟩.",
-            "本文は {source} から行番号で結合し、ID で照合しました({n} ペア)。"
+            "本文は {source} から ID で照合しました({n} ペア)。"
             "このファイルは元データと同じように扱ってください。"
             "{cut} 文字を超える本文は、その旨を示して省略しています。制御文字や書字方向の記号は ⟨U+…⟩ と表示します。",
         ),
         "texts_changed": (
-            "{n} pairs have other texts in the data set now than when they were trained on; their texts are left out.",
-            "{n} ペアは学習時とデータの本文が異なるため、本文を載せていません。",
+            "{n} pairs are not in the data set with the texts that they were trained on; their texts are left out.",
+            "{n} ペアは学習時の本文がデータにないため、本文を載せていません。",
+        ),
+        "no_source": (
+            "run.json names no file of the data set, which came as a stream or was made in memory: no text of it is in "
+            "this file.",
+            "データがストリームまたはメモリ上で作られたため、run.json にファイル名がなく、本文を載せていません。",
         ),
         "no_texts": (
             "No text of the data set is in this file; ids and rows lead there.",

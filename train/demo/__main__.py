@@ -48,7 +48,7 @@ def main() -> None:
     trainer.train()
     seconds = time.perf_counter() - start
     after = trainer.evaluate()
-    trainer.record.flush()
+    trainer.record.close()
     trainer.save_state()
     print(table(trainer.state.log_history, before, after, seconds))
     print(f"\naudit: {audit(Path(args.output_dir))}")

@@ -10,6 +10,8 @@ compared on the same pairs. Short runs beside them show what the same batch, cut
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import resource
@@ -27,8 +29,10 @@ from epsdpo_kernels import linear_pair_stats, record
 from epsdpo_kernels.integrations.transformers import head_inputs
 
 from .. import data
-from ..__main__ import load_model
+from ..__main__ import load_data
 from ..methods import METHODS
+from ..models import load_model
+from ..options import PairOptions
 from ..trainer import last_checkpoint
 from .common import LOOKS, Mean, grid, mean
 
@@ -138,13 +142,8 @@ def against_original(run: Path) -> dict[str, list]:
     original, tokenizer = load_model(options["model"], options["dtype"])
     policy, _ = load_model(str(run), options["dtype"])
     original.eval(), policy.eval()
-    pairs, _ = data.load_pairs(
-        options["eval_dataset"] or options["dataset"], tokenizer, max_length=options["max_length"],
-        max_prompt_length=options["max_prompt_length"],
-        split=options["eval_split"] if options["eval_dataset"] else options["dataset_split"],
-    )  # fmt: skip
-    if not options["eval_dataset"]:
-        pairs = pairs.train_test_split(options["eval_fraction"], seed=arguments["seed"])["test"]
+    with contextlib.redirect_stdout(io.StringIO()):  # it was all said when the run was made
+        _, pairs, _ = load_data(PairOptions(**options), tokenizer, arguments["seed"])
     collator = data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     found: dict[str, list] = {name: [] for name in ("row", "margin", "kl", "reverse_kl", "tokens")}
     for batch in DataLoader(pairs, batch_size=8, collate_fn=collator):
@@ -332,7 +331,8 @@ def picture(done: dict[Run, dict[str, Any]], runs: list[Run], path: Path) -> Non
             swept.errorbar([beta for beta, _ in own], [m.value for m in margin], [m.error for m in margin], **look)
         steps = done[Run(method, first.beta, first.seed)]["steps"]
         x = range(1, len(steps) + 1)
-        betas.plot(x, [s["beta/running"] for s in steps], color=colour, label=method)
+        line = "--" if method == "tr-dpo" else "-"  # its β is DPO's
+        betas.plot(x, [s["beta/running"] for s in steps], line, color=colour, label=method)
         if method == "eps-dpo":
             for what, line in (("relaxed", "-"), ("tightened", ":")):
                 decisions.plot(x, [s[f"beta/{what}"] for s in steps], line, color=colour, label=what)
@@ -388,7 +388,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             print("done before", flush=True)
     if options.micro_steps:
-        train_micro(options.out, options.seeds[0], options.micro_steps, flags)
+        train_micro(options.out, options.seeds[0], options.micro_steps, [*flags, f"--beta={options.betas[0]}"])
     print(write(options, runs))
     done = collect(options.out, runs)
     if failed:

@@ -384,7 +384,7 @@ def picture_of_steps(results: Results, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.studies.known_optimum", description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder of the tables and the pictures")
-    parser.add_argument("--seeds", type=int, default=16, help="tasks, each with its own preferences and batches")
+    parser.add_argument("--seeds", type=int, default=8, help="tasks, each with its own preferences and batches")
     options = parser.parse_args(arguments)
     groups = [*(sweep(pairs) | {"early": stopped_early(pairs)} for pairs in PAIRS), over_steps(), over_epsilon()]
     runs = list(dict.fromkeys(run for group in groups for named in group.values() for run in named))

@@ -1,0 +1,255 @@
+"""When a trainer's record begins, is written and ends, and how TRL's batches keep saying which pairs they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..linear import EpsilonDPOOutput
+from ..record import Record, parts, set_aside, sources
+from ..record.recorder import TRAIN, numbers
+
+# Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
+# rows first, so that whoever takes rows out of a batch takes these too.
+ROW, PAIR_ID = "epsdpo_row", "epsdpo_pair_id"
+NO_ROW, NO_ID = -1, 0
+
+
+class Recorded:
+    """A trainer with a record, to be named before a transformers.Trainer among a trainer's bases.
+
+    Rows past a checkpoint come again when it is resumed; rows before it would not, so they are written first.
+    """
+
+    record: Any = None  # a Record, or None
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            # What led to it is on record.
+            if self.record:
+                self.record.flush()
+            raise
+
+    def _save_checkpoint(self, model, trial):
+        if self.record:
+            self.record.flush()
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+
+class RecordedTRL(Recorded):
+    """A trainer of TRL that records every pair into ``output_dir/record``.
+
+    The record begins with the training, or with an evaluation before it. A run that begins anew in a folder sets the
+    record that it finds there aside; one that is resumed goes on with it. An evaluation alone leaves another run's
+    record as it is.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    accelerator: Any
+    loss_fn: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
+    is_in_train: bool
+    _facts: dict[str, Any] | None = None  # of the run; None where nothing is to be recorded
+    _files: list[str] | None = None  # that the training data were read from
+    _evaluation = "eval"  # the split of the evaluation that is under way
+    _given = True  # whether its data are others than the trainer was made with
+    _epoch = -1  # begun last
+    _resumed: Any = None  # what train() was told to go on from
+
+    def start_recording(self, options: dict[str, Any]) -> None:
+        """To be called once, when the trainer has everything; ``options`` are those that run.json is to hold."""
+        self.data_collator = WithIdentity(self.data_collator)
+        options = {"dataset": self._files} | options
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        named = {TRAIN: self.train_dataset} | {"_".join(filter(None, ("eval", k))): v for k, v in sets.items()}
+        named = {split: data for split, data in named.items() if data is not None}
+        self._facts = {
+            "transformers": transformers.__version__,
+            "options": options,
+            "training_arguments": self.args.to_sanitized_dict(),
+            "pairs": {split: len(data) for split, data in named.items() if isinstance(data, datasets.Dataset)},
+            "streams": [split for split, data in named.items() if not isinstance(data, datasets.Dataset)],
+        }
+        self.add_callback(_Moments(self))  # type: ignore[attr-defined]
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self._resumed = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        self._given = not (eval_dataset is None or isinstance(eval_dataset, str))
+        try:
+            return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._given = True
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                        metric_key_prefix="eval"):  # fmt: skip
+        self._evaluation = metric_key_prefix
+        if self._given:  # whose rows are not those of the evaluation that has this name
+            self._evaluation += "@" + getattr(dataloader.dataset, "_fingerprint", "stream")[:8]
+        if self.record is None and self._facts is not None:
+            if self._own_parts():
+                warnings.warn(
+                    f"output_dir: {self.args.output_dir} holds the record of another run; this evaluation is not "
+                    "recorded", stacklevel=2,
+                )  # fmt: skip
+            else:
+                self._open(None)
+        return super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+
+    def _own_parts(self) -> list[Path]:
+        found = parts(Path(self.args.output_dir, "record"))
+        return [part for part in found if numbers(part)[0] == self.args.process_index]
+
+    def _begin(self, step: int) -> None:
+        """The record of a training that begins after ``step``; one that only holds evaluations before it goes on."""
+        run, elsewhere = Path(self.args.output_dir).resolve(), False
+        if isinstance(self._resumed, str | os.PathLike):
+            elsewhere = Path(self._resumed).resolve().parent != run
+        if step == 0 and self.record and not self.record.trained:
+            return
+        if self.record:
+            self.record.close()
+        self._open(step if step and not elsewhere else None, begins_after=step if elsewhere else 0)
+
+    def _open(self, resume_step: int | None, begins_after: int = 0) -> None:
+        with self.args.main_process_first(local=self.args.save_on_each_node, desc="the record"):
+            if resume_step is None and self.args.should_save and (aside := set_aside(self.args.output_dir)):
+                warnings.warn(
+                    f"output_dir: {self.args.output_dir} held the record of another run, which is now in {aside}",
+                    stacklevel=2,
+                )
+            facts = dict(self._facts or {})
+            if begins_after:
+                facts["begins_after"] = begins_after
+            self.record = Record(
+                self.args.output_dir, self.loss_fn, options=facts.pop("options"), facts=facts,
+                rank=self.args.process_index, resume_step=resume_step,
+            )  # fmt: skip
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if getattr(args, "record", True):
+            if self._files is None:  # the training data come first
+                self._files = _files(dataset)
+            dataset = identified(dataset, args, dataset_name)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # type: ignore[misc]
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if ROW not in self._signature_columns:
+            self._signature_columns += [ROW, PAIR_ID]
+
+    def append_to_record(self, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor], pairs: int) -> None:
+        """Adds the first ``pairs`` of a batch; the others are there to fill it up."""
+        if self.record is None:
+            return
+        training = self.model.training
+        out = EpsilonDPOOutput(*(t[:pairs] if t.dim() else t for t in out))
+        labels = torch.cat([half[:pairs] for half in labels.chunk(2)])
+        row = pair_id = None
+        if ROW in inputs:
+            row, ids = (inputs[name][:pairs].tolist() for name in (ROW, PAIR_ID))
+            if not training and self._evaluation.endswith("@stream"):  # any of them
+                row = None
+            pair_id = [None if one == NO_ID else f"{one % 2**64:016x}" for one in ids]
+        self.record.append(
+            out, labels, step=self.state.global_step + training, row=row, pair_id=pair_id,
+            epoch=max(float(self.state.epoch or 0), self._epoch, 0.0), split=TRAIN if training else self._evaluation,
+        )  # fmt: skip
+
+
+class _Moments(TrainerCallback):
+    """Tells a trainer's record when training and its epochs begin, and when something is over."""
+
+    def __init__(self, trainer: RecordedTRL):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._epoch = -1
+        self.trainer._begin(state.global_step)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # The state's own epoch is that of the last step, which in a stream may end anywhere.
+        self.trainer._epoch = max(math.floor(state.epoch or 0), self.trainer._epoch + 1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.trainer.record:
+            self.trainer.record.close()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.trainer.record and not self.trainer.is_in_train:
+            self.trainer.record.close()
+
+    on_predict = on_evaluate  # type: ignore[assignment]
+
+
+class WithIdentity:
+    """Any collator of pairs, and in its batches which pairs they are.
+
+    A batch of another number of pairs than there were examples, or examples that have lost their columns, leaves the
+    rows unknown.
+    """
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        identity = [(one.get(ROW, NO_ROW), one.get(PAIR_ID, NO_ID)) for one in examples]
+        batch = self.collator([{k: v for k, v in one.items() if k not in (ROW, PAIR_ID)} for one in examples])
+        ids = batch.get("input_ids")
+        if ids is not None and len(ids) == 2 * len(examples):
+            batch[ROW], batch[PAIR_ID] = torch.tensor(identity, dtype=torch.int64).T.repeat(1, 2)
+        return batch
+
+
+def identified(dataset: Any, args: Any, name: str) -> Any:
+    """A data set as the user gave it, with each pair's row in it and its id by its texts."""
+    if ROW in next(iter(dataset)):
+        return dataset
+    # datasets keeps results by the function's name: another reader would find the ids of this one.
+    reader = hashlib.blake2b(Path(sources.__file__).read_bytes(), digest_size=8).hexdigest()
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.map(
+            _identity, with_indices=True, fn_kwargs={"reader": reader}, num_proc=args.dataset_num_proc,
+            desc=f"Numbering {name} dataset",
+        )  # fmt: skip
+    # Where a stream is dealt out before it is numbered, a place is nobody's.
+    dealt = max(args.dataloader_num_workers, args.world_size) > 1 and dataset.num_shards > 1
+    dealt = dealt or getattr(dataset, "_distributed", None) is not None
+    return dataset.map(_identity, with_indices=True, fn_kwargs={"reader": reader, "numbered": not dealt})
+
+
+def _files(dataset: Any) -> list[str]:
+    """The Arrow files in which `datasets` keeps a data set; none of one in memory, and of a stream."""
+    if not isinstance(dataset, datasets.Dataset):
+        return []
+    return datasets.table.list_table_cache_files(dataset.data)
+
+
+def _identity(example: Any, row: int, reader: str, numbered: bool = True) -> dict[str, int]:
+    try:
+        pair_id = int(sources.pair_of(dict(example)).id(), 16)
+    except (sources.NoPair, ValueError):
+        pair_id = NO_ID
+    # As signed 64 bits, which a tensor holds.
+    return {ROW: row if numbered else NO_ROW, PAIR_ID: pair_id - (pair_id >> 63 << 64)}

@@ -1,0 +1,264 @@
+"""The record of a run: what the loss returned, as rows, and what the run was told, in run.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..pair import losses_and_coefficients
+from .recorder import TRAIN, Recorder, parts, write_file
+
+if TYPE_CHECKING:
+    from ..linear import EpsilonDPOOutput
+
+IGNORE = -100
+
+
+class Record:
+    """Writes ``run/record/`` and ``run/run.json``, which ``epsdpo audit`` and ``epsdpo report`` read.
+
+    Every rank that has pairs of its own makes one; ranks that share their pairs (a ``vocab_group``, a
+    ``sequence_group``) make one together. Call :meth:`append` after each call of the loss, :meth:`flush` when a
+    checkpoint is saved, and :meth:`close` in the end.
+
+    Args:
+        run: folder of the run; made where missing.
+        loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, of which β and the settings are read.
+        options: of the run, over those of ``loss_fn``. ``dataset`` is where ``epsdpo report --texts`` finds the texts:
+            a file or a list of files, or a hub name with ``dataset_split``.
+        facts: other things to keep in run.json; ``pairs`` is the number of pairs by split, against which the audit
+            counts.
+        pairs: data sets by split, with ``row`` and ``pair_id``, in which :meth:`append` looks ids up.
+        label: a categorical column of theirs to carry along.
+        rank: of this process, by default torch.distributed's, or 0.
+        resume_step: steps in the checkpoint that the run goes on from; see :class:`Recorder`.
+
+    Raises:
+        FileExistsError: the run has a record and ``resume_step`` was not given.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike,
+        loss_fn: Any,
+        *,
+        options: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        pairs: Mapping[str, Any] | None = None,
+        label: str | None = None,
+        rank: int | None = None,
+        resume_step: int | None = None,
+    ):
+        if rank is None:
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if distributed else 0
+        self.loss_fn, self.run = loss_fn, Path(run)
+        begun = bool(parts(self.run / "record"))
+        self._recorder = Recorder(self.run / "record", rank, resume_step=resume_step)
+        self._pairs = {split: _Pairs(data, label) for split, data in (pairs or {}).items() if data is not None}
+        told = self._facts(options or {}, facts or {}, begun, resume_step)
+        options = told["options"]
+        self._decides = options["method"] == "eps-dpo"
+        self._constants = {
+            "method": options["method"],
+            "epsilon": options["epsilon"] if self._decides else 0.0,
+            "label_smoothing": options["label_smoothing"],
+        }
+        self._place, self._micro = ("", 0), 0
+        self.trained = False  # whether a row of training was appended
+        if rank == 0:
+            write_file(self.run / "run.json", json.dumps(told, indent=1, default=str).encode())
+
+    def _facts(self, options: Mapping, facts: Mapping, begun: bool, resume_step: int | None) -> dict[str, Any]:
+        told: dict[str, Any] = {"version": __version__, "torch": torch.__version__} | dict(facts)
+        told["options"] = _settings(self.loss_fn) | dict(options)
+        if self._pairs:
+            told["pairs"] = {split: len(data) for split, data in self._pairs.items()} | told.get("pairs", {})
+        if resume_step is None:
+            # A run that begins anew in a folder does not answer for what it finds there.
+            if states := [str(path.relative_to(self.run)) for path in _states(self.run)]:
+                told["states_of_others"] = states
+            return told
+        if begun and (self.run / "run.json").is_file():
+            old = json.loads((self.run / "run.json").read_text(encoding="utf-8"))
+            told |= {name: old[name] for name in ("states_of_others", "begins_after") if name in old}
+            if "beta" not in options:  # the one at the start; the loss may hold the checkpoint's by now
+                told["options"]["beta"] = old["options"]["beta"]
+        elif resume_step > 0:
+            told["begins_after"] = resume_step
+        return told
+
+    def append(
+        self,
+        out: EpsilonDPOOutput,
+        labels: Tensor,
+        *,
+        step: int,
+        row: Tensor | Sequence[int] | None = None,
+        pair_id: Sequence[str | None] | None = None,
+        epoch: float | None = None,
+        split: str | None = None,
+        beta: Tensor | float | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> None:
+        """Adds the pairs of one call of the loss, none where nothing was scored. Reads them back from the device.
+
+        What isn't given is null in the record, and the audit says what it can't check for want of it.
+
+        Args:
+            out: what the loss returned.
+            labels: (2B, T) int64 that it was given; or (N,) packed, with ``cu_seqlens``.
+            step: optimizer step that the pairs are part of, from 1; in evaluation, steps done before. It never falls.
+            row: (B,) places of the pairs in the data, from 0; below 0 where unknown.
+            pair_id: (B,) ids; by default those of ``pairs`` at ``row``.
+            epoch: passes over the data done before the step, 1.5 in the middle of the second.
+            split: "train", or an evaluation's name; by default "train" or "eval", as ``loss_fn.training`` says.
+            beta: () the running β that the call began with; by default the one that ``loss_fn`` holds.
+            cu_seqlens: (2B+1,) int, bounds of the completions in packed ``labels``.
+
+        Raises:
+            ValueError: ``out`` does not follow from ``beta``, which moved in between; or steps fall.
+        """
+        split = split or (TRAIN if self.loss_fn.training else "eval")
+        scored = labels != IGNORE
+        if cu_seqlens is None:
+            tokens = scored.sum(1)
+        else:
+            before = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
+            tokens = before[cu_seqlens[1:].long()] - before[cu_seqlens[:-1].long()]
+        beta = torch.as_tensor(self.loss_fn.beta if beta is None else beta, device=out.beta.device)
+        figures = _figures(out, tokens.view(2, -1), beta, self._constants["label_smoothing"])
+        if not figures["chosen_tokens"].any():
+            return
+        if self._decides:
+            self._check_beta(figures)
+        if (split, step) != self._place:
+            self._place, self._micro = (split, step), 0
+        columns = figures | self._constants | {"split": split, "step": step, "micro": self._micro, "epoch": epoch}
+        columns |= self._identity(split, row, pair_id)
+        self._recorder.append(columns)
+        self._micro += 1
+        self.trained |= split == TRAIN
+
+    def flush(self) -> None:
+        """Writes what was appended. When it returns the rows are on disk."""
+        self._recorder.flush()
+
+    def close(self) -> None:
+        """Writes what is left, and that the record ends here. A record that is appended to afterwards goes on."""
+        self._recorder.close()
+
+    def _check_beta(self, figures: dict[str, Any]) -> None:
+        follows = figures["beta"] / (1 + self._constants["epsilon"] * figures["decision"])
+        # Less than any step of ε that would move a β in float32; what is not finite is for the audit.
+        if (np.abs(figures["beta_used"] / follows - 1) > 1e-6).any():
+            raise ValueError(
+                f"beta: got {figures['beta'][0]:.9g}, from which the pairs' β do not follow; append what a call of the "
+                "loss returned before loss_fn.update_beta()"
+            )
+
+    def _identity(self, split: str, row: Any, pair_id: Any) -> dict[str, Any]:
+        """Row, id and label of a batch's pairs, as far as they are known."""
+        found: dict[str, Any] = {"pair_id": pair_id}
+        if row is not None:
+            rows = np.array([int(r) for r in row])
+            found["row"] = np.array([r if r >= 0 else None for r in rows.tolist()], object)
+            if pair_id is None and split in self._pairs:
+                found |= self._pairs[split].at(rows)
+        return found
+
+
+class _Pairs:
+    """Ids and labels of a split's pairs by their row."""
+
+    def __init__(self, data: Any, label: str | None):
+        rows = np.array(data["row"], np.int64)
+        self.order = np.argsort(rows)
+        self.rows = rows[self.order]
+        self.columns = {"pair_id": pa.array(list(data["pair_id"]), pa.string())}
+        if label:
+            labels = (None if value is None else str(value) for value in data[label])
+            self.columns["label"] = pa.array(labels, pa.string()).dictionary_encode()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, rows: np.ndarray) -> dict[str, list]:
+        places = self.order[np.searchsorted(self.rows, rows)]
+        return {name: column.take(pa.array(places)).to_pylist() for name, column in self.columns.items()}
+
+
+def _settings(loss_fn: Any) -> dict[str, Any]:
+    """What a loss says of itself, under the names of ``python -m train``'s options."""
+    bounds = {"entropy": getattr(loss_fn, "max_entropy", None), "kl": getattr(loss_fn, "max_kl", None)}
+    return {
+        "method": "eps-dpo",
+        "beta": float(str(np.float32(loss_fn.beta.item()))),
+        "epsilon": getattr(loss_fn, "epsilon", 0.0),
+        "beta_update": getattr(loss_fn, "beta_update", "none"),
+        "label_smoothing": getattr(loss_fn, "label_smoothing", 0.0),
+        "veto": [f"{name}={bound}" for name, bound in bounds.items() if bound is not None],
+    }
+
+
+def _figures(out: EpsilonDPOOutput, tokens: Tensor, beta: Tensor, label_smoothing: float) -> dict[str, np.ndarray]:
+    """The columns that the loss measured, (B,) float64 each, and one transfer for all that a GPU holds of them."""
+    logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
+    _, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), out.beta.double(), label_smoothing)
+    columns = {
+        "chosen_tokens": tokens[0], "rejected_tokens": tokens[1],
+        "chosen_logp": logps[0], "rejected_logp": logps[1], "ref_chosen_logp": logps[2], "ref_rejected_logp": logps[3],
+        "margin": (logps[0] - logps[1]) - (logps[2] - logps[3]),
+        "relaxed_shift": out.relaxed_shift, "tightened_shift": out.tightened_shift,
+        "decision": out.step, "vetoed": out.vetoed, "beta": beta.expand_as(out.beta), "beta_used": out.beta,
+        "loss": out.losses, "coefficient": coefficient, "chosen_kl": out.chosen_kl, "rejected_kl": out.rejected_kl,
+        "chosen_entropy": out.chosen_entropy, "rejected_entropy": out.rejected_entropy,
+    }  # fmt: skip
+    values = torch.stack([t.detach().double() for t in columns.values()]).cpu().numpy()
+    found = dict(zip(columns, values, strict=True))
+    return found | {"vetoed": found["vetoed"] > 0}
+
+
+def set_aside(run: str | os.PathLike) -> Path | None:
+    """Moves a run's record into the first free folder ``earlier-N`` of the run, with a copy of its run.json.
+
+    There it can be audited, and the run can begin anew. None where there is no record.
+    """
+    run = Path(run)
+    if not parts(run / "record"):
+        return None
+    aside = next(path for n in range(1, 1 << 30) if not (path := run / f"earlier-{n}").exists())
+    aside.mkdir()
+    if (run / "run.json").is_file():
+        shutil.copy2(run / "run.json", aside)
+    os.replace(run / "record", aside / "record")
+    return aside
+
+
+def _states(run: Path) -> list[Path]:
+    """The states of a run that count its steps: the last one's, and one a checkpoint."""
+    name = "trainer_state.json"
+    return [path for path in (run / name, *sorted(run.glob(f"checkpoint-*/{name}"))) if path.is_file()]
+
+
+def steps_done(run: Path, states_of_others: Sequence[str] = ()) -> int:
+    """The most optimizer steps that a state of the run counts; a state that a kill cut short counts none."""
+    done = 0
+    for state in _states(run):
+        if str(state.relative_to(run)) in states_of_others:
+            continue
+        try:
+            done = max(done, int(json.loads(state.read_text(encoding="utf-8"))["global_step"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return done
