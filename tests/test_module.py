@@ -85,10 +85,13 @@ def test_a_cast_module_keeps_beta_in_fp32():
     assert loss_fn.beta.item() == pytest.approx(0.123456789, rel=1e-7)
 
 
-def test_an_output_does_not_change_when_beta_does():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_output_does_not_change_when_beta_does(compiled):
+    """Compiled as torch.compile does by default: it partitions a graph so that backward forms anew what is cheap."""
     loss_fn = EpsilonDPOLoss(0.2, 0.3)
     args, _ = make_case(3, drift=0.3).arguments(grad=("hidden",))
-    out = loss_fn(*args)
+    call = torch.compile(loss_fn, backend="aot_eager_decomp_partition") if compiled else loss_fn
+    out = call(*args)
     before = torch.autograd.grad(out.loss, args[0], retain_graph=True)[0]
     loss_fn.update_beta()
     assert torch.equal(torch.autograd.grad(out.loss, args[0])[0], before)

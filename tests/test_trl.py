@@ -1,9 +1,12 @@
 """EpsilonDPOTrainer against a loop written out, against TRL's own DPO, and what it refuses."""
 
 import copy
+import dataclasses
+import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +25,15 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 import trl_runs  # noqa: E402
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
+from epsdpo_kernels.integrations.checks import NotFiniteError  # noqa: E402
 from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
-from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer, _refuse_launch  # noqa: E402
+from epsdpo_kernels.integrations.trl import (  # noqa: E402
+    REFUSED,
+    EpsilonDPOConfig,
+    EpsilonDPOTrainer,
+    _has_completions,
+    _refuse_launch,
+)
 
 ROOT = Path(__file__).parent.parent
 EPSILON = 0.05
@@ -35,15 +45,16 @@ def offline(monkeypatch):
 
 
 def make(tiny, run, model=None, count=None, trainer=EpsilonDPOTrainer, config=EpsilonDPOConfig, **more):
-    extra = {k: more.pop(k) for k in ("peft_config", "ref_model", "eval_dataset", "compute_metrics") if k in more}
+    arguments = ("peft_config", "ref_model", "eval_dataset", "compute_metrics", "data_collator", "train_dataset")
+    extra = {k: more.pop(k) for k in arguments if k in more}
     if config is EpsilonDPOConfig:
         more.setdefault("epsilon", EPSILON)
     args = config(**trl_runs.options(run, **more))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     if model is None:
         model = trl_runs.model(tiny)
-    data = trl_runs.pairs(tiny, count)
-    return trainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, **extra)
+    extra.setdefault("train_dataset", trl_runs.pairs(tiny, count))
+    return trainer(model=model, args=args, processing_class=tokenizer, **extra)
 
 
 def entries(trainer) -> list[dict]:
@@ -77,7 +88,12 @@ def by_hand(trainer, policy, reference, accumulation=4, steps=10, beta=0.1, smoo
     history = []
     for window in windows[:steps]:
         decided = []
+        window = [batch for batch in window if batch["completion_mask"].any()]
         pairs = sum(len(batch["input_ids"]) for batch in window) // 2
+        if not window:
+            for p in policy.parameters():
+                p.grad = torch.zeros_like(p)
+            history.append({"loss": 0.0, "beta": beta})
         for batch in window:
             ids, mask, labels = batch_tensors(batch)
             with torch.no_grad():
@@ -90,6 +106,8 @@ def by_hand(trainer, policy, reference, accumulation=4, steps=10, beta=0.1, smoo
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if not window:
+            continue
         step = torch.cat([o.step for o in decided]).double()
         history.append(
             {"loss": torch.cat([o.losses for o in decided]).mean().item(), "used": beta, "step": step,
@@ -164,11 +182,13 @@ def test_a_pretrained_adapter_starts_from_itself(tiny, tmp_path):
     same_run(trainer, truth, policy)
 
 
-@pytest.mark.parametrize("with_peft", [False, True])
-def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, with_peft):
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("lora", [None, {}, {"modules_to_save": ["lm_head"]}], ids=["", "lora", "lora and head"])
+def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, lora, packed):
+    """PEFT trains a copy of a head that is to be saved; the original is the reference's."""
     more = {"eval_dataset": trl_runs.pairs(tiny, 10), "eval_strategy": "steps", "eval_steps": 5}
-    more |= {"peft_config": peft.LoraConfig(**LORA)} if with_peft else {}
-    ours = make(tiny, tmp_path / "ours", epsilon=0.0, **more)
+    more |= {} if lora is None else {"peft_config": peft.LoraConfig(**LORA, **lora)}
+    ours = make(tiny, tmp_path / "ours", epsilon=0.0, packed=packed, **more)
     theirs = make(tiny, tmp_path / "theirs", trainer=trl.DPOTrainer, config=trl.DPOConfig, **more)
     for trainer in (ours, theirs):
         trainer.train()
@@ -181,8 +201,10 @@ def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, with_peft):
             name.removeprefix("eval_") for name in names
         }
         for name in names:
-            # TRL averages the ten evaluation pairs' batches (8 and 2), here pairs weigh alike.
-            if not name.startswith("eval_") or name == "eval_loss":
+            # TRL averages the ten evaluation pairs' batches (8 and 2), here pairs weigh alike. Its averages over the
+            # tokens of a micro-batch say which pairs share one, and packed rows are dealt otherwise.
+            dealt = packed and name in ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+            if (not name.startswith("eval_") and not dealt) or name == "eval_loss":
                 assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), name
             else:
                 assert name in a
@@ -193,6 +215,10 @@ def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, with_peft):
     for (name, p), q in parameters:
         torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=name)
     assert ours.loss_fn.beta.item() == pytest.approx(0.1)
+    if lora:
+        head = ours.model.get_output_embeddings()
+        assert torch.equal(head.original_module.weight, trl_runs.model(tiny).lm_head.weight)
+        assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
 
 
 def test_a_mixture_of_experts_keeps_its_balance(tiny, tmp_path):
@@ -260,6 +286,59 @@ def test_resumed_with_its_beta(tiny, tmp_path):
     assert entries(whole)[3]["kl/beta"] != pytest.approx(0.1, rel=1e-3)
     for p, q in zip(cut.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("more", [{}, {"sync_ref_model": True, "ref_model_sync_steps": 1}, {"lora": True}], ids=str)
+def test_the_best_model_comes_with_its_beta_and_reference(tiny, tmp_path, more):
+    """β falls, so the first evaluation is the best by it, and later steps have moved everything."""
+    more = dict(more)
+    if more.pop("lora", False):
+        more["peft_config"] = peft.LoraConfig(**LORA)
+    trainer = make(
+        tiny, tmp_path, eval_dataset=trl_runs.pairs(tiny, 10), max_steps=6, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_kl/beta",
+        greater_is_better=True, **more,
+    )  # fmt: skip
+    trainer.train()
+    held_out = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_global_step == held_out[0]["step"] == 2
+    again = trainer.evaluate()
+    names = [name for name in again if not name.endswith(("runtime", "per_second", "num_tokens", "epoch"))]
+    assert {"eval_loss", "eval_kl/beta", "eval_kl/chosen", "eval_rewards/margins"} <= set(names)
+    for name in names:
+        assert again[name] == pytest.approx(held_out[0][name], rel=1e-6, abs=1e-9), name
+    assert again["eval_kl/beta"] != pytest.approx(held_out[-1]["eval_kl/beta"], rel=1e-3)
+
+
+@pytest.mark.parametrize("more", [{"sync_ref_model": True, "ref_model_sync_steps": 2}, {"lora": True}], ids=str)
+def test_compiled_is_uncompiled(tiny, tmp_path, more):
+    """Its losses, β, evaluation and weights; and a checkpoint of a compiled run serves one that is not."""
+    more = dict(more)
+    if more.pop("lora", False):
+        more["peft_config"] = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    more |= {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    more |= {"pad_to_multiple_of": 16}  # few shapes to compile for
+
+    def run(name, resume=None, **compiled):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        trainer = make(tiny, tmp_path / name, count=24, eval_dataset=trl_runs.pairs(tiny, 3), **more, **compiled)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, trainer.evaluate()
+
+    plain, expected = run("plain")
+    compiled = run("compiled", torch_compile=True, torch_compile_backend="aot_eager")
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    resumed = run("compiled", resume=str(tmp_path / "compiled" / "checkpoint-2"))
+    assert plain.loss_fn.beta.item() != pytest.approx(0.1, rel=1e-3)
+    for trainer, evaluation in (compiled, resumed):
+        for ours, theirs in zip(entries(trainer), entries(plain), strict=True):
+            for name in ("loss", "kl/beta", "kl/chosen", "rewards/margins", "grad_norm"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), name
+        for name in ("eval_loss", "eval_kl/beta", "eval_kl/rejected", "eval_logps/chosen"):
+            assert evaluation[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), name
+        for p, q in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
 def test_a_checkpoint_without_beta_is_refused(tiny, tmp_path):
@@ -335,7 +414,13 @@ def test_compute_metrics_gets_logits(tiny, tmp_path):
 @pytest.mark.parametrize(
     "more, said",
     [
-        ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs: got True.*--cache-reference"),
+        ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs: got True.*--cache_reference"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: got True, takes False: pairs of a step"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: got True, takes False"),
+        ({"bf16_full_eval": True}, "bf16_full_eval: got True, takes False: the check would read the rounding"),
+        ({"fp16_full_eval": True}, "fp16_full_eval: got True"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, takes 0.0.*set label_smoothing"),
+        ({"debug": "underflow_overflow"}, "debug: got .*, takes ..: its hooks"),
         ({"loss_type": ["ipo"]}, "loss_type: got .'ipo'."),
         ({"loss_type": ["sigmoid", "sft"]}, "loss_type"),
         ({"loss_weights": [0.5]}, "loss_weights"),
@@ -351,6 +436,34 @@ def test_compute_metrics_gets_logits(tiny, tmp_path):
 def test_refused_settings(tiny, tmp_path, more, said):
     with pytest.raises(ValueError, match=said):
         make(tiny, tmp_path, **more)
+
+
+MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+
+
+def verdicts(heading: str) -> dict[str, str]:
+    """The table under a heading of docs/migrating.md: what becomes of each name in its first column."""
+    (table,) = re.findall(rf"^#+ {heading}\n.*?^\| --- .*?\n(.*?)^(?!\|)", MIGRATING, re.M | re.S)
+    rows = [line.split(" | ") for line in table.splitlines()]
+    named = [(name, verdict) for names, verdict, *_ in rows for name in re.findall(r"`(\w+)`", names)]
+    assert len(dict(named)) == len(named), "a name stands in two rows"
+    return dict(named)
+
+
+def test_every_field_of_the_config_has_its_verdict():
+    found = verdicts("Every field of `DPOConfig`")
+    assert found.keys() == {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    assert set(found.values()) <= {"honoured", "refused", "honoured in part", "irrelevant"}
+    refused = {name for name, verdict in found.items() if verdict == "refused"}
+    assert refused == set(REFUSED)
+    tested = inspect.getsource(sys.modules[__name__]).split("def test_refused_settings")[0]
+    assert all(f'({{"{name}": ' in tested for name in refused)
+
+
+def test_every_argument_of_the_trainer_has_its_verdict():
+    found = verdicts("The arguments of `DPOTrainer`")
+    assert found.keys() == set(inspect.signature(trl.DPOTrainer.__init__).parameters) - {"self"}
+    assert set(found.values()) <= {"honoured", "honoured in part"}
 
 
 def test_refused_models(tiny, tmp_path):
@@ -372,13 +485,16 @@ def test_refused_models(tiny, tmp_path):
         make(tiny, tmp_path, model=strange)
 
 
-def launched(fsdp=None, parallelism=None, zero_stage=None, sync=False):
+def launched(fsdp=None, parallelism=None, zero_stage=None, sync=False, processes=2, **batches):
     """As much of a trainer as says how it was launched: launching it so takes GPUs."""
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage))
-    accelerator = SimpleNamespace(parallelism_config=parallelism, is_fsdp2=fsdp == 2, state=state)
+    accelerator = SimpleNamespace(
+        parallelism_config=parallelism, is_fsdp2=fsdp == 2, state=state, num_processes=processes
+    )
+    batches = SimpleNamespace(**{"dispatch_batches": None, "even_batches": True} | batches)
     return SimpleNamespace(
         accelerator=accelerator, is_deepspeed_enabled=zero_stage is not None, is_fsdp_enabled=fsdp is not None,
-        args=SimpleNamespace(sync_ref_model=sync),
+        args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches),
     )  # fmt: skip
 
 
@@ -391,6 +507,9 @@ def launched(fsdp=None, parallelism=None, zero_stage=None, sync=False):
         ({"zero_stage": 3}, "deepspeed: got ZeRO-3.*FSDP2"),
         ({"fsdp": 1}, "fsdp: got version 1, takes version 2"),
         ({"fsdp": 2, "sync": True}, "sync_ref_model: got True with FSDP"),
+        ({"dispatch_batches": True}, "accelerator_config: got dispatch_batches=True"),
+        ({"even_batches": False}, "accelerator_config: .* even_batches=False in several processes, takes .* True"),
+        ({"dispatch_batches": True, "even_batches": False, "processes": 1}, None),
         ({}, None),
         ({"parallelism": accelerate.ParallelismConfig(dp_replicate_size=2)}, None),
         ({"zero_stage": 2, "sync": True}, None),
@@ -434,15 +553,149 @@ def test_refused_batches(tiny, tmp_path):
         trainer.compute_loss(trainer.model, batch)
 
 
+class Masked:
+    """A collator that leaves nothing to score in the micro-batches of these numbers."""
+
+    def __init__(self, *numbers: int):
+        self.numbers, self.count, self.collator = numbers, 0, DataCollatorForPreference(0, 16)
+
+    def __call__(self, examples):
+        batch, number = self.collator(examples), self.count
+        self.count += 1
+        return batch | {"completion_mask": batch["completion_mask"] * (number not in self.numbers)}
+
+
+@pytest.mark.parametrize("masked", [(1, 6), (0, 1, 2, 3), (7,)])
+def test_what_has_nothing_to_score_counts_for_nothing(tiny, tmp_path, masked):
+    """Micro-batches of a window, a whole window: as if the pairs were not there."""
+    collator = Masked(*masked)
+    trainer = make(tiny, tmp_path, count=24, data_collator=collator, max_steps=3)
+    trainer.train()
+    policy, ref = trl_runs.model(tiny), trl_runs.model(tiny)
+    collator.count = 0
+    truth = by_hand(trainer, policy, lambda *x: side(ref, *x), steps=3)
+    for entry, step in zip(entries(trainer), truth, strict=True):
+        assert entry["loss"] == pytest.approx(step["loss"], abs=2e-5)
+        assert entry["kl/beta"] == pytest.approx(step["beta"], rel=1e-5)
+        # Of nothing there are no figures.
+        assert ("kl/chosen" in entry) == ("kl" in step)
+    assert (truth[0]["loss"] == 0) == (len(masked) == 4) and truth[2]["beta"] != pytest.approx(0.1, rel=1e-3)
+    for (name, p), q in zip(trainer.model.named_parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("max_length", [None, 1, 2, 3, 5])
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_what_can_be_scored_is_known_before(max_length, mode):
+    """By what the collator makes of a pair: whether it is kept, dropped because of its length, or refused."""
+    collator = DataCollatorForPreference(0, max_length, mode)
+    fates = {True: 0, False: 0, None: 0}
+    for prompt, chosen, rejected in ((p, c, r) for p in range(5) for c in range(4) for r in range(4)):
+        ids = {"prompt_ids": [1] * prompt, "chosen_ids": [2] * chosen, "rejected_ids": [3] * rejected}
+        scored = collator([ids])["completion_mask"][:, 1:].sum(1).tolist() if prompt + chosen + rejected else [0, 0]
+        try:
+            kept = _has_completions(*ids.values(), 7, max_length, mode, "train")
+        except ValueError as error:
+            kept = None
+            side = "chosen" if "its chosen" in str(error) else "rejected"
+            assert scored[
+                side == "rejected"
+            ] == 0 and f"row 7: its {side} completion has {len(ids[f'{side}_ids'])} " in str(error)
+        assert kept is not True or min(scored) > 0
+        # Dropped is what a long prompt leaves nothing of.
+        assert kept is not False or (mode == "keep_start" and prompt >= max_length and scored == [0, 0])
+        fates[kept] += 1
+    assert fates[True] > 0 or max_length == 1
+    assert fates[None] > 0
+
+
+def conversations(*answers: tuple[str, str]) -> datasets.Dataset:
+    def said(role, text):
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {"prompt": said("user", "the sky is"), "chosen": said("assistant", a), "rejected": said("assistant", b)}
+        for a, b in answers
+    ]
+    rows[0]["prompt"] = said("user", "the sky is " * 9)  # longer than max_length, so it is dropped
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("where", ["train", "eval", "evaluate", "stream"])
+def test_a_pair_with_an_empty_completion_is_named_when_the_data_are_prepared(tiny, tmp_path, where):
+    """Of a chat template that ends no turn; of a stream, when it is read."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
+    good = conversations(("blue", "green"), ("blue", "red"), ("red", "blue"), ("green", "blue"))
+    bad = conversations(("blue", "green"), ("blue", "red"), ("red", ""), ("green", "blue"))
+    args = EpsilonDPOConfig(**trl_runs.options(tmp_path, max_steps=1, gradient_accumulation_steps=1))
+    split = {"stream": "train", "evaluate": "eval"}.get(where, where)
+    said = f"{split} dataset, row 2: its rejected completion has 0 tokens after a prompt of 3"
+    with pytest.raises(ValueError, match=said):
+        trainer = EpsilonDPOTrainer(
+            model=trl_runs.model(tiny), args=args, processing_class=tokenizer,
+            train_dataset={"train": bad, "stream": bad.to_iterable_dataset()}.get(where, good),
+            eval_dataset=bad if where == "eval" else good,
+        )  # fmt: skip
+        assert where in ("evaluate", "stream")
+        trainer.evaluate(bad) if where == "evaluate" else trainer.train()
+
+
 def test_not_finite_stops_before_the_step(tiny, tmp_path):
     trainer = make(tiny, tmp_path, max_steps=2)
     with torch.no_grad():
         trainer.model.lm_head.weight[3] = torch.nan
     before = [p.clone() for p in trainer.model.parameters()]
-    with pytest.raises(FloatingPointError, match=r"step 1: the loss of the pairs \[0"):
+    with pytest.raises(NotFiniteError, match=r"step 1: the loss of the pairs \[0"):
         trainer.train()
     for p, q in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(p.nan_to_num(), q.nan_to_num())
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny, tmp_path, factor, max_grad_norm):
+    """Every loss is finite; in the third step one gradient is not."""
+    trainer = make(tiny, tmp_path, max_steps=4, max_grad_norm=max_grad_norm)
+    norm = trainer.model.model.norm.weight
+    norm.register_hook(lambda gradient: gradient * (factor if trainer.state.global_step == 2 else 1))
+    with pytest.raises(NotFiniteError, match="step 3: the losses are finite, and the norm of their gradient is"):
+        trainer.train()
+    until = make(tiny, tmp_path, max_steps=2, max_grad_norm=max_grad_norm)
+    until.train()
+    for p, q in zip(trainer.model.parameters(), until.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert trainer.loss_fn.beta == until.loss_fn.beta != pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_loss_scaler_leaves_steps_out_by_itself(tiny, tmp_path):
+    trainer = make(tiny, tmp_path, max_steps=3)
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainer.model.model.norm.weight.register_hook(
+        lambda gradient: gradient * (math.inf if trainer.state.global_step == 0 else 1)
+    )
+    trainer.train()
+    plain = make(tiny, tmp_path, max_steps=3)
+    plain.train()
+    assert scaler.get_scale() == 2.0
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    log = entries(trainer)
+    # The second step is the first one's.
+    assert not math.isfinite(log[0]["grad_norm"]) and log[0]["loss"] == pytest.approx(
+        entries(plain)[0]["loss"], abs=1e-6
+    )
+    assert log[1]["kl/chosen"] == 0 and log[2]["kl/chosen"] > 0
+
+
+def test_the_card_cites_the_method(tiny, tmp_path):
+    trainer = make(tiny, tmp_path)
+    trainer.create_model_card(model_name="mine")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    title = "KL Penalty Control via Perturbation for Direct Preference Optimization"
+    assert f"trained with ε-DPO, a method introduced in [{title}](https://huggingface.co/papers/2502.13177)" in card
+    cited = card.split("Cite ε-DPO as:")[1]
+    assert f"title         = {{{{{title}}}}}" in cited and "Lee, Sangkyu" in cited and "arXiv:2502.13177" in cited
+    assert "epsilon-dpo" in card.split("---")[1]
 
 
 def test_another_version_of_trl_is_named():

@@ -7,9 +7,8 @@ parameters and accelerate's autocast covers it. The trainer sees pairs as rows o
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,16 @@ from transformers.integrations.integration_utils import default_logdir
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from epsdpo_kernels.integrations.batches import PackedBatches
-from epsdpo_kernels.integrations.checks import check_checkpoint, check_launch
+from epsdpo_kernels.integrations.checks import NotFiniteError, check_checkpoint, check_gradient, check_launch
 from epsdpo_kernels.integrations.packing import part
 from epsdpo_kernels.integrations.recording import Recorded
-from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward, weighs_pairs_itself
+from epsdpo_kernels.integrations.transformers import (
+    AfterStep,
+    Reference,
+    pair_metrics,
+    run_loss_in_forward,
+    weighs_pairs_itself,
+)
 from epsdpo_kernels.linear import EpsilonDPOOutput
 from epsdpo_kernels.record import Record
 
@@ -75,10 +80,6 @@ class WithBlank(Dataset):
         return {"row": BLANK} if i == len(self.pairs) else self.pairs[i]
 
 
-class NotFiniteError(RuntimeError):
-    """A loss or its gradient is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
-
-
 class PairTrainer(Recorded, PackedBatches, Trainer):
     """Trains on pairs with a loss module that owns its β.
 
@@ -118,6 +119,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
         self.record = record
+        self.add_callback(AfterStep(lambda step: self.loss_fn.update_beta()))
         if moving_reference:
             self.add_callback(AfterStep(moving_reference.after_step))
         self._window: list[tuple[Tensor, Tensor]] = []
@@ -181,7 +183,6 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
                 self._betas.append(torch.where(row != BLANK, out.beta, torch.nan))
             if self.accelerator.gradient_state.sync_gradients:
                 self._stop_if_not_finite()
-                self.loss_fn.update_beta()
         return (loss, out) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -202,12 +203,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        # With a loss scaler some gradients are not finite by design, and their steps are skipped.
-        if self.accelerator.scaler is None and not math.isfinite(norm):
-            raise NotFiniteError(
-                f"step {self.state.global_step + 1}: the losses are finite, and their gradient is not. Nothing of this "
-                f"step was applied; the last checkpoint is in {self.args.output_dir}"
-            )
+        check_gradient(norm, self)
         return norm
 
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, real: Tensor) -> None:
@@ -284,17 +280,6 @@ class EvaluateWithStep(TrainerCallback):
 def evaluated(state: TrainerState) -> bool:
     """Whether the log has an evaluation after the steps that are done."""
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
-
-
-class AfterStep(TrainerCallback):
-    """Calls a function with the number of each optimizer step that is done."""
-
-    def __init__(self, function: Callable[[int], None]):
-        self.function = function
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # transformers has counted this step already.
-        self.function(state.global_step)
 
 
 def checkpoint_step(folder: str | os.PathLike) -> int | None:

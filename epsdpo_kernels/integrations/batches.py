@@ -138,7 +138,7 @@ class PackedBatches:
         state, loss = self.accelerator.gradient_state, 0.0
         sync = state.sync_gradients
         for one in others:
-            # Gradients are reduced, and β moves, with the last part.
+            # Gradients are reduced with the last part.
             state._set_sync_gradients(False)
             with self.accelerator.no_sync(model):
                 loss += super().training_step(model, self._counted(one), num_items_in_batch)  # type: ignore[misc]

@@ -1,13 +1,16 @@
-"""What both trainers see to before a run: a forward without chance, a reference that stays, a whole checkpoint."""
+"""What both trainers see to before a run: a forward without chance, a reference that stays, a whole checkpoint; and
+before every step: a gradient that is finite."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -174,4 +177,28 @@ def check_checkpoint(folder: Path, trainer: Any) -> None:
             f"resume_from_checkpoint: got {folder} without {', '.join(missing)}, takes a whole checkpoint of as many "
             "processes: optimizer and learning rate would start over. save_only_model leaves them out; to start a new "
             "run from its weights, give it as model"
+        )
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss or a gradient is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
+
+
+def check_gradient(norm: Any, trainer: Any) -> None:
+    """To be called with the gradient's norm before each optimizer step, which would make every weight NaN.
+
+    A loss scaler leaves such a step out by itself and goes on at a smaller scale. DeepSpeed has made the step, or left
+    it out, within backward.
+
+    Raises:
+        NotFiniteError: on all ranks alike.
+    """
+    if trainer.accelerator.scaler is not None or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):
+        raise NotFiniteError(
+            f"step {trainer.state.global_step + 1}: the losses are finite, and the norm of their gradient is {norm}. "
+            f"Nothing of this step was applied; the last checkpoint is in {trainer.args.output_dir}. Weights in 16 "
+            "bits overflow: keep them in float32, under bf16=True"
         )

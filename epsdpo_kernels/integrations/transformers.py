@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
 from .packing import Packing, no_mask
@@ -353,6 +353,17 @@ def weighs_pairs_itself(trainer: Any) -> None:
     micro-batch and rank it is in, so that the trainer must not divide by the number of micro-batches."""
     trainer.loss_is_scaled_for_ga = True
     trainer.model_accepts_loss_kwargs = True  # what transformers before 5.19 goes by
+
+
+class AfterStep(TrainerCallback):
+    """Calls a function with the number of each optimizer step that is done, before anything of it is saved."""
+
+    def __init__(self, function: Callable[[int], None]):
+        self.function = function
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        # transformers has not counted this step yet.
+        self.function(state.global_step + 1)
 
 
 def pair_metrics(out: EpsilonDPOOutput) -> dict[str, Tensor]:

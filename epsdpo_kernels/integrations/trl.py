@@ -12,16 +12,18 @@ What this module holds on to in TRL and transformers, all of it here:
 - public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``evaluation_loop``, ``ref_model``,
   ``data_collator``, ``accelerator``, ``args``, ``state``; what its collator returns (``input_ids``,
   ``attention_mask``, ``completion_mask``); and "ref" as the name of the copy of a pre-trained adapter.
-- private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint`` and
-  ``_load_from_checkpoint`` (transformers' places for what belongs to a checkpoint); ``_get_train_sampler``;
-  ``_prepare_dataset`` and ``_set_signature_columns_if_needed``, through which rows keep their numbers (recording.py);
-  ``aux_loss_enabled`` and ``router_aux_loss_coef``.
+- private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint``,
+  ``_load_from_checkpoint`` and ``_load_best_model`` (transformers' places for what belongs to a checkpoint);
+  ``_get_grad_norm`` (called once before every optimizer step); ``_get_train_sampler``; ``_prepare_dataset`` with the
+  columns of ids that it makes, and ``_set_signature_columns_if_needed``, through which rows keep their numbers
+  (recording.py); ``aux_loss_enabled`` and ``router_aux_loss_coef``.
 - the model's ``forward``, which TRL replaces too: ours comes on top of it, so that the loss runs inside whatever wraps
   the model.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ import torch
 import trl
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 from torch.utils.data import RandomSampler
@@ -41,10 +44,18 @@ from trl import DPOConfig, DPOTrainer
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
 from .batches import PackedBatches
-from .checks import check_checkpoint, check_launch, check_reference, turn_off_dropout
+from .checks import (
+    NotFiniteError,
+    check_checkpoint,
+    check_gradient,
+    check_launch,
+    check_reference,
+    turn_off_dropout,
+)
 from .packing import part
 from .recording import PAIR_ID, ROW, RecordedTRL
 from .transformers import (
+    AfterStep,
     HeadInputs,
     Reference,
     causal_lm,
@@ -68,6 +79,36 @@ if trl.__version__.split(".")[:2] != TESTED.split("."):
 LOSS_STATE = "epsilon_dpo.safetensors"
 REFERENCE_STATE = "reference.safetensors"
 IGNORE = -100
+CITATION = """\
+@article{lee2025kl,
+    title         = {{KL Penalty Control via Perturbation for Direct Preference Optimization}},
+    author        = {Lee, Sangkyu and Han, Janghoon and Song, Hosung and Choi, Stanley Jungkyu and Lee, Honglak and
+                     Yu, Youngjae},
+    year          = 2025,
+    journal       = {arXiv preprint arXiv:2502.13177},
+    eprint        = {2502.13177},
+    archivePrefix = {arXiv},
+}"""
+
+_OWN_MARGIN = "ε-DPO is defined for DPO's own margin. Leave it out, or use trl.DPOTrainer"
+_ROUNDED = "the check would read the rounding of a policy that is cast and of a reference that isn't"
+# Of DPOConfig's fields: what ε-DPO takes alone, and why. docs/migrating.md has them all.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "auto_find_batch_size": (False, "pairs of a step that is tried again would be counted twice"),
+    "bf16_full_eval": (False, _ROUNDED),
+    "debug": ([], "its hooks read the forward's tensors as numbers, and whether a pair was vetoed is none"),
+    "enable_jit_checkpoint": (False, "its checkpoint can fall between a step's decisions and weights; set save_steps"),
+    "f_divergence_type": ("reverse_kl", _OWN_MARGIN),
+    "fp16_full_eval": (False, _ROUNDED),
+    "label_smoothing_factor": (0.0, "it smooths over a vocabulary; set label_smoothing, over chosen and rejected"),
+    "ld_alpha": (None, _OWN_MARGIN),
+    "precompute_ref_log_probs": (
+        False,
+        "a log-prob is not the distribution that the check needs at every token. `python -m train --cache_reference` "
+        "keeps the reference's hidden states instead",
+    ),
+    "use_weighting": (False, _OWN_MARGIN),
+}
 
 
 @dataclass
@@ -109,7 +150,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     Raises:
         ValueError, TypeError: what the loss cannot honour, with the reason and what to do instead; a head that cannot
             be fused.
-        FloatingPointError: during training, before the optimizer step, where a pair's loss is not finite.
+        NotFiniteError: during training, before the optimizer step, where a pair's loss or the gradient is not finite.
     """
 
     args: DPOConfig
@@ -118,7 +159,11 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
 
     _tag_names = ["trl", "dpo", "epsilon-dpo"]
     _name = "ε-DPO"
-    _paper = {"title": "KL Penalty Control via Perturbation for Direct Preference Optimization", "id": "2502.13177"}
+    _paper = {
+        "title": "KL Penalty Control via Perturbation for Direct Preference Optimization",
+        "id": "2502.13177",
+        "citation": CITATION,
+    }
 
     def __init__(self, model, ref_model=None, args: DPOConfig | None = None, *rest, **kwargs):
         settings = args or DPOConfig
@@ -145,7 +190,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         if self.args.disable_dropout:
             turn_off_dropout(self.model, autocast)
         run_loss_in_forward(self.model, self._reference(autocast), self.loss_fn)
-        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        self.add_callback(AfterStep(self._move_beta))
+        models = [self.model] if self.ref_model is None else [self.model, self._plain(self.ref_model)]
         self.set_layout(models, config.packed, config.max_tokens_per_batch)
         self.keep_identities()
         if config.record:
@@ -158,15 +204,40 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             "sync_ref_model": self.args.sync_ref_model,
         }  # fmt: skip
 
+    def _move_beta(self, step: int) -> None:
+        self.loss_fn.update_beta()
+        self._metrics["train"]["kl/beta"] = [self.loss_fn.beta.item()]
+
     def _reference(self, autocast: torch.dtype | None) -> Reference:
         if self.ref_model is None:
             if "ref" in self.model.peft_config:
                 copy_adapter(self.model)  # TRL's copy leaves embeddings' adapters out
             check_reference(self.model, None, autocast)
             return without_adapter(self.model)
-        inputs = _gathered_by_call(self.ref_model) if self.is_fsdp_enabled else head_inputs
-        check_reference(self.model, self.ref_model, autocast, inputs)
-        return frozen_reference(self.ref_model, inputs)
+        ref_model = self._plain(self.ref_model)
+        inputs = _gathered_by_call(ref_model) if self.is_fsdp_enabled else head_inputs
+        check_reference(self.model, ref_model, autocast, inputs)
+        return frozen_reference(ref_model, inputs)
+
+    def _plain(self, model: Any) -> Any:
+        """A model that accelerate has not wrapped or compiled; the policy's compiled forward compiles what it calls."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """As TRL does, and refuses pairs that nothing of could be scored.
+
+        TRL's last step, to drop pairs whose prompt fills max_length, is done here, where rows are still the user's.
+        """
+        whole = copy.copy(args)
+        whole.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, dataset_name)
+        in_parallel = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        with args.main_process_first(desc=f"the lengths of the {dataset_name} dataset"):
+            return dataset.filter(
+                _has_completions, with_indices=True, input_columns=["prompt_ids", "chosen_ids", "rejected_ids"],
+                fn_kwargs={"max_length": args.max_length, "mode": args.truncation_mode, "data": dataset_name},
+                **in_parallel,
+            )  # fmt: skip
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the number of pairs in them, over all ranks: ()."""
@@ -177,7 +248,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             batches[-1] = self._without_repeats(batches[-1])
         pairs = sum(_pairs(batch).sum() for batch in batches)
         self.lay_out(batches)
-        return batches, self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
+        pairs = self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
+        # Of a step with nothing to score the loss is 0, not 0 · 0/0.
+        return batches, pairs.clamp(min=1)
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without the pairs that accelerate repeats to fill every rank's last batch: decisions count once."""
@@ -225,9 +298,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.
             loss = loss * (_pairs(inputs).sum() * self.args.world_size / num_items_in_batch)
-        if training and self.accelerator.sync_gradients:
-            self.loss_fn.update_beta()
-        self._metrics["train" if training else "eval"]["kl/beta"] = [self.loss_fn.beta.item()]
+        if not training:
+            self._metrics["eval"]["kl/beta"] = [self.loss_fn.beta.item()]
         if return_outputs:
             with torch.no_grad():
                 return loss, model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -273,10 +345,15 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     def _stop_if_not_finite(self, split: str, losses: list[float]) -> None:
         bad = [i for i, loss in enumerate(losses) if loss - loss != 0]
         if bad and split == "train":
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"step {self.state.global_step + 1}: the loss of the pairs {bad} of a micro-batch of {len(losses)} is "
                 f"not finite. Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
             )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        check_gradient(norm, self)
+        return norm
 
     def _save_checkpoint(self, model, trial):
         # First of all, so that the state that transformers writes last marks the checkpoint as complete.
@@ -285,7 +362,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_file(self.loss_fn.state_dict(), folder / LOSS_STATE)
             if self.args.sync_ref_model:
-                save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / REFERENCE_STATE))
+                save_model(self._plain(self.ref_model), str(folder / REFERENCE_STATE))
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -297,9 +374,17 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             )
         check_checkpoint(folder, self)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.loss_fn.load_state_dict(load_file(folder / LOSS_STATE, device=str(self.args.device)))
+        self._load_state(folder)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_state(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """β, and the reference where it moves, as they were with a checkpoint's model."""
+        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE, device=str(self.args.device)))
         if self.args.sync_ref_model:
-            load_model(self.accelerator.unwrap_model(self.ref_model), str(folder / REFERENCE_STATE))
+            load_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))
 
 
 class _Loss(EpsilonDPOLoss):
@@ -328,8 +413,28 @@ class _Loss(EpsilonDPOLoss):
 
 
 def _pairs(batch: dict[str, Tensor]) -> Tensor:
-    """(B,) whether a pair of a batch has anything to score."""
-    return batch["completion_mask"].any(1).view(2, -1).all(0)
+    """(B,) whether a pair of a batch has anything to score; nothing predicts a row's first token."""
+    return batch["completion_mask"][:, 1:].any(1).view(2, -1).all(0)
+
+
+def _has_completions(
+    prompt: list[int], chosen: list[int], rejected: list[int], row: int, max_length: int | None, mode: str, data: str
+) -> bool:
+    """Whether max_length leaves a pair its completions, which has to have some."""
+    for side, completion in (("chosen", chosen), ("rejected", rejected)):
+        kept = length = len(prompt) + len(completion)
+        if max_length is not None:
+            kept = min(length, max_length)
+        in_front = min(len(prompt), kept) if mode == "keep_start" else max(0, kept - len(completion))
+        if kept > max(in_front, 1):  # nothing predicts the first token
+            continue
+        if completion and prompt and mode == "keep_start":
+            return False
+        raise ValueError(
+            f"{data} dataset, row {row}: its {side} completion has {len(completion)} tokens after a prompt of "
+            f"{len(prompt)}, none of which can be scored. Drop the row, or give the completion a text"
+        )
+    return True
 
 
 def _gathered_by_call(ref_model: Any) -> Callable[..., HeadInputs]:
@@ -348,23 +453,15 @@ def _gathered_by_call(ref_model: Any) -> Callable[..., HeadInputs]:
 
 
 def _refuse_arguments(args: DPOConfig) -> None:
-    """Raises ValueError where a setting asks for what ε-DPO's loss is not."""
-    if args.precompute_ref_log_probs:
-        raise ValueError(
-            "precompute_ref_log_probs: got True, takes False. ε-DPO needs the reference's whole distribution at every "
-            "token, which log-probs do not give. `python -m train --cache-reference` keeps its hidden states instead"
-        )
+    """Raises ValueError where a setting asks for what ε-DPO's loss is not, or for what would be done wrong."""
+    for name, (taken, why) in REFUSED.items():
+        if (value := getattr(args, name)) != taken:
+            raise ValueError(f"{name}: got {value!r}, takes {taken!r}: {why}")
     if args.loss_type != ["sigmoid"] or args.loss_weights not in (None, [1.0]):
         raise ValueError(
             f"loss_type: got {args.loss_type} with loss_weights {args.loss_weights}, takes ['sigmoid'], whose β ε-DPO "
             "sets for each pair. For label smoothing set label_smoothing; for other losses use trl.DPOTrainer"
         )
-    for name, default in (("ld_alpha", None), ("f_divergence_type", "reverse_kl"), ("use_weighting", False)):
-        if getattr(args, name) != default:
-            raise ValueError(
-                f"{name}: got {getattr(args, name)!r}, takes {default!r}: ε-DPO is defined for DPO's own margin. "
-                "Leave it out, or use trl.DPOTrainer"
-            )
 
 
 def _refuse_adapters(model: Any, ref_model: Any, peft_config: Any) -> None:
@@ -386,6 +483,13 @@ def _refuse_adapters(model: Any, ref_model: Any, peft_config: Any) -> None:
 
 def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
     check_launch(trainer)
+    batches: Any = trainer.args.accelerator_config
+    if trainer.accelerator.num_processes > 1 and (batches.dispatch_batches or not batches.even_batches):
+        raise ValueError(
+            f"accelerator_config: got dispatch_batches={batches.dispatch_batches} and even_batches="
+            f"{batches.even_batches} in several processes, takes False and True: a batch is all chosen completions, "
+            "then all rejected ones, and cannot be dealt out; and all ranks take part in every step"
+        )
     if trainer.is_fsdp_enabled and trainer.args.sync_ref_model:
         raise ValueError(
             "sync_ref_model: got True with FSDP, takes False: a sharded reference would not be in the checkpoints. Use "
