@@ -105,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     from transformers import AutoTokenizer
 
-    from train.__main__ import SMOLLM2
+    from train.models import SMOLLM2
 
     if options.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
