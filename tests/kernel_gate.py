@@ -33,6 +33,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from epsdpo_kernels.engines import triton_blocks, triton_engine, triton_project  # noqa: E402
 
 STACK = 64
+# By how much more instructions a logit may take than the committed table has.
+MORE = 0.05
 # Target, bytes of shared memory that a program may have on every card of the generation (an A100 has 163 KiB, 8.6 and
 # 8.9 have 99), and the matrix instruction of the logit-free kernel.
 ARCHITECTURES = {
@@ -42,13 +44,17 @@ ARCHITECTURES = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 << 10, "mma.sync"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10, "v_mfma"),
 }
-DTYPES = ("bf16", "fp16", "fp32")
-VARIANTS = ("plain", "softcap", "bias")
+# The policy's, and the reference's where that is another.
+DTYPES = ("bf16", "fp16", "fp32", "bf16+fp32", "fp32+bf16")
+# What changes the code beside the dtype: scale and softcap, scale and bias, no ε, a vocabulary and a hidden size that
+# are no multiple of 16 (the latter is loaded without the copy engine).
+VARIANTS = ("plain", "softcap", "bias", "no epsilon", "odd V", "odd H")
 # The logit-free kernel as scoring uses it, as training does, and on a head that both models share.
 KERNELS = ("sweep", "gradient", "project", "project_store", "project_shared")
-HIDDEN = (1024, 4096)
-CASE = ("kernel", "arch", "dtype", "variant", "hidden")
-COLUMNS = (*CASE, "blocks", "registers", "stack", "shared", "seconds", "verdict")
+CASE = ("kernel", "arch", "dtype", "variant")
+RESOURCES = ("registers", "stack", "shared", "instructions")
+HEADS = ("llama3", "gemma2-9b", "smollm2")
+COLUMNS = (*CASE, "blocks", *RESOURCES, *HEADS, "seconds", "verdict")
 
 # Types of the kernels' arguments by name; a bias has the head's dtype.
 TYPES = {
@@ -70,19 +76,21 @@ def source(kernel: str, arch: str, dtype: str, variant: str, hidden: int, blocks
     types = TYPES | {"bias_ptr": f"*{dtype}", "ref_bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
     constants = {} if variant == "softcap" else {"softcap": None, "ref_softcap": None}
     constants |= {} if variant == "bias" else {"bias_ptr": None, "ref_bias_ptr": None}
-    constants |= {"PERTURB": True, "WORDS": row.words, "TOKENS": row.tokens}
+    constants |= {"PERTURB": True, "DEPTH": row.depth, "WORDS": row.words, "LANES": row.lanes, "TOKENS": row.tokens}
+    constants |= {"scale": None, "ref_scale": None} if variant == "plain" else {}
     options = {"num_warps": row.warps, "num_stages": 1}
     function = {"sweep": triton_engine._sweep_kernel, "gradient": triton_engine._gradient_kernel}.get(kernel)
     if function is None:
         function = triton_project._project_kernel
-        blocks = blocks or triton_blocks.product(arch, itemsize, hidden)
-        descriptors = arch in triton_blocks.DESCRIPTORS
+        blocks = blocks or triton_blocks.product(arch, itemsize, descriptors)
+
         for name, size in (("x", blocks.rows), ("ref_x", blocks.rows), ("weight", blocks.words)):
             types[name] = f"tensordesc<{dtype}[{size}, {blocks.hidden}]>" if descriptors else f"*{dtype}"
         types["ref_weight"] = types["weight"]
         constants |= {
             "SHARED": kernel == "project_shared", "DESCRIPTORS": descriptors, "SPLITS": triton_blocks.splits(arch),
             "GROUP": triton_blocks.GROUP, "ROWS": blocks.rows, "WORDS": blocks.words, "HIDDEN": blocks.hidden,
+            "SHARE": blocks.share, "WIDTH": blocks.width,
         }  # fmt: skip
         if kernel != "project_store":
             constants["a_ptr"] = None

@@ -16,7 +16,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.fixture(params=[False, True], ids=["products", "logit-free"])
 def route(request, monkeypatch):
     """Both routes of training."""
-    monkeypatch.setattr(engines, "TRAIN_LOGIT_FREE", request.param)
+    monkeypatch.setattr(engines, "LOGIT_FREE", request.param)
 
 
 @pytest.fixture(autouse=True)
