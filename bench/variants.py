@@ -18,6 +18,7 @@ from torch import Tensor
 
 from epsdpo_kernels import call as bound_call
 from epsdpo_kernels import engines, epsilon_dpo_reference, linear_epsilon_dpo
+from epsdpo_kernels.head import Gradients, Head
 from epsdpo_kernels.pair import pair_beta, perturbation_step, preference_losses
 
 from .cases import Case, Inputs
@@ -65,29 +66,28 @@ def bound(inputs: Inputs, engine: str = "auto", max_tile_bytes: int | None = Non
 class Products:
     """The bare matrix products of the single pass, with its dtypes and accumulation, and nothing else.
 
-    Two projections, then dX and dW from a matrix that stands for the gradient, as far as the mode asks for them. All
-    memory is there before: nothing is allocated, no other tensor is read.
+    Two projections, then dX and dW from a matrix that stands for the gradient, as far as the mode asks for them, by the
+    routines of the pass. All memory is there before: nothing is allocated, no other tensor is read.
     """
 
     def __init__(self, inputs: Inputs):
         scored = (inputs.labels != -100).flatten()
         self.x = inputs.hidden.detach().flatten(0, 1)[scored]
         self.ref_x = inputs.ref_hidden.flatten(0, 1)[scored]
-        self.weight, self.ref_weight = inputs.weight.detach(), inputs.ref_weight
-        self.wide: dict[str, Any] = {}
-        if self.x.dtype in (torch.bfloat16, torch.float16):
-            if self.x.is_cuda:
-                self.wide = {"out_dtype": torch.float32}
-            else:  # no 16-bit product gives fp32 there, so the best that can be done is fp32 all along
-                self.x, self.ref_x, self.weight, self.ref_weight = (
-                    t.float() for t in (self.x, self.ref_x, self.weight, self.ref_weight)
-                )
-        vocabulary, dtype = len(self.weight), torch.float32 if self.wide else self.x.dtype
+        self.policy = Head(inputs.weight.detach(), None, 1.0, None)
+        self.reference = Head(inputs.ref_weight, None, 1.0, None)
+        vocabulary, dtype = len(inputs.weight), torch.float64 if self.x.dtype == torch.float64 else torch.float32
         self.rows = min(len(self.x), max(1, LIMIT_BYTES // (4 * vocabulary)))
-        self.logits = self.x.new_zeros(self.rows, vocabulary, dtype=dtype)
-        self.g = self.x.new_zeros(self.rows, vocabulary) if self.wide else self.logits
-        self.dx = torch.zeros_like(self.x, dtype=dtype) if inputs.hidden.requires_grad else None
-        self.dw = torch.zeros_like(self.weight, dtype=dtype) if inputs.weight.requires_grad else None
+        self.logits = self.x.new_empty(self.rows, vocabulary, dtype=dtype)
+        # Numbers, because a GPU multiplies zeros faster. In the compute dtype the logits themselves stand for it.
+        sixteen_bits = self.policy.gradient_dtype != dtype
+        self.g = torch.rand_like(self.logits, dtype=self.policy.gradient_dtype) if sixteen_bits else self.logits
+        self.index = torch.arange(len(self.x), device=self.x.device)
+        self.into = Gradients(
+            torch.zeros_like(self.x, dtype=dtype) if inputs.hidden.requires_grad else None,
+            torch.zeros_like(inputs.weight, dtype=dtype) if inputs.weight.requires_grad else None,
+            None,
+        )
 
     def __call__(self) -> None:
         with torch.no_grad():
@@ -95,12 +95,10 @@ class Products:
                 part = slice(start, start + self.rows)
                 x, ref_x = self.x[part], self.ref_x[part]
                 logits, g = self.logits[: len(x)], self.g[: len(x)]
-                torch.mm(ref_x, self.ref_weight.t(), out=logits, **self.wide)
-                torch.mm(x, self.weight.t(), out=logits, **self.wide)
-                if self.dx is not None:
-                    torch.mm(g, self.weight, out=self.dx[part], **self.wide)
-                if self.dw is not None:
-                    torch.addmm(self.dw, g.t(), x, beta=int(start > 0), out=self.dw, **self.wide)
+                self.reference.project(ref_x, logits)
+                self.policy.project(x, logits)
+                if any(into is not None for into in self.into):
+                    self.policy.backward(g, x, self.index[part], self.into, accumulate=start > 0)
 
 
 def materialised(inputs: Inputs) -> Tensor:

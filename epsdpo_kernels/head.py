@@ -6,14 +6,45 @@ sweep: that rounding alone decides ε-DPO's check and biases the gradient.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Without a 16-bit product that accumulates into fp32 (CPU), the weight is cast in blocks of this many vocabulary rows.
-CAST_ROWS = 8192
+# Off CUDA, products go over blocks of this many vocabulary rows: what is cast and what is multiplied stays in cache.
+BLOCK = 2048
+
+
+@contextlib.contextmanager
+def _cpu_precision(dtype: torch.dtype) -> Iterator[None]:
+    """How a CPU multiplies fp32 tensors that hold a head of this dtype, for the time being.
+
+    Those of a bf16 head are bf16 numbers already: instructions that take such and accumulate in fp32 round no logit,
+    and are faster where a CPU has them. Those of any other head are multiplied in fp32, whatever the process has
+    allowed (``torch.set_float32_matmul_precision``): less would decide ε-DPO's check.
+    """
+    mkldnn: Any = torch.backends.mkldnn
+    mode = mkldnn.matmul  # of the process: there is none of a thread
+    before = mode.fp32_precision
+    mode.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
+    try:
+        yield
+    finally:
+        mode.fp32_precision = before
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x·Wᵀ of two fp32 matrices.
+
+    On a CPU by oneDNN, through the op that Inductor compiles a linear layer to: torch.mm and torch.nn.functional.linear
+    go to MKL, which uses half of the vector width of processors that Intel did not make.
+    """
+    if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.nn.functional.linear(x, weight)
 
 
 class Gradients(NamedTuple):
@@ -52,15 +83,18 @@ class Head:
 
     def project(self, x: Tensor, out: Tensor) -> None:
         """x·Wᵀ: (rows, H) -> out (rows, V) in the compute dtype, overwritten."""
-        if self.weight.dtype == out.dtype:
-            torch.mm(x, self.weight.t(), out=out)
-        elif x.is_cuda:
-            torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
-        else:
+        if out.dtype == torch.float32 and not x.is_cuda:
             x = x.to(out.dtype)
-            for start in range(0, self.weight.shape[0], CAST_ROWS):
-                block = slice(start, start + CAST_ROWS)
-                out[:, block] = x @ self.weight[block].to(out.dtype).t()
+            with _cpu_precision(self.weight.dtype):
+                for block in self._blocks():
+                    out[:, block] = _linear(x, self.weight[block].to(out.dtype))
+        elif self.weight.dtype == out.dtype:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(start, start + BLOCK) for start in range(0, len(self.weight), BLOCK))
 
     def backward(self, g: Tensor, x: Tensor, rows: Tensor, into: Gradients, accumulate: bool) -> None:
         """Adds the gradients that follow from g, the gradient of x·Wᵀ + bias.
@@ -71,25 +105,26 @@ class Head:
             rows: (rows,) their indices in ``into.hidden``, which is overwritten there.
             accumulate: False overwrites ``into.weight`` and ``into.bias`` (which may be uninitialised).
         """
-        beta = 1 if accumulate else 0
         if into.bias is not None:
             total = g.sum(0, dtype=into.bias.dtype)
             into.bias.add_(total) if accumulate else into.bias.copy_(total)
-        if self.weight.dtype == g.dtype:
-            wide: dict[str, Any] = {} if g.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
-            if into.hidden is not None:
-                into.hidden.index_copy_(0, rows, torch.mm(g, self.weight, **wide))
-            if into.weight is not None:
-                torch.addmm(into.weight, g.t(), x, beta=beta, out=into.weight, **wide)
+        if g.dtype == torch.float32 and not g.is_cuda:
+            self._backward_by_blocks(g, x.to(g.dtype), rows, into, accumulate)
             return
-        x = x.to(g.dtype)
-        dx = g.new_zeros(x.shape)
-        for start in range(0, self.weight.shape[0], CAST_ROWS):
-            block = slice(start, start + CAST_ROWS)
-            if into.hidden is not None:
-                dx.addmm_(g[:, block], self.weight[block].to(g.dtype))
-            if into.weight is not None:
-                dw = into.weight[block]
-                torch.addmm(dw, g[:, block].t(), x, beta=beta, out=dw)
+        wide: dict[str, Any] = {} if g.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
+        if into.hidden is not None:
+            into.hidden.index_copy_(0, rows, torch.mm(g, self.weight, **wide))
+        if into.weight is not None:
+            torch.addmm(into.weight, g.t(), x, beta=int(accumulate), out=into.weight, **wide)
+
+    def _backward_by_blocks(self, g: Tensor, x: Tensor, rows: Tensor, into: Gradients, accumulate: bool) -> None:
+        dx = torch.zeros_like(x)
+        with _cpu_precision(self.weight.dtype):
+            for block in self._blocks():
+                if into.hidden is not None:
+                    dx += _linear(g[:, block], self.weight[block].to(g.dtype).t())
+                if into.weight is not None:
+                    dw = _linear(g[:, block].t(), x.t())
+                    into.weight[block].add_(dw) if accumulate else into.weight[block].copy_(dw)
         if into.hidden is not None:
             into.hidden.index_copy_(0, rows, dx)

@@ -8,6 +8,8 @@ Optimization" (Rafailov et al., 2023, arXiv 2305.18290), equation 7.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, sigmoid
 from torch.nn.functional import logsigmoid
@@ -74,6 +76,24 @@ def beta_dpo(beta: float, alpha: float, margin: float, average: float) -> float:
         average: M₀, the moving average of the mean margins of all pairs, nats.
     """
     return max(1e-3, beta * (1 + alpha * (margin - average)))
+
+
+def lsc_dpo(beta: float, margin: float, z_star: float, eta: float, tau_start: float) -> float:
+    """β after a step of LSC-DPO (Qu et al., 2026, arXiv 2610.07592, equation 11): β·exp(−η·(β·margin − z*)).
+
+    It stays as it is where the learning signal σ(−β·margin) is not below τ_start. For a margin that stays the same,
+    β = z*/margin is a fixed point, stable where 0 < η·z* < 2 (their proposition 1).
+
+    Args:
+        beta: β of the step.
+        margin: mean margin of the step's pairs, nats, without β.
+        z_star: z*, the scaled margin β·margin that is aimed at.
+        eta: η, how fast.
+        tau_start: τ_start; β moves where β·margin > log(1/τ_start − 1).
+    """
+    z = beta * margin
+    # σ(−z) < τ, without the overflow of exp.
+    return beta * math.exp(-eta * (z - z_star)) if z > math.log(1 / tau_start - 1) else beta
 
 
 def preference_losses(

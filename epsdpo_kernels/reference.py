@@ -57,9 +57,9 @@ def epsilon_dpo_reference(
     with torch.no_grad():
         p, log_p, log_q = a.softmax(-1), a.log_softmax(-1), b.log_softmax(-1)
         impossible = p == 0
-        # (1+ε)a − εb and (1−ε)a + εb, written so that they are a itself where the models agree.
-        relaxed = torch.where(a == -torch.inf, a, a + epsilon * (a - b))
-        tightened = torch.where(a == -torch.inf, a, a - epsilon * (a - b))
+        # (1+ε)a − εb and (1−ε)a + εb, written so that they are a itself where the models agree, or ε is 0.
+        u = torch.where(a == -torch.inf, 0, epsilon * (a - b)) if epsilon else torch.zeros_like(a)
+        relaxed, tightened = a + u, a - u
         z = _ratio(logps)
         shifts = [_ratio(sequence_logps(m)) - z for m in (relaxed, tightened)]
         kl = (p * (log_p - log_q).masked_fill(impossible, 0)).sum(-1)

@@ -99,7 +99,8 @@ def problems():
             case = case._replace(ref_weight=case.weight)
         if peak:
             plant_peaks(case)
-        if forbidden and size["bias"]:
+        # A cap makes −inf a number again: a word that the reference alone forbids is infinitely far from it.
+        if forbidden and size["bias"] and not (options["softcap"] and options["ref_softcap"] is None):
             forbid_words(case)
         return case, options
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 if not torch.cuda.is_available():  # before any test imports the kernels
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What `datasets` keeps on disk, of tests alone.
+CACHE = tempfile.TemporaryDirectory(prefix="epsdpo-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 WORDS = "the sky is blue green red and so are you my friend not what i said yes no maybe sure".split()
 

@@ -1,6 +1,7 @@
 """The audit: a record that holds together is OK, and every way in which one does not is named where it is."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -220,7 +221,7 @@ def test_many_findings_are_counted_and_few_are_shown(tmp_path):
     assert f"are shown of: {found.counts['value']:,} value" in str(found) and len(str(found).splitlines()) == 52
 
 
-@pytest.mark.parametrize("method", ["beta-dpo", "tr-dpo"])
+@pytest.mark.parametrize("method", ["beta-dpo", "tr-dpo", "lsc-dpo"])
 def test_runs_of_other_methods(tiny, tmp_path, method):
     from train.__main__ import main as train
 
@@ -234,6 +235,31 @@ def test_runs_of_other_methods(tiny, tmp_path, method):
     assert named == [("decision", was["row"])]
     alter(tmp_path, place, decision=was["decision"], beta_used=was["beta_used"] * 1.001 + 1e-6)
     assert ("beta_used", was["row"]) in [(f.column, f.row) for f in audit(tmp_path).findings]
+
+
+def test_lsc_dpos_beta_follows_from_the_margins_of_the_step_before(tiny, tmp_path):
+    from train.__main__ import main as train
+
+    train(flags(tiny, tmp_path, method="lsc-dpo", beta=1.0, learning_rate=3e-3, num_train_epochs=2, eval_fraction=0.25))
+    found = audit(tmp_path)
+    assert found.ok, str(found)
+    rows = read(tmp_path / "record").to_pandas()
+    betas = rows.query("split == 'train'").groupby("step")["beta"].first()
+    margins = rows.query("split == 'train'").groupby("step")["margin"].mean()
+    z = betas * margins
+    assert (z > 0.21).sum() > 3
+    for step in betas.index[:-1]:
+        follows = betas[step] * (math.exp(-0.1 * (z[step] - 0.4)) if z[step] > math.log(0.55 / 0.45) else 1)
+        assert betas[step + 1] == pytest.approx(follows, rel=1e-5)
+
+    part = pq.read_table(parts(tmp_path / "record")[0]).to_pylist()
+    place = next(i for i, row in enumerate(part) if z[row["step"]] > 0.3 and row["step"] > 6)
+    alter(tmp_path, place, chosen_logp=part[place]["chosen_logp"] + 1)
+    found = audit(tmp_path).findings
+    assert {f.column for f in found if f.place == place} == {"margin", "loss", "coefficient"}
+    # The next step's β no longer follows, nor what it makes; the steps after it follow from the β that it holds.
+    assert {f.step for f in found if f.place != place} == {part[place]["step"] + 1}
+    assert sum(f.column == "beta" for f in found) == 3 * 2
 
 
 KILLED = """

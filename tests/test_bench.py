@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import fidelity, goals, lengths, measure, roofline, tables, variants
+from bench import fidelity, goals, lengths, measure, roofline, steps, tables, variants
 from bench.cases import HEADS, MODES, Case, head_shape, make_inputs
 from bench.results import Run
 
@@ -52,8 +52,8 @@ def test_bare_products_are_the_products_of_the_call():
     products.logits = torch.empty_like(products.logits)  # in fp32 the logits would overwrite the gradient's stand-in
     products()
     torch.testing.assert_close(products.logits, x @ inputs.weight.detach().t())
-    torch.testing.assert_close(products.dx, g @ inputs.weight.detach())
-    torch.testing.assert_close(products.dw, g.t() @ x)
+    torch.testing.assert_close(products.into.hidden, g @ inputs.weight.detach())
+    torch.testing.assert_close(products.into.weight, g.t() @ x)
 
 
 def test_peak_memory_is_what_a_call_held():
@@ -187,7 +187,7 @@ def test_sharded_heads():
 
 
 def test_no_table_is_stale():
-    """README's and docs' tables and pictures are what the committed results say."""
+    """The tables and pictures of docs are what the committed results say."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.tables", "--check"], cwd=measure.ROOT, capture_output=True, text=True
     )
@@ -330,3 +330,72 @@ def test_heads_are_those_of_the_models():
     inputs = make_inputs(Case("tiny", 8, pairs=2, masked=0.5, mode="frozen"))
     assert inputs.hidden.requires_grad and not inputs.weight.requires_grad
     assert (inputs.labels != -100).sum() == 16 and not torch.equal(inputs.weight, inputs.ref_weight)
+
+
+def made_up_steps(folder) -> Run:
+    """Rounds in which a packed step takes 1 s, a padded one 2 s and TRL's 2.5 s."""
+    rounds = [
+        {"kind": "step", "case": case, "round": i, "tokens": {"padded": 300, "packed": 100},
+         "seconds": {"trl": 2.5 + i / 10, "padded": 2.0, "packed": 1.0}}
+        for case in steps.CASES for i in range(3)
+    ]  # fmt: skip
+    memory = [
+        {"kind": "step memory", "case": "hh", "variant": v, "outcome": "ok", "bytes": b << 20, "process": 2 * b << 20}
+        for v, b in (("trl", 1000), ("padded", 800), ("packed", 500))
+    ]
+    longest = [
+        {"kind": "longest", "variant": v, "length": n, "outcome": "ok", "bytes": 1, "process": 9 << 30, "seconds": 60.0}
+        for v, n in (("trl", 4096), ("padded", 4096), ("packed", 8192))
+    ] + [{"kind": "longest", "variant": "trl", "length": 5120, "outcome": "out of memory"}]
+    folder.mkdir()
+    environment = {"cpu": "CPU", "threads": 2, "versions": {"torch": "2"}}
+    data = {"environment": environment, "records": rounds + memory + longest}
+    (folder / "steps.json").write_text(json.dumps(data), encoding="utf-8")
+    return Run(folder)
+
+
+def test_tables_of_whole_steps(tmp_path):
+    run = made_up_steps(tmp_path / "cpu-9")
+    page = tables.steps(run)
+    assert "| hh, 4 pairs | TRL, plain DPO | 300 | 2.60 s | 2.60 (2.50–2.70) | 1,000 MiB | 2,000 MiB |" in page
+    assert "| hh, 4 pairs | **ours, packed** | 100 | 1.00 s | 1.00 | 500 MiB | 1,000 MiB |" in page
+    assert "| TRL, plain DPO | 4,096 | 9,216 MiB | 60.00 s | 5,120: out of memory |" in page
+    verdicts = {goal: (figure, verdict) for goal, figure, verdict in goals.whole_step_rows(run)}
+    assert verdicts["hh: ≥ 2.0 × faster than TRL's plain DPO"] == ("2.60 (2.50–2.70)", "met")
+    assert verdicts["hh: peak memory of the step ≤ 0.6 × TRL's"] == ("0.50", "met")
+
+
+def test_whole_steps_are_measured(tiny, tmp_path, monkeypatch):
+    """Every trainer takes the same batches, and trains on them."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("trl")
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
+
+    def tiny_model():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+        return transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tokenizer
+
+    monkeypatch.setattr(steps, "model_and_tokenizer", tiny_model)
+    monkeypatch.setattr(steps, "CASES", {"hh": (4, 2), "nothing to save": (2, 3)})
+    monkeypatch.setattr(steps, "warm_up", lambda pairs: steps.cut_pairs([5, 6, 7], (3, 2, 2), pairs))
+    rounds = list(steps.time_case(str(tiny / "pairs.jsonl"), "hh", 0))
+    assert [r["round"] for r in rounds] == [0, 1]
+    assert all(r["tokens"]["packed"] < r["tokens"]["padded"] for r in rounds)
+    assert all(set(r["seconds"]) == set(steps.VARIANTS) and min(r["seconds"].values()) > 0 for r in rounds)
+    (last,) = steps.time_case(str(tiny / "pairs.jsonl"), "nothing to save", 2)
+    assert last["tokens"] == {"padded": 2 * 2 * 161, "packed": 2 * 321}
+    model, tokenizer = tiny_model()
+    before = [p.clone() for p in model.parameters()]
+    after = []
+    for variant in steps.VARIANTS:
+        trainer = steps.make_trainer(variant, model, tokenizer)
+        steps.step(trainer, steps.make_pairs(str(tiny / "pairs.jsonl"), tokenizer, "hh", 4))
+        after.append([p.detach().clone() for p in trainer.model.parameters()])
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    # Adam's first step is the sign of a gradient, so equal gradients move weights alike.
+    for other in after[1:]:
+        moved = [(a != b).float().mean() for a, b in zip(after[0], before, strict=True)]
+        assert max(moved) > 0.5
+        same = [(a - b).abs().lt(1e-7).float().mean() for a, b in zip(after[0], other, strict=True)]
+        assert min(same) > 0.9
+    assert steps.memory_of(str(tiny / "pairs.jsonl"), "packed", "hh")["outcome"] == "ok"

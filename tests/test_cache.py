@@ -16,7 +16,7 @@ from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from test_distributed import launch  # noqa: E402
 from train import __main__ as command  # noqa: E402
-from train import cache  # noqa: E402
+from train import cache, models  # noqa: E402
 from train.data import Collator, load_pairs  # noqa: E402
 
 
@@ -78,7 +78,7 @@ def test_a_cached_run_is_the_uncached_run(tiny, tmp_path, capsys, monkeypatch, m
     assert_same_run(tmp_path / "cached", tmp_path / "uncached", **rounding)
     # A second run finds it complete, under the other spelling, and no second model is made for it.
     monkeypatch.setattr(cache, "_states", only_the_head(cache._states))
-    monkeypatch.setattr(command, "frozen_reference", None)
+    monkeypatch.setattr(models, "frozen_reference", None)
     again = flags(tiny, tmp_path / "again", **more) + ["--cache-reference", str(tmp_path / "cache")]
     trainer = command.main(again)
     assert_same_run(tmp_path / "again", tmp_path / "cached")

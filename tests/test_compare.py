@@ -1,6 +1,7 @@
 """The comparison, end to end on the tiny model."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -14,61 +15,87 @@ pytest.importorskip("matplotlib", reason="the trainer's extra is not installed")
 
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
+from train.__main__ import main  # noqa: E402
 from train.data import Collator, load_pairs  # noqa: E402
 from train.studies import compare  # noqa: E402
 
 
-def test_compare(tiny, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def passed_on(tiny, tmp_path, monkeypatch):
+    """Flags that a comparison passes on to its runs."""
+    root = os.path.dirname(os.path.dirname(__file__))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(os.path.dirname(__file__)))
-    monkeypatch.chdir(os.path.dirname(os.path.dirname(__file__)))
-    passed_on = [
-        f for f in flags(tiny, tmp_path, eval_fraction=0.25) if not f.startswith(("--output", "--seed", "--disab"))
-    ]
-    arguments = [
-        "--out",
-        str(tmp_path),
-        "--methods",
-        "dpo",
-        "eps-dpo",
-        "--seeds",
-        "5",
-        "--micro-steps",
-        "6",
-        *passed_on,
-    ]
-    compare.main(arguments)
-    assert "written to" in capsys.readouterr().out
-    runs = compare.collect(tmp_path, ["dpo", "eps-dpo"], [5])
+    monkeypatch.setenv("PYTHONPATH", root)
+    monkeypatch.chdir(root)
+    more = flags(tiny, tmp_path, eval_fraction=0.25)
+    return [flag for flag in more if not flag.startswith(("--output", "--seed", "--disab"))]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """All runs but the first in this process, for a process of its own is slow to start."""
+    real, commands = compare.subprocess.run, []
+
+    def run(command, **kwargs):
+        commands.append(command)
+        if len(commands) == 1:
+            return real(command, **kwargs)
+        assert command[1:3] == ["-m", "train"]
+        try:
+            main(command[3:])
+        except Exception as error:
+            raise compare.subprocess.CalledProcessError(1, command) from error
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+
+
+def cells(text: str, title: str) -> list[list[str]]:
+    """The rows of the table below a title, or the first table."""
+    lines = text.split(title)[1].strip().splitlines() if title else text.splitlines()
+    end = lines.index("") if "" in lines else len(lines)
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:end]]
+
+
+def test_compare(tiny, tmp_path, passed_on, in_process, capsys):
+    arguments = ["--out", str(tmp_path), "--methods", "dpo", "eps-dpo", "--seeds", "5", "--micro-steps", "6"]
+    compare.main([*arguments, *passed_on])
+    printed = capsys.readouterr().out
+    assert "written to" in printed and "run 2 of 2, eps-dpo-0.1-5: " in printed and "at this rate, 0 min" in printed
     text = (tmp_path / "comparison.md").read_text()
-    rows = [line.split(" | ") for line in text.splitlines()]
-    assert len(rows) == 15 and f"{runs[1]['margin']:.3f}" in text
+    assert [row[:3] for row in cells(text, "")] == [["dpo", "0.1", "5"], ["eps-dpo", "0.1", "5"]]
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    run = compare.Run("eps-dpo", 0.1, 5)
+    found = compare.collect(tmp_path, [run])[run]
 
     # The held-out figures, worked out again with all logits.
     load = transformers.AutoModelForCausalLM.from_pretrained
-    policy, original = load(tmp_path / "eps-dpo-5", dtype=torch.float32), load(tiny, dtype=torch.float32)
+    policy, original = load(tmp_path / run.name, dtype=torch.float32), load(tiny, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     pairs, _ = load_pairs(tiny / "pairs.jsonl", tokenizer, max_length=16)
-    batch = Collator(0)(list(pairs.train_test_split(0.25, seed=5)["test"]))
+    pairs = pairs.train_test_split(0.25, seed=5)["test"]
+    batch = Collator(0)(list(pairs))
     labels = batch["labels"]
     with torch.no_grad():
         p, q = (m(batch["input_ids"], batch["attention_mask"]).logits.log_softmax(-1) for m in (policy, original))
     ratio = (p - q).gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(labels == -100, 0).sum(1)
     margins = ratio[:12] - ratio[12:]
-    assert runs[1]["pairs"] == 12
-    assert runs[1]["margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
-    assert runs[1]["accuracy"] == pytest.approx((margins > 0).float().mean().item())
+    assert found["row"] == pairs["row"] and found["margin"] == pytest.approx(margins.tolist(), rel=1e-3, abs=1e-5)
     chosen = labels[:12] != -100
-    for name, (x, y) in {"kl_per_token": (p, q), "reverse_kl_per_token": (q, p)}.items():
-        kl = (x.exp() * (x - y)).sum(-1)[:12][chosen].mean().item()
-        assert runs[1][name] == pytest.approx(kl, rel=1e-3)
+    assert found["tokens"] == chosen.sum(1).tolist()
+    row = cells(text, "")[1]
+    assert row[3:5] == [f"{(margins > 0).float().mean():.3f}", f"{margins.mean():.3f}"]
+    for name, (x, y) in {"kl": (p, q), "reverse_kl": (q, p)}.items():
+        kl = (x.exp() * (x - y)).sum(-1)[:12]
+        assert found[name] == pytest.approx((kl * chosen).sum(1).tolist(), rel=1e-3, abs=1e-6)
+        # Per token over all tokens, not a mean of means.
+        assert sum(compare.per_pair(found, name)) / 12 == pytest.approx(kl[chosen].mean().item(), rel=1e-3)
+    # Nobody said that the machine is idle.
+    assert row[-2] == "–"
 
     # The batch in micro-batches: six steps of eight pairs, decided alike for ε-DPO; β-DPO's β is another.
-    micro = rows[-6:]
-    assert [row[1] for row in micro] == ["1 × 8", "2 × 4", "8 × 1"] * 2
-    beta = [float(row[-1].strip(" |")) for row in micro]
-    assert [row[0] for row in micro] == ["| eps-dpo"] * 3 + ["| beta-dpo"] * 3
+    micro = cells(text, "in micro-batches:")
+    assert [row[:2] for row in micro] == [[m, c] for m in ("eps-dpo", "beta-dpo") for c in ("1 × 8", "2 × 4", "8 × 1")]
+    beta = [float(row[-1]) for row in micro]
     assert [row[2:5] for row in micro[:3]] == [["48", "0", "0.00%"]] * 3 and beta[0] == beta[1] == beta[2] != 0.1
     assert all(float(row[4].strip("%")) > 0 for row in micro[4:]) and len(set(beta[3:])) == 3
     decided = [
@@ -81,7 +108,7 @@ def test_compare(tiny, tmp_path, monkeypatch, capsys):
     # A run of other pairs under the same name is no comparison.
     broken = tmp_path / "micro-batches" / "eps-dpo-2x4"
     broken.rename(tmp_path / "kept")
-    shutil.copytree(tmp_path / "dpo-5", broken)
+    shutil.copytree(tmp_path / "dpo-0.1-5", broken)
     with pytest.raises(ValueError, match="its steps are of other pairs than the first run's"):
         compare.micro_table(tmp_path)
     shutil.rmtree(broken)
@@ -90,6 +117,96 @@ def test_compare(tiny, tmp_path, monkeypatch, capsys):
     # Nothing is run a second time.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("trainer_state.json")}
     start = time.perf_counter()
-    compare.main(arguments)
+    compare.main([*arguments, "--discard-weights", *passed_on])
     assert {path: path.stat().st_mtime_ns for path in before} == before and time.perf_counter() - start < 20
-    assert json.loads((tmp_path / "dpo-5" / "peak.json").read_text())["bytes"] > 2**27
+    assert capsys.readouterr().out.count("done before") == 2
+    assert (tmp_path / "comparison.md").read_text() == text
+    assert not list(tmp_path.glob("*-5/*.safetensors")) and (tmp_path / run.name / "record").is_dir()
+    assert json.loads((tmp_path / run.name / "made.json").read_text())["bytes"] > 2**27
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(tmp_path, passed_on, in_process, capsys, monkeypatch):
+    """One run was cut after a checkpoint, one before it had any, and one cannot run at all: the rest is done."""
+    steps = ["--save_strategy=steps", "--save_steps=3", "--num_train_epochs=2"]
+    whole = compare.parse(["--out", str(tmp_path), "--seeds", "5", *passed_on, *steps])[1]
+    compare.train(tmp_path / "whole", "lsc-dpo", 5, [*whole, "--beta=0.1"])
+    shutil.copytree(tmp_path / "whole", tmp_path / "lsc-dpo-0.1-5")
+    for path in (tmp_path / "lsc-dpo-0.1-5").iterdir():
+        if path.name not in ("checkpoint-3", "record", "run.json", "output.txt"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(tmp_path / "whole" / "record", tmp_path / "dpo-0.1-5" / "record")
+    real = compare.train
+    broken = ["--model", str(tmp_path / "nothing")]
+
+    def train(run, method, seed, flags, veto):
+        return real(run, method, seed, [*flags, *(broken if method == "eps-dpo" else [])], veto)
+
+    monkeypatch.setattr(compare, "train", train)
+    arguments = ["--out", str(tmp_path), "--methods", "dpo", "lsc-dpo", "eps-dpo", "--seeds", "5", "--idle"]
+    with pytest.raises(SystemExit, match="error: 1 of 3 runs failed: eps-dpo-0.1-5; the same words try them again"):
+        compare.main([*arguments, "--micro-steps", "0", *passed_on, *steps])
+    assert "FAILED with status 1, see" in capsys.readouterr().out
+    ours, theirs = (
+        read(tmp_path / name / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True)
+        for name in ("lsc-dpo-0.1-5", "whole")
+    )
+    assert ours.equals(theirs) and ours["step"].max() == 12
+    text = (tmp_path / "comparison.md").read_text()
+    rows = {row[0]: row for row in cells(text, "")}
+    assert set(rows) == {"dpo", "lsc-dpo"}  # the tables hold what is done
+    assert float(rows["dpo"][-2]) > 0 and rows["lsc-dpo"][-2] == "–"  # the time of a resumed run is not its own
+    broken.clear()
+    compare.main([*arguments, "--micro-steps", "0", *passed_on, *steps])
+    assert capsys.readouterr().out.count("done before") == 2
+    assert len(cells((tmp_path / "comparison.md").read_text(), "")) == 3
+
+
+def made_up(margins: list[float], kl: list[float], beta: float = 0.1) -> dict:
+    step = {"beta/running": beta, "beta/relaxed": 0.5, "beta/tightened": 0.25}
+    return {
+        "row": list(range(len(margins))), "margin": margins, "kl": kl, "reverse_kl": kl, "tokens": [2, 4, 6, 8],
+        "steps": [step, step], "seconds": 1.5, "made": {"bytes": 2**30, "bound_only": True, "resumed": False},
+    }  # fmt: skip
+
+
+def test_differences_are_of_the_same_pairs():
+    """Hand-worked: two seeds of four pairs."""
+    runs = [compare.Run(method, 0.1, seed) for seed in (0, 1) for method in ("dpo", "lsc-dpo")]
+    done = dict(zip(runs, (
+        made_up([1.0, -1.0, 2.0, 0.5], [1.0, 1.0, 1.0, 1.0]), made_up([2.0, 1.0, 3.0, 3.5], [2.0, 1.0, 1.0, 1.0]),
+        made_up([0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]), made_up([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 2.0]),
+    ), strict=True))  # fmt: skip
+    own = runs[1::2]
+    over, error = compare.difference(done, own, "margin")
+    # By seed: 1, 2, 1, 3 with mean 1.75 and variance 11/12; and 1 four times.
+    assert over.value == pytest.approx(1.375) and over.error == pytest.approx(0.375)
+    assert error == pytest.approx(math.sqrt(11 / 12 / 4) / 2)
+    over, error = compare.difference(done, own, "accuracy")
+    assert over.value == pytest.approx(0.25) and over.error == pytest.approx(0.0)  # one pair of four in both
+    over, error = compare.difference(done, own, "kl")
+    assert over.value == pytest.approx(1 / 20) and error == pytest.approx(math.sqrt(2 * (0.25 / 5) ** 2) / 2)
+    text = compare.tables(done, runs, idle=True)
+    assert cells(text, "held-out pairs of all seeds:") == [
+        ["lsc-dpo", "0.1", "+0.250 ± 0.000 (0.177)", "+1.375 ± 0.375 (0.239)", *["+0.05000 ± 0.00000 (0.03536)"] * 2]
+    ]
+    assert cells(text, "their standard error:")[0][:4] == ["dpo", "0.1", "0.750 ± 0.000", "1.062 ± 0.438"]
+    assert cells(text, "")[0][-5:] == ["0.1000", "50%", "25%", "1.5", "≤ 1.00"]
+    done[runs[1]]["row"] = [9, 1, 2, 3]
+    with pytest.raises(ValueError, match="lsc-dpo-0.1-0: its held-out pairs are not those of dpo-0.1-0"):
+        compare.difference(done, own, "margin")
+
+
+def test_the_other_betas_are_of_three_methods(tmp_path):
+    options, passed = compare.parse(
+        ["--out", "x", "--betas", "0.1", "0.01", "--seeds", "0", "1", "--veto", "kl=1", "--beta_update=none"]
+    )
+    runs = compare.plan(options)
+    assert [run.name for run in runs[:9]] == [
+        "eps-dpo-0.1-0", "dpo-0.1-0", "beta-dpo-0.1-0", "tr-dpo-0.1-0", "lsc-dpo-0.1-0", "eps-dpo-veto-0.1-0",
+        "eps-dpo-0.01-0", "dpo-0.01-0", "lsc-dpo-0.01-0",
+    ]  # fmt: skip
+    assert len(runs) == len(set(runs)) == 18 and passed == ["--beta_update=none"]
+    margins = [1.0, 2.0, 3.0, 4.0]
+    done = {run: made_up([m / run.beta for m in margins], [1.0] * 4, run.beta) for run in runs}
+    compare.picture(done, runs, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 40_000

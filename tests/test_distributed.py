@@ -75,10 +75,14 @@ def assert_same_run(two: Path, one: Path, steps: int) -> None:
             assert ((p - weights[name]).norm() / weights[name].norm()).item() < 1e-5, name
 
 
-@pytest.mark.parametrize("method, pairs", [("eps-dpo", 48), ("eps-dpo", 43), ("eps-dpo", 38), ("beta-dpo", 43)])
+@pytest.mark.parametrize(
+    "method, pairs", [("eps-dpo", 48), ("eps-dpo", 43), ("eps-dpo", 38), ("beta-dpo", 43), ("lsc-dpo", 43)]
+)
 def test_ddp_is_one_process(tiny, tmp_path, pairs, method):
     """48 pairs fill every batch of 6; 43 leave 1 for two ranks, so one of them has nothing to score; 38 leave 2."""
     more = {"dataset": cut(tiny, tmp_path, pairs), "method": method, "num_train_epochs": 2, "eval_fraction": 0.0}
+    if method == "lsc-dpo":
+        more |= {"beta": 1.0, "lsc_tau_start": 0.499}  # so that β moves soon
     # One process takes the two ranks' micro-batches one after the other.
     one = flags(tiny, tmp_path / "one", **more, gradient_accumulation_steps=2)
     two = flags(tiny, tmp_path / "two", **more, gradient_accumulation_steps=1)
@@ -88,13 +92,16 @@ def test_ddp_is_one_process(tiny, tmp_path, pairs, method):
     (tmp_path / "flags.json").write_text(json.dumps(two))
     launch(2, "ddp", tmp_path)
     assert_same_run(tmp_path / "two", tmp_path / "one", 2 * -(-pairs // 6))
+    assert len({entry["beta/running"] for entry in log_of(tmp_path / "two")}) > 5
 
 
 @pytest.mark.parametrize("pairs, tied, more", [
     (43, False, {"gradient_accumulation_steps": 1}),
     (43, True, {"gradient_accumulation_steps": 2}),
     (32, False, {"gradient_accumulation_steps": 1, "lora_r": 4, "eval_fraction": 0.25}),
-], ids=["uneven", "tied, accumulated", "lora, evaluated"])  # fmt: skip
+    # Ranks would cut unlike, and FSDP's wait for each other in every forward.
+    (43, False, {"gradient_accumulation_steps": 1, "max_tokens_per_batch": 35}),
+], ids=["uneven", "tied, accumulated", "lora, evaluated", "bounded by tokens"])  # fmt: skip
 def test_fsdp_is_one_process(tiny, tmp_path, pairs, tied, more):
     """accelerate's FSDP2 shards backbone and head."""
     model = tiny

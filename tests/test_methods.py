@@ -1,6 +1,7 @@
-"""β-DPO and TR-DPO against their formulas, and every method through the trainer."""
+"""β-DPO, TR-DPO and LSC-DPO against their formulas, and every method through the trainer."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
-from train.methods import BetaDPOLoss, MovingReference, make_loss  # noqa: E402
+from train.methods import METHODS, BetaDPOLoss, LSCDPOLoss, MovingReference, make_loss  # noqa: E402
 
 
 def margins_of(out):
@@ -65,6 +66,54 @@ def test_beta_dpo_at_the_reference_keeps_its_share():
     assert (out.beta > 0).sum() == 4 and out.loss.isfinite()
 
 
+def test_lsc_dpo_is_its_formula_whatever_the_micro_batches():
+    """The loss is DPO's at the β of the step before; β then follows the mean margin of all pairs of the step."""
+    whole, cut = LSCDPOLoss(0.3, eta=0.5), LSCDPOLoss(0.3, eta=0.5)
+    beta, moved = 0.3, 0
+    for seed in range(4):
+        args, _ = make_case(9, drift=0.5, seed=seed).arguments(grad=("hidden", "weight"))
+        # Chosen above rejected, so that there is something to control.
+        better = margins_of(epsilon_dpo_reference(*args, epsilon=0.0)).detach() > 0
+        rows = torch.arange(18).view(2, 9)
+        rows = torch.where(better, rows, rows.flip(0)).flatten()
+        args = [t[rows] if i in (0, 2, 3) else t for i, t in enumerate(args)]
+        truth = epsilon_dpo_reference(*args, beta=beta, epsilon=0.0)
+        out = whole(*args)
+        assert relative_error(out.loss, truth.loss) < 1e-6 and torch.allclose(out.beta.double(), out.beta * 0 + beta)
+        gradients = zip(*(torch.autograd.grad(o.loss, (args[0], args[1])) for o in (out, truth)), strict=True)
+        assert all(relative_error(ours, theirs) < 1e-5 for ours, theirs in gradients)
+        for part in (slice(0, 4), slice(4, 5), slice(5, 9)):
+            some = torch.arange(18).view(2, 9)[:, part].flatten()
+            cut(*(t[some] if i in (0, 2, 3) else t for i, t in enumerate(args)))
+        z = beta * margins_of(truth).mean().item()
+        if 1 / (1 + math.exp(z)) < 0.45:
+            beta, moved = beta * math.exp(-0.5 * (z - 0.4)), moved + 1
+        whole.update_beta(), cut.update_beta()
+        assert whole.beta.item() == pytest.approx(beta, rel=1e-6) == cut.beta.item()
+    assert moved > 1
+    assert set(whole.state_dict()) == {"beta", "counts"}
+
+
+def test_lsc_dpo_in_evaluation_and_with_nothing_scored_moves_nothing():
+    loss_fn = LSCDPOLoss(2.0, tau_start=0.99)  # moved by anything
+    args, _ = make_case(6, drift=0.5).arguments()
+    loss_fn.eval()(*args)
+    loss_fn.update_beta()
+    assert loss_fn.beta.item() == 2.0
+    loss_fn.train()(*args[:2], torch.full_like(args[2], -100), *args[3:])
+    loss_fn.update_beta()
+    assert loss_fn.beta.item() == 2.0
+    loss_fn(*args)
+    loss_fn.update_beta()
+    assert loss_fn.beta.item() != 2.0
+    loss_fn = LSCDPOLoss(2.0, eta=1e9, tau_start=0.99)
+    better = margins_of(epsilon_dpo_reference(*args, epsilon=0.0)).mean() > 0
+    rows = torch.arange(12) if better else torch.arange(12).roll(6)
+    loss_fn(*(t[rows] if i in (0, 2, 3) else t for i, t in enumerate(args)))
+    with pytest.raises(ValueError, match=r"lsc_eta: 1000000000.0 takes β from 2.0 to 0 at a mean margin of"):
+        loss_fn.update_beta()
+
+
 @pytest.fixture
 def tiny_models(tiny):
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -102,7 +151,7 @@ def test_the_reference_follows_adapters(tiny_models):
         torch.testing.assert_close(r.detach(), 0.4 * p.detach() + 0.6 * q.detach(), msg=name)
 
 
-@pytest.mark.parametrize("method", ["eps-dpo", "dpo", "beta-dpo", "tr-dpo"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lora_r", [0, 4])
 def test_every_method_trains(tiny, tmp_path, method, lora_r):
     more = {"method": method, "num_train_epochs": 4, "lora_r": lora_r, "epsilon": 0.02}
@@ -121,21 +170,35 @@ def test_every_method_trains(tiny, tmp_path, method, lora_r):
         assert len({entry["beta/running"] for entry in log}) > 4
 
 
-def test_tr_dpo_resumes_with_its_reference(tiny, tmp_path):
+@pytest.mark.parametrize("method", ["tr-dpo", "lsc-dpo"])
+def test_a_run_resumes_with_its_reference_and_beta(tiny, tmp_path, method):
     def history(run, **more):
-        arguments = flags(tiny, tmp_path / run, method="tr-dpo", num_train_epochs=2, save_steps=5, **more)
-        return [e["logps/chosen"] for e in main(arguments).state.log_history if "loss" in e]
+        arguments = flags(
+            tiny, tmp_path / run, method=method, num_train_epochs=2, save_steps=5, save_strategy="steps",
+            learning_rate=3e-3, beta=1.0, **more,
+        )  # fmt: skip
+        return [(e["logps/chosen"], e["beta/running"]) for e in main(arguments).state.log_history if "loss" in e]
 
-    whole = history("whole", save_strategy="steps")
-    main(flags(tiny, tmp_path / "cut", method="tr-dpo", num_train_epochs=2, save_strategy="steps", save_steps=5))
-    assert history("cut", save_strategy="steps", resume_from_checkpoint=tmp_path / "cut" / "checkpoint-5") == whole
-    assert len(whole) == 16
+    whole = history("whole")
+    assert history("cut") == whole and len(whole) == 16
+    assert history("cut", resume_from_checkpoint=tmp_path / "cut" / "checkpoint-5") == whole
+    # It moves before the checkpoint and after it.
+    betas = [beta for _, beta in whole]
+    assert (betas[4] != 1 and betas[5] != betas[4]) == (method == "lsc-dpo")
 
 
 def test_bad_numbers_are_named():
     with pytest.raises(ValueError, match="method: got 'ppo', takes one of"):
-        make_loss("ppo", beta=0.1, epsilon=0.1, beta_update="none", label_smoothing=0.0, veto={})
+        make_loss(
+            "ppo", beta=0.1, epsilon=0.1, beta_update="none", label_smoothing=0.0, veto={}, beta_dpo={}, lsc_dpo={}
+        )
     with pytest.raises(ValueError, match=r"keep: got 0, takes a number in \(0, 1\]"):
         BetaDPOLoss(keep=0)
+    with pytest.raises(ValueError, match="lsc_eta: got -1, takes a positive finite number"):
+        LSCDPOLoss(eta=-1)
+    with pytest.raises(ValueError, match="lsc_z_star: got inf"):
+        LSCDPOLoss(z_star=float("inf"))
+    with pytest.raises(ValueError, match=r"lsc_tau_start: got 1, takes a number in \(0, 1\)"):
+        LSCDPOLoss(tau_start=1)
     with pytest.raises(ValueError, match="sync_alpha: got 2"):
         MovingReference(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), 2, 1)

@@ -1,14 +1,23 @@
 """Heads of real model classes, small and random: what the loss is given is what the model's own forward computes."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
+peft = pytest.importorskip("peft", reason="the trainer's extra is not installed")
 
-from epsdpo_kernels import linear_epsilon_dpo  # noqa: E402
-from epsdpo_kernels.integrations.transformers import check_head, head_inputs  # noqa: E402
+import model_sweep  # noqa: E402
+from epsdpo_kernels import EpsilonDPOLoss, linear_epsilon_dpo  # noqa: E402
+from epsdpo_kernels.integrations.checks import check_reference  # noqa: E402
+from epsdpo_kernels.integrations.transformers import (  # noqa: E402
+    check_head,
+    frozen_reference,
+    head_inputs,
+    run_loss_in_forward,
+)
 from epsdpo_kernels.pair import pair_beta, preference_losses  # noqa: E402
 
 SMALL = {
@@ -36,10 +45,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def build(name: str, dtype=torch.float32):
-    config_class, more = MODELS[name]
+def build(name: str, dtype=torch.float32, more=None):
+    config_class, own = MODELS[name]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**(SMALL | more)))
+    config = getattr(transformers, config_class)(**(SMALL | own | (more or {})))
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
             # Initial heads are so flat that a wrong scale or softcap would hide in rounding.
@@ -147,3 +157,171 @@ def test_a_head_that_is_no_linear_layer_is_refused():
 def test_something_else_is_refused():
     with pytest.raises(TypeError, match="model: got Linear, takes a transformers PreTrainedModel"):
         check_head(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "name, kind, why",
+    [
+        ("Llama4ForCausalLM", "right", ""),
+        ("RecurrentGemmaForCausalLM", "right", ""),
+        ("InklingForCausalLM", "right", ""),
+        ("FalconForCausalLM", "right", ""),
+        ("GptOssForCausalLM", "right", ""),
+        ("ElectraForCausalLM", "refused", "do not follow from its hidden states"),
+        ("BertLMHeadModel", "refused", "do not follow from its hidden states"),
+    ],
+)
+def test_the_sweep(name, kind, why):
+    """A few of what `make sweep` goes over: log-probs, loss and gradients of the model's own logits, or a reason."""
+    found = model_sweep.outcome(*model_sweep.classes()[name])
+    assert found.kind == kind and why in found.why
+
+
+def test_the_sweep_tells_right_from_wrong(monkeypatch):
+    """What the sweep would say if nothing was measured before: a wrong figure, and a crash."""
+    monkeypatch.setattr(model_sweep, "check_head", lambda model: None)
+    monkeypatch.setattr(model_sweep, "check_reference", lambda *models: None)
+    for name, kind in (("BertLMHeadModel", "wrong"), ("RemBertForCausalLM", "crash")):
+        assert model_sweep.outcome(*model_sweep.classes()[name]).kind == kind
+
+
+def test_a_mixture_of_experts_that_keeps_its_counts_elsewhere():
+    """In a composed model they are in the configuration of its text part."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = SMALL | MODELS["Qwen3-MoE"][1] | {"rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+              "patch_size": 14, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(
+        transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, image_token_id=5, video_token_id=6)
+    ).eval()
+    check_head(model)
+    ids, mask, _ = batch()
+    ids = ids.clamp_min(10)
+    own, ours = model(input_ids=ids, attention_mask=mask), head_inputs(model, ids, mask)
+    torch.testing.assert_close(ours.logits(), own.logits)
+    torch.testing.assert_close(ours.router_loss, 0.1 * own.aux_loss)
+
+
+def test_what_a_measurement_raises_is_a_refusal():
+    class Failing(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            raise StopIteration
+
+    config = transformers.LlamaConfig(**SMALL)
+    with pytest.raises(ValueError, match="model: the head of Failing cannot be measured.* fails with StopIteration"):
+        check_head(Failing(config))
+    with pytest.raises(ValueError, match="ref_model: the head of Failing cannot be measured"):
+        check_reference(build("Llama"), Failing(config))
+
+
+def test_a_softcap_that_nobody_reads_is_noticed_near_zero():
+    """Fresh heads give logits so small that tanh changes none of them."""
+
+    class Capped(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = 30 * torch.tanh(out.logits / 30)
+            return out
+
+    torch.manual_seed(0)
+    model = Capped(transformers.LlamaConfig(**SMALL)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.2)
+    ids, mask, _ = batch()
+    torch.testing.assert_close(head_inputs(model, ids, mask).logits(), model(input_ids=ids, attention_mask=mask).logits)
+    with pytest.raises(ValueError, match="do not follow from its hidden states"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("where", ["activations", "a weight"])
+def test_not_finite_is_said_as_such(where):
+    model = build("Llama").half()
+    with torch.no_grad():
+        if where == "activations":
+            model.model.norm.weight.mul_(5e4)
+        else:
+            model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    why = (
+        "take bfloat16 or float32"
+        if where == "activations"
+        else "its weights are not, model.layers.1.mlp.up_proj.weight"
+    )
+    with pytest.raises(ValueError, match=f"the logits of LlamaForCausalLM are not finite in torch.float16: {why}"):
+        check_head(model)
+
+
+@pytest.mark.parametrize(
+    "policy, reference",
+    [
+        (("Gemma2", {"final_logit_softcapping": 3.0}), ("Gemma2", {"final_logit_softcapping": None})),
+        (("Gemma2", {"final_logit_softcapping": None}), ("Gemma2", {"final_logit_softcapping": 3.0})),
+        (("Cohere", {"logit_scale": 0.25}), ("Cohere", {"logit_scale": 1.0})),
+        (("Cohere", {"logit_scale": 1.0}), ("Cohere", {"logit_scale": 0.25})),
+    ],
+)
+def test_a_reference_with_transforms_of_its_own(policy, reference):
+    """None of a configuration is none, not the other model's."""
+    models = [build(name, more=more) for name, more in (policy, reference)]
+    ids, mask, labels = batch()
+    run_loss_in_forward(models[0], frozen_reference(models[1]), EpsilonDPOLoss())
+    out = models[0](input_ids=ids, attention_mask=mask, pair_labels=labels)
+    logits = models[1](input_ids=ids, attention_mask=mask).logits
+    logps = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    expected = logps.masked_fill(labels == -100, 0).sum(1)
+    torch.testing.assert_close(
+        torch.cat((out.ref_chosen_logps, out.ref_rejected_logps)), expected, rtol=1e-4, atol=1e-3
+    )
+
+
+MIXED = {
+    "norms in fp32": lambda name: "norm" in name,
+    "head in fp32": lambda name: name == "lm_head",
+    "all but linear layers in fp32": lambda name: not name.endswith("proj"),
+    "head in bf16": lambda name: name and name != "lm_head",
+}
+
+
+@pytest.mark.parametrize("mixed", MIXED)
+def test_mixed_dtypes_under_autocast(mixed):
+    """Weights of two dtypes, as scripts for quantized training leave them: autocast computes the same from all."""
+    model = build("Llama").bfloat16()
+    plain = copy.deepcopy(model).float()
+    for name, module in model.named_modules():
+        if not list(module.children()) and MIXED[mixed](name):
+            module.float()
+    check_head(model, torch.bfloat16)
+    ids, mask, labels = batch()
+    losses = []
+    for one in (model, plain):
+        reference = copy.deepcopy(one)
+        with torch.no_grad():
+            reference.lm_head.weight.mul_(1.1)
+        run_loss_in_forward(one, frozen_reference(reference), EpsilonDPOLoss())
+        with torch.autocast("cpu", torch.bfloat16):
+            out = one(input_ids=ids, attention_mask=mask, pair_labels=labels)
+        out.loss.backward()
+        losses.append(out)
+    torch.testing.assert_close(losses[0].loss, losses[1].loss, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(losses[0].chosen_logps, losses[1].chosen_logps, rtol=2e-2, atol=2e-1)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert p.grad.dtype == p.dtype
+        assert ((p.grad - q.grad).norm() / q.grad.norm()).item() < 0.1
+
+
+def test_mixed_dtypes_without_autocast_are_refused():
+    model = build("Llama").bfloat16()
+    model.lm_head.float()
+    with pytest.raises(ValueError, match="Its weights are bfloat16 and float32: that takes autocast, bf16=True"):
+        check_head(model)
+
+
+def test_adapters_that_the_loss_would_not_run_are_refused(tmp_path):
+    peft.get_peft_model(build("Llama"), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = build("Llama")
+    model.load_adapter(str(tmp_path))
+    with pytest.raises(ValueError, match="with an adapter that transformers has loaded, frozen"):
+        check_head(model)
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="model: got PromptTuningConfig, takes adapters on the backbone's layers"):
+        check_head(peft.get_peft_model(build("Llama"), prompt))

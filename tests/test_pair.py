@@ -7,6 +7,7 @@ import torch
 
 from epsdpo_kernels.pair import (
     losses_and_coefficients,
+    lsc_dpo,
     pair_beta,
     perturbation_step,
     preference_losses,
@@ -76,3 +77,32 @@ def test_a_margin_that_is_not_finite_has_no_loss(bad):
     logps = [torch.tensor([bad if i == 0 else -1.0, -2.0]) for i in range(4)]
     losses = preference_losses(*logps, torch.tensor([0.1, 0.1]))
     assert losses.isnan().tolist() == [True, False]
+
+
+LSC = {"z_star": 0.4, "eta": 0.1, "tau_start": 0.45}
+
+
+def test_lsc_beta_of_hand_worked_steps():
+    # σ(−z) < 0.45 is z > ln(0.55 / 0.45) = 0.20067.
+    assert lsc_dpo(0.1, 10.0, **LSC) == pytest.approx(0.1 * 0.9417645336, rel=1e-9)  # z = 1: e^−0.06
+    assert lsc_dpo(0.03, 10.0, **LSC) == pytest.approx(0.03 * 1.0100501671, rel=1e-9)  # z = 0.3: e^0.01, β rises
+    assert lsc_dpo(0.1, 4.0, **LSC) == pytest.approx(0.1, rel=1e-15)  # z = z*
+    for z in (0.2006, 0.0, -30.0, math.nan):
+        assert lsc_dpo(0.1, 10 * z, **LSC) == 0.1
+    assert lsc_dpo(0.1, 2.007, **LSC) > 0.1
+
+
+def test_lsc_beta_has_a_fixed_point_for_a_margin_that_stays():
+    for start in (0.03, 2.0):
+        beta, gaps = start, []
+        for _ in range(600):
+            beta = lsc_dpo(beta, 8.0, **LSC)
+            gaps.append(math.log(beta * 8.0 / 0.4))
+        assert beta == pytest.approx(0.4 / 8.0, rel=1e-9)
+        near = next(i for i, gap in enumerate(gaps) if 0 < abs(gap) < 1e-3)
+        assert gaps[near + 1] / gaps[near] == pytest.approx(1 - 0.1 * 0.4, rel=1e-3)  # their proposition 1
+    beta = 0.051
+    for _ in range(200):  # η·z* = 2.4
+        beta = lsc_dpo(beta, 8.0, 0.4, 6.0, 0.45)
+    assert abs(beta / 0.05 - 1) > 0.2
+    assert lsc_dpo(0.01, 8.0, **LSC) == 0.01  # below the start, β does not rise either

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import make_case, pack, plant_first, relative_error, worst_error
-from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo
+from epsdpo_kernels import epsilon_dpo_reference, head, linear_epsilon_dpo
 from epsdpo_kernels.engines import torch_engine
 
 GRADS = ("hidden", "weight", "bias")
@@ -239,3 +239,40 @@ def test_a_reference_may_have_no_softcap_where_the_policy_has_one():
             torch.testing.assert_close(torch.cat(logps), expected, rtol=1e-12, atol=0)
         same = function(x, weight, labels, ref_x, ref_weight, softcap=0.5)
         assert not torch.allclose(same.ref_chosen_logps, out.ref_chosen_logps)
+
+
+@pytest.mark.parametrize("dtype, wanted", [(torch.float32, "ieee"), (torch.bfloat16, "bf16")], ids=str)
+@pytest.mark.parametrize("allowed", ["none", "ieee", "tf32", "bf16"])
+def test_the_precision_that_the_process_allows_decides_nothing(allowed, dtype, wanted, monkeypatch):
+    """An fp32 head is multiplied in fp32 and a bf16 one exactly, and what was set before is set again."""
+    case = make_case(4, width=64, vocabulary=2 * head.BLOCK + 17, length=20, drift=0.05)
+    args, _ = case.arguments(dtype, ("hidden", "weight"))
+    truth_args = [t.detach().double() if t.is_floating_point() else t for t in args]
+    truth_args[0].requires_grad_(), truth_args[1].requires_grad_()
+    truth = epsilon_dpo_reference(*truth_args)
+    mode, used, linear = torch.backends.mkldnn.matmul, [], head._linear
+    monkeypatch.setattr(head, "_linear", lambda *a: used.append(mode.fp32_precision) or linear(*a))
+    before = mode.fp32_precision
+    mode.fp32_precision = allowed
+    try:
+        out = linear_epsilon_dpo(*args)
+        assert mode.fp32_precision == allowed and set(used) == {wanted}
+    finally:
+        mode.fp32_precision = before
+    assert torch.equal(out.step, truth.step) and truth.step.any()
+    assert relative_error(out.chosen_logps, truth.chosen_logps) < 2e-6
+    assert relative_error(out.relaxed_shift, truth.relaxed_shift) < 1e-4
+    gradients, expected = (torch.autograd.grad(o.loss, a[:2]) for o, a in ((out, args), (truth, truth_args)))
+    for g, e in zip(gradients, expected, strict=True):
+        assert relative_error(g, e) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_plain_dpo_where_the_reference_alone_forbids_a_word():
+    """ε = 0 asks nothing of an infinite difference; KL is infinite, and the loss is not."""
+    case = make_case(2, bias=True, drift=0.2)
+    free = next(v for v in range(len(case.weight)) if v not in case.labels)
+    case.ref_bias[free] = -torch.inf
+    args, biases = case.arguments()
+    for function in (linear_epsilon_dpo, epsilon_dpo_reference):
+        out = function(*args, **biases, epsilon=0.0)
+        assert out.losses.isfinite().all() and out.chosen_kl.isinf().all() and not out.step.any()

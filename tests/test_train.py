@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,7 +56,10 @@ def by_hand(tiny: Path, trainer) -> list[dict]:
     return steps
 
 
-def test_a_run_is_the_loop_written_out(tiny, tmp_path):
+@pytest.mark.parametrize("accepts", [True, False], ids=["", "a model that takes no num_items_in_batch"])
+def test_a_run_is_the_loop_written_out(tiny, tmp_path, accepts, monkeypatch):
+    # By which transformers before 5.19 decides whether to divide the loss by the number of micro-batches.
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "accepts_loss_kwargs", accepts, raising=False)
     more = {"lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0}
     trainer = main(flags(tiny, tmp_path, **more))
     truth = by_hand(tiny, trainer)
@@ -164,11 +168,153 @@ def test_not_finite_stops_with_names(tiny, tmp_path):
     assert last_checkpoint(tmp_path / "a").name == "checkpoint-1"
 
 
+def test_a_gradient_that_is_not_finite_stops(tiny, tmp_path):
+    trainer = main(flags(tiny, tmp_path / "a", max_steps=1))
+    trainer.args.max_steps = 2
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(NotFiniteError, match="step 1: the losses are finite, and their gradient is not"):
+        trainer.train()
+    for p, q in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("method", ["eps-dpo", "tr-dpo"])
+def test_the_best_model_comes_with_its_beta_and_reference(tiny, tmp_path, method):
+    """Evaluated after training it gives what it gave when it was found."""
+    more = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "eval_fraction": 0.25}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "logps/rejected", "greater_is_better": True}
+    trainer = main(flags(tiny, tmp_path, method=method, learning_rate=1e-2, **more, **best))
+    log = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert list(log) == [2, 4, 6] and trainer.state.best_global_step == 2
+    now = trainer.evaluate()
+    for name in (
+        "eval_loss",
+        "eval_rewards/margins",
+        "eval_kl/chosen",
+        *(["eval_beta/running"] * (method == "eps-dpo")),
+    ):
+        assert now[name] == pytest.approx(log[2][name], rel=1e-6) != pytest.approx(log[6][name], rel=1e-6)
+
+
 def test_a_second_run_into_a_folder_is_refused(tiny, tmp_path):
     arguments = flags(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     main(arguments)
     with pytest.raises(ValueError, match="already holds a run"):
         main(arguments)
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ("nowhere", "got .*nowhere, which is no complete checkpoint: it has no readable trainer_state.json"),
+        ("model", "got .*model, which is no complete checkpoint"),
+        ("checkpoint-9", "got .*checkpoint-9, which is no complete checkpoint"),
+        ("other/checkpoint-1", "got .*other/checkpoint-1 of another run than output_dir"),
+    ],
+)
+def test_what_is_no_checkpoint_is_not_resumed(tiny, tmp_path, asked, said):
+    more = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    for run in (tmp_path, tmp_path / "other"):
+        main(flags(tiny, run, **more))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9')
+    before = read(tmp_path / "record")
+    with pytest.raises(ValueError, match=said):
+        main(flags(tiny, tmp_path, **more, resume_from_checkpoint=tmp_path / asked))
+    assert read(tmp_path / "record").equals(before)
+
+
+def test_a_checkpoint_by_its_path_whatever_it_is_called(tiny, tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 4}
+    whole = main(flags(tiny, tmp_path / "run", **more))
+    (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "kept")
+    cut = main(flags(tiny, tmp_path / "again", **more, resume_from_checkpoint=f"{tmp_path / 'kept'}/"))
+    ours, theirs = (read(tmp_path / name / "record").to_pandas() for name in ("again", "run"))
+    assert ours.equals(theirs[theirs.step > 4].reset_index(drop=True))
+    for p, q in zip(cut.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_killed_before_its_first_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    """The record is there, a checkpoint is not: begun anew it is the run that was never killed, and loses nothing."""
+    more = {"save_strategy": "steps", "save_steps": 2}
+    main(flags(tiny, tmp_path / "whole", **more))
+    arguments, last = flags(tiny, tmp_path / "run", **more), "--resume_from_checkpoint=last"
+    for attempt in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(transformers.Trainer, "_save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                main([*arguments, *([last] if attempt > 1 else [])])
+        with pytest.raises(ValueError, match="already holds a run .which left no checkpoint.*last to begin it anew"):
+            main(arguments)
+    capsys.readouterr()
+    main([*arguments, last])
+    said = "has no complete checkpoint, the run begins anew; what was on record is in "
+    assert f"{tmp_path / 'run'} {said}{tmp_path / 'run' / 'record.2'}" in capsys.readouterr().out
+    whole = read(tmp_path / "whole" / "record")
+    assert read(tmp_path / "run" / "record").equals(whole)
+    for name in ("record.1", "record.2"):
+        kept = read(tmp_path / "run" / name)
+        assert len(kept) == 12 and kept.equals(whole.slice(0, 12))
+
+
+def test_nothing_to_resume_begins(tiny, tmp_path, capsys):
+    """So a job that always says `last` can be started."""
+    trainer = main([*flags(tiny, tmp_path / "run", max_steps=1), "--resume_from_checkpoint=last"])
+    assert trainer.state.global_step == 1
+    assert f"{tmp_path / 'run'} has no complete checkpoint, the run begins anew\n" in capsys.readouterr().out
+
+
+def test_a_complete_run_without_checkpoints_is_left_alone(tiny, tmp_path):
+    arguments = flags(tiny, tmp_path, max_steps=1)
+    main(arguments)
+    with pytest.raises(ValueError, match="output_dir: .* already holds a run .complete.; give another folder$"):
+        main(arguments)
+    with pytest.raises(ValueError, match="is complete and left no checkpoint; give another output_dir"):
+        main([*arguments, "--resume_from_checkpoint=last"])
+    assert (tmp_path / "model.safetensors").exists() and len(read(tmp_path / "record")) == 6
+
+
+@pytest.mark.parametrize("more", [{"eval_strategy": "steps", "eval_steps": 2}, {"eval_strategy": "epoch"}, {}])
+def test_the_last_step_is_evaluated_once(tiny, tmp_path, more):
+    more = more | {"eval_fraction": 0.25, "eval_on_start": True, "save_strategy": "steps", "save_steps": 2}
+    arguments = flags(tiny, tmp_path, **more)
+    trainer = main(arguments)
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated == sorted(set(evaluated)) and evaluated[0] == 0 and evaluated[-1] == trainer.state.global_step == 6
+    rows = read(tmp_path / "record").to_pandas().query("split == 'eval'")
+    assert rows.groupby("step").size().to_dict() == {step: 12 for step in evaluated}
+    assert rows.groupby("step").micro.max().tolist() == [1] * len(evaluated)  # 12 pairs in batches of 8
+    # Gone on with, from in between and from its end, it is the same record and log.
+    before = read(tmp_path / "record")
+    for gone in (["checkpoint-6", "trainer_state.json"], []):
+        for path in (tmp_path / name for name in gone):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        again = main([*arguments, "--resume_from_checkpoint=last"])
+        assert read(tmp_path / "record").equals(before)
+        assert [entry["step"] for entry in again.state.log_history if "eval_loss" in entry] == evaluated
+
+
+def test_an_epoch_is_evaluated_before_its_checkpoint(tiny, tmp_path):
+    """A run that is cut right there has the evaluation, which it would not make again."""
+    more = {"eval_fraction": 0.25, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 6}
+    whole = main(flags(tiny, tmp_path / "whole", **more, num_train_epochs=2))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-12")
+    cut = main([*flags(tiny, tmp_path / "cut", **more, num_train_epochs=2), "--resume_from_checkpoint=last"])
+    logs = [[(e["step"], e["eval_loss"]) for e in t.state.log_history if "eval_loss" in e] for t in (whole, cut)]
+    assert [step for step, _ in logs[0]] == [6, 12] and logs[0] == logs[1]
+    assert read(tmp_path / "cut" / "record").equals(read(tmp_path / "whole" / "record"))
+
+
+def test_what_is_wrong_is_said_in_a_line(tiny, tmp_path):
+    command = [sys.executable, "-m", "train", *flags(tiny, tmp_path / "run", model=tmp_path / "nowhere")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "nowhere" in done.stderr
 
 
 def test_killed_and_resumed(tiny, tmp_path):

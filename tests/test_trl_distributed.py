@@ -44,6 +44,7 @@ def run(folder: Path, tiny: Path, processes: int, pairs: int, lora=False, **more
 
 def same(two, one):
     (ours, our_weights), (theirs, their_weights) = two, one
+    assert ours["packed"] and theirs["packed"]
     train = [[e for e in facts["log"] if "loss" in e] for facts in (ours, theirs)]
     assert len(train[0]) == len(train[1]) > 0
     names = ("loss", "kl/beta", "kl/relaxed", "kl/kept", "kl/tightened", "kl/chosen", "rewards/margins", "num_tokens")

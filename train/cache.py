@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from epsdpo_kernels.integrations.packing import Packing
 from epsdpo_kernels.integrations.transformers import HeadInputs, causal_lm, head_inputs
 
 from .data import BLANK, Collator
@@ -47,12 +48,17 @@ class Place(NamedTuple):
 
 
 def model_hash(model: nn.Module) -> str:
-    """Of configuration and weights, 32 hex digits; a model's name and folder do not matter."""
+    """Of configurations and weights, 32 hex digits; a model's name and folder do not matter."""
     digest = hashlib.blake2b(digest_size=16)
-    config = causal_lm(model).config.to_dict()
+    # An adapter's scale is in no weight.
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    config = causal_lm(model).config.to_dict() | {f"adapter {name}": own.to_dict() for name, own in adapters.items()}
     for name in ("_name_or_path", "transformers_version", "use_cache"):
         config.pop(name, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name in adapters:
+        for elsewhere in ("base_model_name_or_path", "inference_mode", "revision"):
+            config[f"adapter {name}"].pop(elsewhere, None)
+    digest.update(json.dumps(config, sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
@@ -173,7 +179,7 @@ class CachedReference:
             start += _tokens(pair)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
         if self.policy is not None:
             training = self.policy.training
             self.policy.eval()
@@ -181,23 +187,33 @@ class CachedReference:
                 return head_inputs(self.policy, input_ids, attention_mask)
             finally:
                 self.policy.train(training)
-        ids, lengths = input_ids.cpu().numpy(), attention_mask.sum(1).tolist()
-        states = torch.zeros(*ids.shape, self.facts["width"], dtype=getattr(torch, self.facts["dtype"]))
-        pairs = len(ids) // 2
+        if isinstance(attention_mask, Packing):
+            sequences = attention_mask.rows()
+        else:
+            sequences = [ids[real] for ids, real in zip(input_ids, attention_mask.bool(), strict=True)]
+        rows = [ids.cpu().numpy() for ids in sequences]
+        pairs, dtype = len(rows) // 2, getattr(torch, self.facts["dtype"])
+        found = [torch.empty(0, self.facts["width"], dtype=dtype)] * len(rows)
+        starts = [0] * len(rows)
         blank = row is not None and (row == BLANK).all()
         for i in range(0 if blank else pairs):
             both = (i, pairs + i)
-            number, start, prompt = self.places[_key(*(ids[j, : lengths[j]] for j in both))]
-            counts = [lengths[j] - prompt for j in both]
+            number, start, prompt = self.places[_key(rows[i], rows[pairs + i])]
+            counts = [len(rows[j]) - prompt for j in both]
             own = np.array(self.hidden[start : start + sum(counts)])
             if zlib.crc32(own.data) != self.checksums[number]:
                 raise ValueError(
                     f"cache_reference: in {self.folder} the states of pair {number} are damaged; remove the folder to "
                     "write it anew"
                 )
-            parts = torch.from_numpy(own).view(states.dtype).split(counts)
-            for j, count, part in zip(both, counts, parts, strict=True):
-                states[j, prompt - 1 : prompt - 1 + count] = part
+            for j, part in zip(both, torch.from_numpy(own).view(dtype).split(counts), strict=True):
+                found[j], starts[j] = part, prompt - 1
+        if isinstance(attention_mask, Packing):
+            states = torch.cat(found)
+        else:
+            states = torch.zeros(*input_ids.shape, self.facts["width"], dtype=dtype)
+            for j, (start, part) in enumerate(zip(starts, found, strict=True)):
+                states[j, start : start + len(part)] = part
         return HeadInputs(
             states.to(self.device), self.weight, self.bias, self.facts["logit_scale"], self.facts["softcap"]
         )
@@ -280,6 +296,10 @@ def _key(chosen: np.ndarray, rejected: np.ndarray) -> bytes:
 
 def _tokens(pair: dict[str, Any]) -> int:
     return len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -6,23 +6,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
+import tokenizers
 import torch
-from jinja2 import TemplateError
+import transformers
+from datasets.fingerprint import Hasher
 
-from epsdpo_kernels.record.sources import BROKEN, SURROGATE, NoPair, Pair, form_of, pair_of, read_rows, turns
+from epsdpo_kernels.record import rows as source_rows
+from epsdpo_kernels.record import sources
+from epsdpo_kernels.record.rows import LINES, Record, as_written, open_rows, parse
+from epsdpo_kernels.record.sources import BROKEN, MALFORMED, PARTS, SURROGATE, NoPair, Pair, pair_of
 
-COLUMNS = ("pair_id", "row", "prompt_ids", "chosen_ids", "rejected_ids")
-# A Unicode noncharacter, which no text should hold. One that does is guarded like a control token.
-MARK = "\ufdd0"
+from . import encode
+from .encode import MARK, Encoded, Encoder, Rendered
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+COLUMNS = ("pair_id", "row", *IDS)
+TOKENISED = datasets.Features(
+    {"pair_id": datasets.Value("string"), "row": datasets.Value("int64")}
+    | {name: datasets.List(datasets.Value("int32")) for name in IDS}
+    | {"note": datasets.Value("string")}
+)
+# Rows for which a process more is worth its start, and rows that are tokenised at once.
+ROWS_A_PROCESS, ROWS_A_BATCH = 5000, 256
+PLACES, MOST_COLUMNS = 20, 64
+NOTHING = (np.zeros(0, np.int32),) * 3
 
 
 @dataclass
@@ -31,7 +51,10 @@ class Report:
 
     `where` holds the first 20 places of each reason: line numbers from 1 for broken lines, rows from 0 for the others.
     Truncations are counted in kept pairs, a pair's two completions apart. `control_text` counts kept pairs whose own
-    text spells a control token (an end of turn, say): it stays ordinary text.
+    text spells a control token (an end of turn, say): it stays ordinary text. `parted` counts kept pairs whose
+    completions begin before the prompt ends, because the tokenizer merges the two or the template writes the prompt
+    alone in another way. `unwritten` counts kept pairs by fields that the chat template does not mention. `columns`
+    are the source's: "read" as part of a pair, "carried" through, "unread" the others.
     """
 
     source: str
@@ -42,30 +65,48 @@ class Report:
     prompts_truncated: int = 0
     completions_truncated: int = 0
     control_text: int = 0
+    parted: int = 0
+    unwritten: Counter[str] = field(default_factory=Counter)
+    columns: dict[str, list[str]] = field(default_factory=dict)
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def drop(self, reason: str, row: int) -> None:
         self.dropped[reason] += 1
-        if self.dropped[reason] <= 20:
+        if self.dropped[reason] <= PLACES:
             self.where.setdefault(reason, []).append(row + (reason == BROKEN))
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return asdict(self) | {"dropped": dict(self.dropped)}
+        return asdict(self) | {"dropped": dict(self.dropped), "unwritten": dict(self.unwritten)}
 
     def __str__(self) -> str:
         lines = [f"{self.source}: kept {self.kept} of {self.read} rows"]
         for reason, count in self.dropped.most_common():
-            places = ", ".join(map(str, self.where[reason])) + (", …" if count > 20 else "")
+            places = ", ".join(map(str, self.where[reason])) + (", …" if count > PLACES else "")
             lines.append(f"  dropped   {count:7d}  {reason} ({'line' if reason == BROKEN else 'row'} {places})")
         lines.append(f"  truncated {self.prompts_truncated:7d}  prompts")
         lines.append(f"  truncated {self.completions_truncated:7d}  completions")
         if self.control_text:
             lines.append(f"  kept      {self.control_text:7d}  with text that spells a control token, as text")
+        if self.parted:
+            lines.append(
+                f"  kept      {self.parted:7d}  whose completion begins before the prompt, by itself, would end"
+            )
+        for name, count in self.unwritten.most_common(PLACES):
+            lines.append(f"  kept      {count:7d}  with {_shown(name)}, which the chat template does not write")
+        for what, names in self.columns.items():
+            if names:
+                more = ", …" if len(names) > PLACES else ""
+                lines.append(f"  {what:9s} columns  {', '.join(map(_shown, names[:PLACES]))}{more}")
         if self.lengths:
             lines.append("  tokens        p50    p95    max")
         lines += [f"  {name:10s}" + "".join(f"{n:7d}" for n in found.values()) for name, found in self.lengths.items()]
         return "\n".join(lines)
+
+
+def _shown(name: str) -> str:
+    """A name from the data, with nothing in it that a terminal obeys."""
+    return name[:64] if name.isprintable() else repr(name[:64])
 
 
 def load_pairs(
@@ -76,15 +117,17 @@ def load_pairs(
     max_length: int = 1024,
     max_prompt_length: int | None = None,
     keep_columns: Sequence[str] | None = None,
+    prerendered: bool | None = None,
 ) -> tuple[datasets.Dataset, Report]:
     """Reads preference pairs and tokenises them.
 
     source: a local file (.jsonl, .json, either with .gz, .parquet) or a data set's name on the hub. Rows have `chosen`
-        and `rejected` in one of four forms. The first row that fits one decides; a row of another form is malformed.
+        and `rejected`, and each is read as what it is:
         - strings, with a string `prompt`: used as they are;
-        - messages, lists of {"role", "content"}: `prompt`, `chosen` and `rejected` are each messages or a string, or
-          the last two are whole conversations (they have a user turn; `prompt` is not read) that differ in the final
-          assistant turn. The tokenizer's chat template is applied;
+        - messages, with all fields that the tokenizer's chat template reads: `prompt`, `chosen` and `rejected` are each
+          messages or a string. A completion is all that follows the prompt. Without `prompt`, or where it is a string
+          that is in them, the last two are whole conversations, which share the prompt and go on with the assistant.
+          `tools` and `chat_template_kwargs`, as such or in JSON, go to the template;
         - transcripts, "\\n\\nHuman: …\\n\\nAssistant: …", whose prompt ends with the last "\\n\\nAssistant:". The turns
           go through the chat template where the tokenizer has one, else the text is used as it is;
         - strings that begin alike, without `prompt`: it is their longest common prefix, cut to end before its last
@@ -93,15 +136,20 @@ def load_pairs(
     max_length: tokens of a prompt and a completion, from 2. A longer completion loses its end, EOS included.
     max_prompt_length: in tokens, 1 to max_length − 1, half of max_length by default. A longer prompt loses its start.
     keep_columns: columns to carry through; None takes all that fit. A column fits where it holds only strings of up to
-        64 characters, only integers, or only booleans, nulls aside.
+        64 characters, only integers, or only booleans, nulls aside, and is one of the first 64.
+    prerendered: whether strings were written by a chat template, so that control tokens in them are meant; False keeps
+        them as text, None refuses such strings. In messages they are always text, and strings beside them have none.
 
-    Returns the data set and the report. Rows have `pair_id` (16 hex digits, a hash of the texts), `row` (place in the
+    Returns the data set and the report. Rows have `pair_id` (16 hex digits, a hash of the pair), `row` (place in the
     source from 0; line number − 1), `prompt_ids`, `chosen_ids`, `rejected_ids` and the columns carried through. Prompt
-    and completions are tokenised apart, so a completion follows the very ids that generation would follow. It ends with
-    the template's end of turn, else with EOS. A control token that the data's text spells stays text.
+    and completion are tokenised together and split where the prompt's own tokens end, or no longer agree. A completion
+    ends with the template's end of turn, else with EOS. A control token that the data's text spells stays text.
+
+    Rows are read in a stream, tokenised by several processes where there are many, and kept on disk in the cache of
+    `datasets`, under a hash of the source's content, the tokenizer and all that is asked for here.
 
     Raises FileNotFoundError for a missing file. Raises ValueError for an argument out of range, a file that can't be
-    read, columns of no form, a tokenizer without EOS (or, for messages, a chat template), and where no pair is left.
+    read, a tokenizer without EOS (or, for messages, a chat template), and where no pair is left.
     """
     if max_length < 2:
         raise ValueError(f"max_length: got {max_length}, takes an integer from 2")
@@ -110,46 +158,177 @@ def load_pairs(
     if not 1 <= max_prompt_length < max_length:
         raise ValueError(f"max_prompt_length: got {max_prompt_length}, takes 1 to max_length − 1 = {max_length - 1}")
     report = Report(os.fspath(source))
-    records = list(read_rows(report.source, split))
-    form = form_of((record for _, record in records), report.source)
-    encoder = _Encoder(tokenizer, form)
-
-    rendered = []
-    for row, record in records:
-        report.read += 1
-        try:
-            pair = pair_of(record, form)
-            rendered.append((row, record, pair.id(), encoder.render(pair)))
-        except NoPair as drop:
-            report.drop(str(drop), row)
-
-    kept: list[tuple] = []
-    kept_records: list[Any] = []
-    for start in range(0, len(rendered), 512):
-        batch = rendered[start : start + 512]
-        ids = iter(encoder.encode([text for *_, texts in batch for text in texts]))
-        for row, record, pair_id, texts in batch:
-            whole_prompt, *whole = next(ids), next(ids), next(ids)
-            prompt = whole_prompt[-max_prompt_length:]
-            chosen, rejected = completions = [completion[: max_length - len(prompt)] for completion in whole]
-            if not prompt or chosen == rejected:
-                report.drop("identical after truncation" if prompt else "empty prompt", row)
-                continue
-            report.prompts_truncated += len(prompt) < len(whole_prompt)
-            report.completions_truncated += sum(len(completions[i]) < len(whole[i]) for i in range(2))
-            report.control_text += any(MARK in text for text in texts)
-            # An array takes 4 bytes a token, a list of Python's integers ten times that.
-            kept.append((pair_id, row, *(np.array(part, np.int32) for part in (prompt, chosen, rejected))))
-            kept_records.append(record)
-
-    report.kept = len(kept)
-    if not kept:
+    tokenise = _Tokenise(Encoder(tokenizer, prerendered), max_length, max_prompt_length)
+    rows = open_rows(report.source, split)
+    if not len(rows):
         raise ValueError(f"no pair is left\n{report}")
-    columns = dict(zip(COLUMNS, map(list, zip(*kept, strict=True)), strict=True))
-    for name in COLUMNS[2:]:
-        found = np.percentile([len(ids) for ids in columns[name]], (50, 95, 100), method="higher").tolist()
-        report.lengths[name.removesuffix("_ids")] = dict(zip(("p50", "p95", "max"), found, strict=True))
-    return datasets.Dataset.from_dict(columns | _labels(kept_records, keep_columns)), report
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(cpus, len(rows) // ROWS_A_PROCESS)
+    found = rows.map(
+        tokenise, fn_kwargs={"features": rows.features}, with_indices=True, batched=True, batch_size=ROWS_A_BATCH,
+        remove_columns=rows.column_names, features=TOKENISED, num_proc=processes if processes > 1 else None,
+        new_fingerprint=_fingerprint(rows, tokenizer, max_length, max_prompt_length, prerendered), desc="Tokenising",
+    )  # fmt: skip
+
+    kept, labels = _read_notes(found, report, keep_columns)
+    if not report.kept:
+        raise ValueError(_nothing_left(report))
+    for name in IDS:
+        lengths = pc.list_value_length(found.data.column(name)).to_numpy()[kept]
+        numbers = np.percentile(lengths, (50, 95, 100), method="higher").tolist()
+        report.lengths[name.removesuffix("_ids")] = dict(zip(("p50", "p95", "max"), numbers, strict=True))
+    for name, values in labels.items():
+        found = found.add_column(name, values)
+    found = found.select_columns([*COLUMNS, *labels])
+    return found if kept.all() else found.select(np.flatnonzero(kept)), report
+
+
+def _fingerprint(rows: datasets.Dataset, tokenizer, *settings: Any) -> str:
+    """A hash of all that token ids depend on, this code included."""
+    found = hashlib.blake2b(digest_size=16)
+    for module in (sources, source_rows, encode, sys.modules[__name__]):
+        found.update(Path(str(module.__file__)).read_bytes())
+    versions = transformers.__version__, tokenizers.__version__
+    found.update(json.dumps([rows._fingerprint, Hasher.hash(tokenizer), versions, settings]).encode())
+    return found.hexdigest()
+
+
+def _nothing_left(report: Report) -> str:
+    if report.dropped[MALFORMED] < report.read:
+        return f"no pair is left\n{report}"
+    names = ", ".join(map(repr, report.columns["read"] + report.columns["unread"]))
+    takes = "chosen and rejected as strings or messages, and with a column prompt one in every row"
+    return f"source: {report.source} has the columns {names}, takes {takes}\n{report}"
+
+
+@dataclass
+class _Tokenise:
+    """Makes token ids of a batch of rows, and of each a note in JSON: what it has, what was dropped and cut."""
+
+    encoder: Encoder
+    max_length: int
+    max_prompt_length: int
+
+    def __call__(self, batch: dict[str, list], places: list[int], features: datasets.Features) -> dict[str, list]:
+        if features == LINES:
+            rows, records = batch["row"], list(map(parse, batch["line"]))
+        else:
+            columns = [[as_written(value, features[name]) for value in values] for name, values in batch.items()]
+            rows, records = places, [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
+        notes, ids, rendered = [], [], []
+        for row, record in zip(rows, records, strict=True):
+            note, pair_id = _columns_of(record or {}), None
+            try:
+                pair = pair_of(record)
+                self._check_control(pair, record or {}, row)
+                rendered.append(self.encoder.render(pair))
+                note["unwritten"], pair_id = self.encoder.unwritten(pair), pair.id()
+            except NoPair as drop:
+                note["dropped"] = str(drop)
+            notes.append(note)
+            ids.append(pair_id)
+        encoded = zip(rendered, self.encoder.encode(rendered), strict=True)
+        parts = [NOTHING if "dropped" in note else self._cut(*next(encoded), note) for note in notes]
+        tokens = dict(zip(IDS, map(list, zip(*parts, strict=True)), strict=True))
+        return {"pair_id": ids, "row": rows, **tokens, "note": [json.dumps(note) for note in notes]}
+
+    def _check_control(self, pair: Pair, record: Record, row: int) -> None:
+        """Control tokens in a row's strings are meant only where that is said, and where there are no messages."""
+        if self.encoder.prerendered is False:
+            return
+        token = self.encoder.spelt(part for name in PARTS[:3] if isinstance(part := record.get(name), str))
+        if token and self.encoder.prerendered is None:
+            raise ValueError(
+                f"prerendered: row {row} has text that spells the control token {token!r}. Give true where a chat "
+                "template wrote the texts, so that it is one; false where it is text (or messages instead of texts)"
+            )
+        if token and not isinstance(pair.prompt, str):
+            raise NoPair("control tokens in a string beside messages")
+
+    def _cut(self, rendered: Rendered, encoded: Encoded, note: dict[str, Any]) -> tuple[np.ndarray, ...]:
+        prompt = encoded.prompt[-self.max_prompt_length :]
+        whole = encoded.chosen, encoded.rejected
+        chosen, rejected = cut = [side[: self.max_length - len(prompt)] for side in whole]
+        if not len(prompt):
+            note["dropped"] = "prompt written otherwise by itself" if encoded.parted else "empty prompt"
+        elif np.array_equal(*whole):
+            note["dropped"] = "identical as tokens"
+        elif np.array_equal(chosen, rejected):
+            note["dropped"] = "identical after truncation"
+        if "dropped" in note:
+            return NOTHING
+        counts = {
+            "prompts_truncated": len(prompt) < len(encoded.prompt),
+            "completions_truncated": sum(len(cut[i]) < len(whole[i]) for i in range(2)),
+            "control_text": any(MARK in text for text in rendered[:3]),
+            "parted": encoded.parted,
+        }
+        note["counts"] = {name: int(count) for name, count in counts.items() if count}
+        return prompt, chosen, rejected
+
+
+def _columns_of(record: Record) -> dict[str, Any]:
+    """What a note says of columns: which are part of a pair, and the labels among the others; [] is no label."""
+    given = {name: value for name, value in record.items() if value is not None and not SURROGATE.search(name)}
+    labels = {name: value if _is_label(value) else [] for name, value in given.items() if name not in PARTS}
+    return {"read": [name for name in PARTS if name in given], "columns": labels}
+
+
+def _is_label(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= 64 and not SURROGATE.search(value)
+    return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
+def _fits(types: set[type]) -> bool:
+    return types in ({str}, {int}, {bool})
+
+
+def _read_notes(
+    found: datasets.Dataset, report: Report, keep: Sequence[str] | None
+) -> tuple[np.ndarray, dict[str, list]]:
+    """Fills the report in. Which rows are kept, and the columns to carry through, None where a row is not kept."""
+    kept = np.ones(len(found), bool)
+    read: set[str] = set()
+    values: dict[str, list] = {}
+    types: dict[str, set[type]] = {}
+    counts: Counter[str] = Counter()
+    for batch in found.select_columns(["row", "note"]).iter(4096):
+        for row, text in zip(batch["row"], batch["note"], strict=True):
+            note = json.loads(text)
+            read.update(note["read"])
+            for name in note["columns"]:
+                if len(types) < MOST_COLUMNS:
+                    types.setdefault(name, set())
+            if "dropped" in note:
+                report.drop(note["dropped"], row)
+                kept[report.read] = False
+            else:
+                counts.update(note["counts"])
+                report.unwritten.update(note["unwritten"])
+                for name, value in note["columns"].items():
+                    if name not in types:
+                        continue
+                    types[name].add(type(value))
+                    if not _fits(types[name]):
+                        values.pop(name, None)
+                        continue
+                    column = values.setdefault(name, [])
+                    column += [None] * (report.read - len(column))
+                    # Categories are few: one string of each will do.
+                    column.append(sys.intern(value) if isinstance(value, str) else value)
+            report.read += 1
+    report.kept = int(kept.sum())
+    for name, count in counts.items():
+        setattr(report, name, count)
+    fit = [name for name in types if _fits(types[name]) and name not in COLUMNS]
+    for name in keep or ():
+        if name not in fit:
+            raise ValueError(f"keep_columns: got {name!r}, takes columns of short strings, integers or booleans")
+    carried = fit if keep is None else list(keep)
+    unread = [name for name in types if name not in carried]
+    report.columns = {"read": [name for name in PARTS if name in read], "carried": carried, "unread": unread}
+    return kept, {name: values[name] + [None] * (report.read - len(values[name])) for name in carried}
 
 
 # The row of a blank, which fills a batch up where there are no pairs left for a rank.
@@ -191,84 +370,3 @@ class Collator:
             attention_mask[i, :end] = 1
         row = torch.tensor([row["row"] for row in rows])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "row": row}
-
-
-class _Encoder:
-    """Text to ids. A control token that a template writes is a token; one that the data's text spells stays text.
-
-    Before anything is rendered, such text becomes a numbered mark, and at tokenisation the ids of the text as text. The
-    tokenizer sees other pieces than it otherwise would only where a mark is.
-    """
-
-    def __init__(self, tokenizer, form: str):
-        if tokenizer.eos_token is None:
-            raise ValueError("tokenizer: got one without an EOS token, takes one that completions can end with")
-        if form == "messages" and not tokenizer.chat_template:
-            raise ValueError("tokenizer: got one without a chat template, takes one to write messages with")
-        self.tokenizer = tokenizer
-        self.template = bool(tokenizer.chat_template) and form in ("messages", "transcripts")
-        self.control = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self.guarded = sorted({MARK, *self.control}, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, self.guarded)))
-        # Raw text begins as the tokenizer begins a text; a template writes its own beginning.
-        self.bos = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
-
-    def render(self, pair: Pair) -> list[str]:
-        """Prompt, chosen and rejected as the texts to tokenise."""
-        prompt, *sides = pair
-        if isinstance(prompt, str) and not self.template:
-            return [self.bos + self._guard(prompt), *(self._guard(side) + self.tokenizer.eos_token for side in sides)]
-        if isinstance(prompt, str):
-            prompt, sides = turns(prompt), [side.strip() for side in sides]
-        rendered = [self._apply(prompt, add_generation_prompt=True)]
-        for side in sides:
-            whole = self._apply([*prompt, {"role": "assistant", "content": side}])
-            if not whole.startswith(rendered[0]):
-                raise NoPair("refused by the chat template")
-            answer = whole[len(rendered[0]) :]
-            # A newline after the end of turn is never generated.
-            closed = answer.rstrip().endswith(self.control)
-            rendered.append(answer.rstrip() if closed else answer + self.tokenizer.eos_token)
-        return rendered
-
-    def encode(self, rendered: list[str]) -> list[list[int]]:
-        batch = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        return [self._pieces(text) if MARK in text else ids for text, ids in zip(rendered, batch, strict=True)]
-
-    def _apply(self, turns: list[dict[str, str]], **options) -> str:
-        turns = [turn | {"content": self._guard(turn["content"])} for turn in turns]
-        try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
-        except TemplateError:
-            raise NoPair("refused by the chat template") from None
-
-    def _guard(self, text: str) -> str:
-        return self.pattern.sub(lambda match: f"{MARK}{self.guarded.index(match[0])}{MARK}", text)
-
-    def _pieces(self, text: str) -> list[int]:
-        ids = []
-        for i, piece in enumerate(text.split(MARK)):
-            text = self.guarded[int(piece)] if i % 2 else piece
-            ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=i % 2 == 1)["input_ids"]
-        return ids
-
-
-def _labels(records: list[dict[str, Any]], keep: Sequence[str] | None) -> dict[str, list]:
-    """The columns to carry through."""
-    names = dict.fromkeys(name for record in records for name in record if not SURROGATE.search(name))
-    columns = {}
-    for name in names if keep is None else keep:
-        values = [record.get(name) for record in records]
-        given = [value for value in values if value is not None]
-        own = name in (*COLUMNS, "prompt", "chosen", "rejected")
-        if not own and len(set(map(type, given))) == 1 and all(map(_is_label, given)):
-            columns[name] = values
-        elif keep is not None:
-            raise ValueError(f"keep_columns: got {name!r}, takes columns of short strings, integers or booleans")
-    return columns
-
-
-def _is_label(value: Any) -> bool:
-    if isinstance(value, str):
-        return len(value) <= 64 and not SURROGATE.search(value)
-    return isinstance(value, int) and -(2**63) <= value < 2**63

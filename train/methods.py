@@ -1,7 +1,8 @@
-"""The four methods that a comparison needs, as loss modules with one call, and the reference that follows the policy.
+"""The methods that a comparison needs, as loss modules with one call, and the reference that follows the policy.
 
-``dpo`` and ``tr-dpo`` are ε-DPO with ε = 0; ``eps-dpo`` is the package's own; ``beta-dpo`` needs a whole batch's
-margins before any coefficient is known, so it goes through :func:`epsdpo_kernels.linear_pair_stats`.
+``dpo`` and ``tr-dpo`` are ε-DPO with ε = 0, and ``lsc-dpo`` is that with a β that the step's margins move; ``eps-dpo``
+is the package's own; ``beta-dpo`` needs a whole batch's margins before any coefficient is known, so it goes through
+:func:`epsdpo_kernels.linear_pair_stats`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from epsdpo_kernels import EpsilonDPOLoss, EpsilonDPOOutput, linear_pair_stats
 from epsdpo_kernels.integrations.transformers import causal_lm
 from epsdpo_kernels.linear import output
-from epsdpo_kernels.pair import BETA_DPO_MOMENTUM, beta_dpo, preference_losses
+from epsdpo_kernels.pair import BETA_DPO_MOMENTUM, beta_dpo, lsc_dpo, preference_losses
 from epsdpo_kernels.plan import PairResults
 
-METHODS = ("eps-dpo", "dpo", "beta-dpo", "tr-dpo")
+METHODS = ("eps-dpo", "dpo", "beta-dpo", "tr-dpo", "lsc-dpo")
 
 
 class BetaDPOLoss(nn.Module):
@@ -37,6 +38,7 @@ class BetaDPOLoss(nn.Module):
         keep: share of pairs kept, ρ, in (0, 1].
     """
 
+    by_batch = True  # no pair's loss is its own: batches may be neither dealt nor cut
     beta: Tensor  # () fp32, of the last training batch
     margin_mean: Tensor  # () fp32, M₀
     margin_std: Tensor  # () fp32, σ
@@ -97,6 +99,73 @@ class BetaDPOLoss(nn.Module):
         """β has moved with the batch already."""
 
 
+class LSCDPOLoss(EpsilonDPOLoss):
+    """LSC-DPO (Qu et al., 2026, arXiv 2610.07592): DPO whose β holds the scaled margin β·m near z*.
+
+    β moves once per optimizer step, after its loss, by the mean margin of all its pairs, over micro-batches and ranks
+    (their equations 9 to 11); see :func:`epsdpo_kernels.pair.lsc_dpo`. Their code moves it with every micro-batch,
+    gathered over ranks, before that micro-batch's loss: with one micro-batch a step it has the same β one step earlier;
+    with n it moves n times as often. It also takes σ(−βm) pair by pair and averages that, where their text, and this,
+    take σ of the mean. Their algorithm 1 can be read so that β moves for good once it has begun to; their code asks
+    anew every time, and so does this.
+
+    Args:
+        beta: β₀.
+        z_star: z*, positive.
+        eta: η, positive.
+        tau_start: β moves only while σ(−β·mean margin) is below it; in (0, 1).
+        label_smoothing: s in [0, 0.5).
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.01,
+        z_star: float = 0.4,
+        eta: float = 0.1,
+        tau_start: float = 0.45,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__(beta, 0.0, "none", label_smoothing)
+        for name, value in (("lsc_z_star", z_star), ("lsc_eta", eta)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: got {value}, takes a positive finite number")
+        if not 0 < tau_start < 1:
+            raise ValueError(f"lsc_tau_start: got {tau_start}, takes a number in (0, 1)")
+        self.z_star, self.eta, self.tau_start = z_star, eta, tau_start
+        # No part of a checkpoint: it is empty after every optimizer step.
+        self._margins: list[Tensor] = []
+
+    def forward(self, *args, **kwargs) -> EpsilonDPOOutput:
+        out = super().forward(*args, **kwargs)
+        if self.training:
+            margins = (out.chosen_logps - out.rejected_logps) - (out.ref_chosen_logps - out.ref_rejected_logps)
+            # In a batch of a rank that has no pairs left, nothing is scored.
+            self._margins.append(margins[out.beta > 0])
+        return out
+
+    @torch.no_grad()
+    def update_beta(self) -> None:
+        """Moves β by all pairs since the last call, over all ranks of the default process group.
+
+        Raises:
+            ValueError: β would underflow.
+        """
+        super().update_beta()
+        margins = torch.cat([self.beta.new_zeros(0), *self._margins]).double()
+        self._margins.clear()
+        total = torch.stack((margins.sum(), margins.new_tensor(len(margins))))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        margin, pairs = total.tolist()
+        if not pairs:
+            return
+        margin /= pairs
+        beta = lsc_dpo(self.beta.item(), margin, self.z_star, self.eta, self.tau_start)
+        if beta < torch.finfo(self.beta.dtype).tiny:
+            raise ValueError(f"lsc_eta: {self.eta} takes β from {self.beta} to 0 at a mean margin of {margin} nats")
+        self.beta.fill_(beta)
+
+
 class MovingReference:
     """TR-DPO (Gorbatovski et al., 2024, arXiv 2404.09656): the reference follows the policy.
 
@@ -149,9 +218,12 @@ class MovingReference:
 
 def make_loss(
     method: str, *, beta: float, epsilon: float, beta_update: str, label_smoothing: float, veto: dict[str, float],
-    **beta_dpo,
+    beta_dpo: dict[str, float], lsc_dpo: dict[str, float],
 ) -> Any:  # fmt: skip
-    """The loss module of a method; ``veto`` are ``max_entropy`` and ``max_kl`` of ε-DPO, where there are any.
+    """The loss module of a method.
+
+    ``veto`` are ``max_entropy`` and ``max_kl`` of ε-DPO, where there are any; ``beta_dpo`` and ``lsc_dpo`` what
+    :class:`BetaDPOLoss` and :class:`LSCDPOLoss` take beside β and smoothing.
 
     Raises:
         ValueError: an unknown method, or a number out of range.
@@ -166,4 +238,6 @@ def make_loss(
         if label_smoothing:
             raise ValueError(f"label_smoothing: got {label_smoothing}, beta-dpo takes 0")
         return BetaDPOLoss(beta, **beta_dpo)
+    if method == "lsc-dpo":
+        return LSCDPOLoss(beta, label_smoothing=label_smoothing, **lsc_dpo)
     raise ValueError(f"method: got {method!r}, takes one of {METHODS}")

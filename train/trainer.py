@@ -7,8 +7,8 @@ parameters and accelerate's autocast covers it. The trainer sees pairs as rows o
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
-from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward
+from epsdpo_kernels.integrations.batches import PackedBatches
+from epsdpo_kernels.integrations.checks import check_checkpoint, check_launch
+from epsdpo_kernels.integrations.packing import part
+from epsdpo_kernels.integrations.transformers import Reference, pair_metrics, run_loss_in_forward, weighs_pairs_itself
 from epsdpo_kernels.linear import EpsilonDPOOutput
 from epsdpo_kernels.pair import losses_and_coefficients
 
@@ -34,25 +37,26 @@ REFERENCE_STATE = "reference.safetensors"
 class PairSampler(Sampler[int]):
     """The order of an epoch: by seed and epoch alone, so that every rank and a resumed run agree on it.
 
-    Where ranks would not all get full batches, blanks (the index one past the last pair) fill the end up. Repeating
-    pairs there, as is usual, would count their decisions twice.
+    Where ranks would not all get full batches, blanks (the index one past the last pair) fill the end up, or it is
+    dropped. Repeating pairs there, as is usual, would count their decisions twice.
     """
 
-    def __init__(self, pairs: int, multiple: int, seed: int | None):
-        self.pairs, self.multiple, self.seed, self.epoch = pairs, multiple, seed, 0
+    def __init__(self, pairs: int, multiple: int, seed: int | None, drop_last: bool = False):
+        self.pairs, self.multiple, self.seed, self.drop_last, self.epoch = pairs, multiple, seed, drop_last, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.pairs // self.multiple) * self.multiple
+        batches = self.pairs // self.multiple if self.drop_last else -(-self.pairs // self.multiple)
+        return batches * self.multiple
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(self.pairs))
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.pairs, generator=generator).tolist()
-        yield from order
+        yield from order[: len(self)]
         yield from [self.pairs] * (len(self) - self.pairs)
 
 
@@ -70,10 +74,10 @@ class WithBlank(Dataset):
 
 
 class NotFiniteError(RuntimeError):
-    """A pair's loss is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
+    """A loss or its gradient is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
 
 
-class PairTrainer(Trainer):
+class PairTrainer(PackedBatches, Trainer):
     """Trains on pairs with a loss module that owns its β.
 
     Args:
@@ -82,6 +86,9 @@ class PairTrainer(Trainer):
         loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, or any module with its call, ``beta`` and ``update_beta``.
         moving_reference: a :class:`train.methods.MovingReference`, or None where the reference stays.
         record: a :class:`PairRecord` that takes every micro-batch, or None.
+        ref_model: the model that ``reference`` runs, where that is not the policy.
+        packed: whether pairs go through the models as packed rows, where these can.
+        max_tokens: of a micro-batch; one of more is cut.
 
     Raises:
         ValueError: ``args.fsdp`` is asked for where accelerate does not shard.
@@ -89,20 +96,23 @@ class PairTrainer(Trainer):
     """
 
     def __init__(
-        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record=None, **kwargs
-    ):
+        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record=None, ref_model=None,
+        packed: bool = True, max_tokens: int | None = None, **kwargs,
+    ):  # fmt: skip
         run_loss_in_forward(model, reference, loss_fn)
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
                 kwargs[name] = WithBlank(kwargs[name])
         super().__init__(model, args, **kwargs)
+        check_launch(self)
         if args.fsdp and not self.accelerator.is_fsdp2:
             raise ValueError(
                 f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
                 "version 2 (the default of fsdp_config); on CPUs it would replicate the model without a word"
             )
-        # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
-        self.loss_is_scaled_for_ga = True
+        self.by_batch = getattr(loss_fn, "by_batch", False)
+        self.set_layout([model] if ref_model is None else [model, ref_model], packed, max_tokens)
+        weighs_pairs_itself(self)
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
         self.record = record
@@ -115,14 +125,30 @@ class PairTrainer(Trainer):
         self._betas: list[Tensor] = []
 
     def _get_train_sampler(self, train_dataset: Any = None):
-        multiple = self.args.world_size * self._train_batch_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        pairs: Any = self.train_dataset
-        return PairSampler(len(pairs), multiple if self.args.world_size > 1 else 1, seed)
+        in_order = self.args.train_sampling_strategy == "sequential"
+        data: Any = self.train_dataset
+        return self.dealt(self._sampler(data, self._train_batch_size, None if in_order else seed), data.pairs)
 
     def _get_eval_sampler(self, eval_dataset):
-        multiple = self.args.world_size * self.args.eval_batch_size
-        return PairSampler(len(eval_dataset), multiple if self.args.world_size > 1 else 1, None)
+        return self._sampler(eval_dataset, self.args.eval_batch_size, None)
+
+    def _sampler(self, dataset: Any, batch_size: int, seed: int | None) -> PairSampler:
+        # One rank's last batch may be short, and its loader can drop it by itself.
+        multiple = self.args.world_size * batch_size if self.args.world_size > 1 else 1
+        return PairSampler(len(dataset), multiple, seed, self.args.dataloader_drop_last)
+
+    def labels_of(self, batch):
+        return batch["labels"]
+
+    def blank_of(self, batch):
+        pair = part(batch, 0, 1)
+        return pair | {"labels": torch.full_like(pair["labels"], -100), "row": torch.full_like(pair["row"], BLANK)}
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.lay_out(batches)
+        return batches, pairs
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs of an optimizer step, over micro-batches and ranks: ()."""
@@ -133,9 +159,9 @@ class PairTrainer(Trainer):
         labels, row = inputs["labels"], inputs["row"]
         self.loss_fn.train(model.training)
         beta = self.loss_fn.beta.clone()
-        out = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], pair_labels=labels, row=row
-        )  # fmt: skip
+        packing = self.packing_of(inputs)
+        mask = inputs["attention_mask"] if packing is None else packing
+        out = model(input_ids=inputs["input_ids"], attention_mask=mask, pair_labels=labels, row=row)
         split = "train" if model.training else "eval"
         loss = out.loss
         self._add_metrics(split, out, real=row != BLANK)
@@ -168,6 +194,16 @@ class PairTrainer(Trainer):
                 f"step {self.state.global_step + 1}: the loss of the pairs at rows {bad} of the data is not finite. "
                 f"Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
             )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # With a loss scaler some gradients are not finite by design, and their steps are skipped.
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise NotFiniteError(
+                f"step {self.state.global_step + 1}: the losses are finite, and their gradient is not. Nothing of this "
+                f"step was applied; the last checkpoint is in {self.args.output_dir}"
+            )
+        return norm
 
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, real: Tensor) -> None:
         sums = self._sums[split]
@@ -214,10 +250,38 @@ class PairTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_checkpoint(Path(resume_from_checkpoint), self)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.loss_fn.load_state_dict(load_file(Path(resume_from_checkpoint) / LOSS_STATE))
+        self._load_state(Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_state(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """β, and the reference where it moves: the model at that step goes with them."""
+        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE))
         if self.moving_reference:
-            self.moving_reference.load(Path(resume_from_checkpoint) / REFERENCE_STATE)
+            self.moving_reference.load(checkpoint / REFERENCE_STATE)
+
+
+class EvaluateWithStep(TrainerCallback):
+    """Evaluates an epoch's last step, where epochs are evaluated, and the run's last one, with the step itself.
+
+    So that its checkpoint, which would come first, holds the evaluation; a resumed run neither misses nor repeats it.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        epoch_ends = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
+        control.should_evaluate |= epoch_ends or state.global_step >= state.max_steps
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_evaluate &= not evaluated(state)
+
+
+def evaluated(state: TrainerState) -> bool:
+    """Whether the log has an evaluation after the steps that are done."""
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
 
 
 class AfterStep(TrainerCallback):
@@ -299,13 +363,16 @@ class PairRecord:
         self.recorder.flush()
 
 
+def checkpoint_step(folder: str | os.PathLike) -> int | None:
+    """Optimizer steps in a complete checkpoint; None where a kill cut it short, or it is something else."""
+    try:
+        return json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def last_checkpoint(run: str | os.PathLike) -> Path | None:
     """The newest complete checkpoint of a run; one that a kill cut short is passed over."""
-    found = defaultdict(list)
-    for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-        except (OSError, ValueError, KeyError):
-            continue
-        found[step].append(folder)
-    return found[max(found)][0] if found else None
+    steps = {folder: checkpoint_step(folder) for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    whole = {step: folder for folder, step in steps.items() if step is not None}
+    return whole[max(whole)] if whole else None

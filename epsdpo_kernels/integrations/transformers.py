@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,59 +14,90 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from ..linear import EpsilonDPOOutput
+from .packing import Packing, no_mask
 
 
 class HeadInputs(NamedTuple):
     """A model's side of :func:`epsdpo_kernels.linear_epsilon_dpo`."""
 
-    hidden: Tensor  # (rows, T, H)
+    hidden: Tensor  # (rows, T, H), or (M, H) of a packed row's scored tokens
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
     router_loss: Tensor | None = None  # (), the load-balancing loss of a mixture of experts, weighted as the model does
 
-    def logits(self) -> Tensor:
-        """(rows, T, V), for checks."""
-        logits = nn.functional.linear(self.hidden, self.weight, self.bias) * self.logit_scale
+    def logits(self, amplified: float = 1.0) -> Tensor:
+        """(rows, T, V), for checks; ``amplified`` multiplies what the head puts out, before scale and softcap."""
+        logits = nn.functional.linear(self.hidden, self.weight, self.bias) * amplified * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# (input_ids, attention_mask, row) -> the reference's side of the loss; row (B,) int64 are the pairs' rows in the data
-Reference = Callable[[Tensor, Tensor, Tensor | None], HeadInputs]
+# (input_ids, attention_mask, row) -> the reference's side of the loss; the mask may be a Packing, and row (B,) int64 is
+# where the pairs are in the data
+Reference = Callable[[Tensor, Tensor | Packing, Tensor | None], HeadInputs]
+
+# Names of configurations for what multiplies the logits, what divides them, and what caps them after that.
+MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, within a PEFT wrapper or none."""
+    """The transformers model itself, within a PEFT wrapper or none.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it has adapters that the loss would run without, or that nothing could switch off.
+    """
     unwrap: Any = getattr(model, "get_base_model", None)
     inner = unwrap() if unwrap else model
+    if unwrap and (config := model.active_peft_config).is_prompt_learning:  # type: ignore[union-attr]
+        raise ValueError(
+            f"model: got {type(config).__name__}, takes adapters on the backbone's layers, like LoRA. The loss runs "
+            "the backbone itself, without the tokens that prompt learning puts before a prompt"
+        )
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model: got {type(inner).__name__}, takes a transformers PreTrainedModel, or one within PEFT")
+    if inner._hf_peft_config_loaded:
+        raise ValueError(
+            f"model: got {type(inner).__name__} with an adapter that transformers has loaded, frozen, into its layers. "
+            "Load it with peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True): its copy is then the "
+            "reference"
+        )
     return inner
 
 
-def lm_head(model: PreTrainedModel) -> nn.Linear:
-    """The model's head.
+def lm_head(model: PreTrainedModel, argument: str = "model") -> nn.Linear:
+    """The model's head; the copy that trains where PEFT's ``modules_to_save`` names it and adapters are on.
 
     Raises:
         ValueError: the head is not one plain linear layer: an adapter sits on it, or it is something of its own.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
+    if (copies := getattr(head, "modules_to_save", None)) is not None:
+        active = None if head.disable_adapters else next(iter(head.active_adapters), None)
+        head = copies[active] if active in copies else head.original_module
     if isinstance(head, nn.Linear):
         return head
     raise ValueError(
-        f"model: the head of {type(model).__name__} is a {type(head).__module__}.{type(head).__name__}, takes a plain "
-        "torch.nn.Linear. An adapter on the head (LoRA with target_modules naming lm_head, modules_to_save) would "
-        "silently not train under a fused loss: leave the head out of the adapter's targets"
+        f"{argument}: the head of {type(model).__name__} is a {type(head).__module__}.{type(head).__name__}, takes a "
+        "plain torch.nn.Linear. An adapter on the head (LoRA with target_modules naming lm_head) would silently not "
+        "train under a fused loss: leave the head out of the adapter's targets, or train it whole with modules_to_save"
     )
 
 
 def logit_transforms(model: PreTrainedModel) -> tuple[float, float | None]:
-    """(scale, softcap) of logits = softcap·tanh(scale·x·Wᵀ / softcap), from the model's configuration."""
+    """(scale, softcap) of logits = softcap·tanh(scale·(x·Wᵀ + bias) / softcap), from the model's configuration."""
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+    def given(names: tuple[str, ...]) -> list[float]:
+        return [float(value) for name in names if (value := getattr(config, name, None))]
+
+    divisor = math.prod(given(DIVISORS))
+    if config.model_type == "hyperclovax":  # the one that multiplies by what has a divisor's name
+        divisor = 1 / divisor
+    return math.prod(given(MULTIPLIERS)) / divisor, next(iter(given(SOFTCAPS)), None)
 
 
 def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,89 +116,223 @@ def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> HeadInputs:
+def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Packing) -> HeadInputs:
     """Runs the backbone, never the head.
 
     Args:
         model: a causal language model, within PEFT or not.
         input_ids: (rows, T) int64.
-        attention_mask: (rows, T), 1 on tokens, 0 on padding to their right.
+        attention_mask: (rows, T), 1 on tokens, 0 on padding to their right; or how the rows are packed as one, which
+            takes ``input_ids``'s place and gives the scored hidden states only.
 
     Raises:
         TypeError, ValueError: the model's head cannot be fused; see :func:`lm_head`.
     """
     model = causal_lm(model)
     head, (scale, softcap) = lm_head(model), logit_transforms(model)
-    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    router_loss = None
-    config = model.config.get_text_config()
-    if getattr(out, "router_logits", None) is not None and config.output_router_logits:
-        # FSDP2 gives the model a class of its own, in a module of its own.
-        modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
-        balance = next(m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func"))
-        router_loss = config.router_aux_loss_coef * balance(
-            out.router_logits, model.num_experts, model.num_experts_per_tok, attention_mask
-        )
-    hidden = out.last_hidden_state
+    # A few classes carry the name of a parent's backbone.
+    backbone = model.base_model if model.base_model is not model else model.model
+    if isinstance(attention_mask, Packing):
+        packing, mask = attention_mask, None
+        out = backbone(
+            input_ids=packing.input_ids, position_ids=packing.position_ids, attention_mask=no_mask(packing.input_ids),
+            segments=packing.segments, use_cache=False,
+        )  # fmt: skip
+        hidden = out.last_hidden_state[0].index_select(0, packing.scored)
+    else:
+        mask = attention_mask
+        out = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        hidden = out.last_hidden_state
+    if not torch.is_autocast_enabled(hidden.device.type):
+        # Of models whose head has another dtype, those run without autocast that cast to it.
+        hidden = hidden.to(head.weight.dtype)
     weight = gathered(head.weight, hidden.dtype)
     bias = None if head.bias is None else gathered(head.bias, hidden.dtype)
+    router_loss = _router_loss(model, getattr(out, "router_logits", None), mask)
     return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
 
 
-@torch.no_grad()
-def check_head(model: nn.Module) -> None:
-    """Compares the logits that follow from :func:`head_inputs` with the model's own, on a few tokens.
+def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor | None:
+    """() the weighted load-balancing loss that the model's own forward adds, if it does."""
+    config = model.config.get_text_config()
+    if not router_logits or not getattr(config, "output_router_logits", False):
+        return None
+    # FSDP2 gives the model a class of its own, in a module of its own.
+    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
+    balance = next((m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func")), None)
+    if balance is None:
+        return None
+    experts, chosen = (
+        getattr(model if hasattr(model, name) else config, name) for name in ("num_experts", "num_experts_per_tok")
+    )
+    return config.router_aux_loss_coef * balance(router_logits, experts, chosen, attention_mask)
+
+
+def check_head(
+    model: nn.Module,
+    autocast: torch.dtype | None = None,
+    *,
+    argument: str = "model",
+    inputs: Callable[..., HeadInputs] = head_inputs,
+) -> None:
+    """Compares what follows from :func:`head_inputs` with what the model's own forward gives, on a few tokens.
+
+    What the head puts out is amplified on both sides: near 0 a softcap that nobody has read would hide in rounding.
+
+    Args:
+        model: a causal language model, within PEFT or not. Nothing is measured where its weights are on "meta".
+        autocast: dtype that training computes in, where that is not the weights'.
+        argument: what errors call the model.
+        inputs: what gives its hidden states and head where :func:`head_inputs` itself does not.
 
     Raises:
-        TypeError, ValueError: they differ, so a fused loss would train something else than this model.
+        TypeError, ValueError: they differ, so a fused loss would train something else than this model; or there is
+            nothing to compare, because its logits are not finite or its forward fails.
     """
     inner = causal_lm(model)
-    ids = torch.arange(1, 9, device=inner.device)[None] % inner.config.get_text_config().vocab_size
-    mask = torch.ones_like(ids)
-    training = inner.training
-    inner.eval()
+    if inner.device.type == "meta":  # FSDP's memory-saving loading: only the first rank holds weights
+        return
+    head, name = lm_head(inner, argument), type(inner).__name__
     try:
-        ours = head_inputs(model, ids, mask).logits().float()
-        theirs = inner(input_ids=ids, attention_mask=mask).logits.float()
-    finally:
-        inner.train(training)
-    error = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else torch.inf
-    # Both round in the model's dtype; a wrong transform is off by the order of the logits.
-    allowed = 8 * torch.finfo(inner.dtype).eps * max(1.0, theirs.abs().max().item())
-    if not error <= allowed:
+        with evaluating(model, autocast), torch.no_grad():
+            ids, mask = few_tokens(inner)
+            ours = inputs(model, ids, mask)
+            largest = ours._replace(logit_scale=1.0, softcap=None).logits().abs().max().item()
+            factor = 2.0 ** round(math.log2(64 / largest)) if 0 < largest < math.inf else 1.0
+            with head.register_forward_hook(lambda module, args, output: output * factor):
+                own = inner(input_ids=ids, attention_mask=mask, use_cache=False)
+            expected, found = (logits[mask.bool()].float() for logits in (own.logits, ours.logits(factor)))
+            dtypes = {ours.hidden.dtype, ours.weight.dtype, own.logits.dtype, autocast or own.logits.dtype}
+            eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+            router_losses = ours.router_loss, _own_router_loss(inner, own)
+    except Exception as error:
         raise ValueError(
-            f"model: the logits of {type(inner).__name__} do not follow from its hidden states, head, scale and "
-            f"softcap: they differ by {error:.2g} where {allowed:.2g} is rounding. Its head cannot be fused"
+            f"{argument}: the head of {name} cannot be measured, because its forward fails with "
+            f"{type(error).__name__}: {error}{_mixed_dtypes(inner, autocast)}"
+        ) from error
+    if not torch.isfinite(expected).all():
+        broken = [n for n, p in inner.named_parameters() if not torch.isfinite(p).all()]
+        why = f"its weights are not, {broken[0]} first" if broken else "take bfloat16 or float32"
+        raise ValueError(f"{argument}: the logits of {name} are not finite in {autocast or ours.hidden.dtype}: {why}")
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"{argument}: {name} gives logits of {expected.shape[-1]} tokens, its head of {found.shape[-1]}. Its head "
+            "cannot be fused"
+        )
+    # Both round in the dtype they compute in; a wrong transform is off by the order of the logits.
+    difference, allowed = (found - expected).abs().max().item(), 8 * eps * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:
+        raise ValueError(
+            f"{argument}: the logits of {name} do not follow from its hidden states, head, scale and softcap: they "
+            f"differ by {difference:.2g} where {allowed:.2g} is rounding. Its head cannot be fused"
+        )
+    by_router, by_model = (None if loss is None else float(loss) for loss in router_losses)
+    if by_router != by_model and not math.isclose(by_router or 0.0, by_model or 0.0, rel_tol=1e-3):
+        raise ValueError(
+            f"{argument}: the router loss of {name} is {by_model} by its own forward and {by_router} by its router's "
+            "logits. Set output_router_logits to false to train without it"
         )
 
 
-def frozen_reference(ref_model: nn.Module) -> Reference:
-    """A second model, without gradients and without dropout."""
+def few_tokens(model: PreTrainedModel, length: int = 8) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), (2, length) each, to measure a model with; the second row has padding."""
+    text = model.config.get_text_config()
+    # An image's or a padding token asks for more than ids.
+    special = [value for name, value in (vars(model.config) | vars(text)).items() if name.endswith("_token_id")]
+    plain = [i for i in range(min(text.vocab_size, 256)) if i not in special]
+    ids = torch.tensor((plain * 2 * length)[: 2 * length], device=model.device).view(2, length)
+    mask = torch.ones_like(ids)
+    mask[1, 3 * length // 4 :] = 0
+    return ids, mask
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """The model in evaluation mode, under autocast to a dtype where one is given."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(causal_lm(model).device.type, autocast) if autocast else contextlib.nullcontext():
+            yield
+    finally:
+        model.train(training)
+
+
+def _own_router_loss(model: PreTrainedModel, out: Any) -> Any:
+    loss = getattr(out, "aux_loss", None)
+    return None if loss is None else model.config.get_text_config().router_aux_loss_coef * loss
+
+
+def _mixed_dtypes(model: PreTrainedModel, autocast: torch.dtype | None) -> str:
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    if len(dtypes) == 1 or autocast is not None:
+        return ""
+    return f". Its weights are {' and '.join(dtypes)}: that takes autocast, bf16=True"
+
+
+def frozen_reference(ref_model: nn.Module, inputs: Callable[..., HeadInputs] = head_inputs) -> Reference:
+    """A second model, without gradients and without dropout; ``inputs`` gives its hidden states and head."""
     ref_model.requires_grad_(False).eval()
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
-        return head_inputs(ref_model, input_ids, attention_mask)
+    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
+        return inputs(ref_model, input_ids, attention_mask)
 
     return reference
 
 
-def adapters_disabled(model: Any) -> Reference:
-    """The base of a PEFT model, which costs no second model."""
+def without_adapter(model: Any) -> Reference:
+    """A PEFT model's own reference, which costs no second model; see :func:`as_reference`."""
 
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
-        training = model.training
-        model.eval()
+    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
+        with as_reference(model):
+            return head_inputs(model, input_ids, attention_mask)
+
+    return reference
+
+
+def copy_adapter(model: Any) -> None:
+    """Makes the PEFT model's adapter "ref" a frozen copy of its active one, with all that PEFT saves of an adapter.
+
+    Raises:
+        ValueError: PEFT has room for one adapter of its kind only.
+    """
+    import peft
+
+    active = model.active_adapter
+    if "ref" not in model.peft_config:
         try:
-            with model.disable_adapter():
-                return head_inputs(model, input_ids, attention_mask)
-        finally:
-            model.train(training)
+            model.add_adapter("ref", model.active_peft_config)
+        except ValueError as error:
+            raise ValueError(
+                f"model: its adapter cannot have a copy beside it as the reference: {error} Merge it into the weights "
+                "(with lora_r for a new one on top), or give ref_model, a model of its own"
+            ) from error
+    own = peft.get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    peft.set_peft_model_state_dict(model, own, adapter_name="ref")
+    model.set_adapter(active)
 
-    return reference
+
+@contextlib.contextmanager
+def as_reference(model: Any) -> Iterator[None]:
+    """A PEFT model as its base, or with its adapter "ref", the frozen copy of one that it came with; evaluating."""
+    active = model.active_adapter
+    with evaluating(model):
+        if "ref" not in model.peft_config:
+            with model.disable_adapter():
+                yield
+            return
+        model.set_adapter("ref")
+        try:
+            yield
+        finally:
+            model.set_adapter(active)
 
 
 def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Module) -> None:
-    """Teaches ``model.forward`` to return the loss of pairs when it is given ``pair_labels``; else it is as before."""
+    """Teaches ``model.forward`` to return the loss of pairs when it is given ``pair_labels``; else it is as before.
+
+    ``attention_mask`` may be a :class:`Packing`, which comes with labels of its own.
+    """
     plain_forward = model.forward
 
     def forward(*args, pair_labels: Tensor | None = None, row: Tensor | None = None, **inputs):
@@ -174,14 +341,24 @@ def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Modu
         with torch.no_grad():
             ref = reference(inputs["input_ids"], inputs["attention_mask"], row)
         policy = head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
+        packing, bounds = inputs["attention_mask"], None
+        if isinstance(packing, Packing):
+            pair_labels, bounds = packing.labels, packing.cu_seqlens
         out = loss_fn(
             policy.hidden, policy.weight, pair_labels, ref.hidden, ref.weight, bias=policy.bias, ref_bias=ref.bias,
             logit_scale=policy.logit_scale, softcap=policy.softcap, ref_logit_scale=ref.logit_scale,
-            ref_softcap=ref.softcap,
+            ref_softcap=ref.softcap, cu_seqlens=bounds,
         )  # fmt: skip
         return out if policy.router_loss is None else out._replace(loss=out.loss + policy.router_loss)
 
     model.forward = forward
+
+
+def weighs_pairs_itself(trainer: Any) -> None:
+    """Tells a ``transformers.Trainer`` that its ``compute_loss`` weighs every pair of an optimizer step alike, whatever
+    micro-batch and rank it is in, so that the trainer must not divide by the number of micro-batches."""
+    trainer.loss_is_scaled_for_ga = True
+    trainer.model_accepts_loss_kwargs = True  # what transformers before 5.19 goes by
 
 
 def pair_metrics(out: EpsilonDPOOutput) -> dict[str, Tensor]:

@@ -10,41 +10,49 @@ rank it is in, where TRL averages micro-batches: the two differ where a micro-ba
 What this module holds on to in TRL and transformers, all of it here:
 
 - public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``ref_model``, ``accelerator``,
-  ``args``, ``state``; what its collator returns (``input_ids``, ``attention_mask``, ``completion_mask``);
-  ``trl.trainer.utils.use_adapter``, and "ref" as the name of the copy of a pre-trained adapter.
+  ``args``, ``state``; what its collator returns (``input_ids``, ``attention_mask``, ``completion_mask``); and "ref" as
+  the name of the copy of a pre-trained adapter.
 - private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint`` and
-  ``_load_from_checkpoint`` (transformers' places for what belongs to a checkpoint); ``aux_loss_enabled`` and
-  ``router_aux_loss_coef``.
+  ``_load_from_checkpoint`` (transformers' places for what belongs to a checkpoint); ``_get_train_sampler``;
+  ``aux_loss_enabled`` and ``router_aux_loss_coef``.
 - the model's ``forward``, which TRL replaces too: ours comes on top of it, so that the loss runs inside whatever wraps
   the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import trl
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import use_adapter
 
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
+from .batches import PackedBatches
+from .checks import check_checkpoint, check_launch, check_reference, turn_off_dropout
+from .packing import part
 from .transformers import (
     HeadInputs,
     Reference,
     causal_lm,
     check_head,
+    copy_adapter,
     frozen_reference,
     head_inputs,
     pair_metrics,
     run_loss_in_forward,
+    weighs_pairs_itself,
+    without_adapter,
 )
 
 TESTED = "1.16"
@@ -74,9 +82,16 @@ class EpsilonDPOConfig(DPOConfig):
             "choices": list(BETA_UPDATES),
         },
     )
+    packed: bool = field(
+        default=True,
+        metadata={"help": "Run a pair's prompt once and no padding, where the model's layers allow it."},
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Tokens of a micro-batch; one of more is cut. A step keeps its pairs."}
+    )
 
 
-class EpsilonDPOTrainer(DPOTrainer):
+class EpsilonDPOTrainer(PackedBatches, DPOTrainer):
     """``trl.DPOTrainer`` with the loss of ε-DPO, without logits in memory.
 
     Takes the arguments of ``DPOTrainer``. ``loss_fn`` holds the running β, which checkpoints carry. Beside TRL's
@@ -112,23 +127,28 @@ class EpsilonDPOTrainer(DPOTrainer):
             )
         _refuse_launch(self)
         self.loss_fn = loss_fn.to(self.args.device)
-        # compute_loss weighs every pair of an optimizer step alike, whatever micro-batch and rank it is in.
-        self.loss_is_scaled_for_ga = True
+        weighs_pairs_itself(self)
         text_config = causal_lm(self.model).config.get_text_config()
         if hasattr(text_config, "output_router_logits"):
             text_config.output_router_logits = self.aux_loss_enabled
             text_config.router_aux_loss_coef = self.router_aux_loss_coef
-        # Under FSDP's memory-saving loading only the first rank holds weights at this point.
-        if causal_lm(self.model).device.type != "meta":
-            check_head(self.model)
-        run_loss_in_forward(self.model, self._reference(), self.loss_fn)
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        check_head(self.model, autocast)
+        if self.args.disable_dropout:
+            turn_off_dropout(self.model, autocast)
+        run_loss_in_forward(self.model, self._reference(autocast), self.loss_fn)
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        self.set_layout(models, config.packed, config.max_tokens_per_batch)
 
-    def _reference(self) -> Reference:
+    def _reference(self, autocast: torch.dtype | None) -> Reference:
         if self.ref_model is None:
-            return _without_adapter(self.model)
-        if self.is_fsdp_enabled:
-            return _sharded_reference(self.ref_model)
-        return frozen_reference(self.ref_model)
+            if "ref" in self.model.peft_config:
+                copy_adapter(self.model)  # TRL's copy leaves embeddings' adapters out
+            check_reference(self.model, None, autocast)
+            return without_adapter(self.model)
+        inputs = _gathered_by_call(self.ref_model) if self.is_fsdp_enabled else head_inputs
+        check_reference(self.model, self.ref_model, autocast, inputs)
+        return frozen_reference(self.ref_model, inputs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the number of pairs in them, over all ranks: ()."""
@@ -136,6 +156,7 @@ class EpsilonDPOTrainer(DPOTrainer):
         if batches and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1] = self._without_repeats(batches[-1])
         pairs = sum(_pairs(batch).sum() for batch in batches)
+        self.lay_out(batches)
         return batches, self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,24 +166,38 @@ class EpsilonDPOTrainer(DPOTrainer):
         if self.accelerator.num_processes == 1 or real <= 0:
             return batch
         mine = min(max(real - pairs * self.accelerator.process_index, 0), pairs)
-        if mine == 0:  # a rank has to take part in the step: one pair, of which nothing is scored
-            batch = {name: t[[0, pairs]] for name, t in batch.items()}
-            return batch | {"completion_mask": torch.zeros_like(batch["completion_mask"])}
-        return {name: torch.cat((t[:mine], t[pairs : pairs + mine])) for name, t in batch.items()}
+        # A rank has to take part in the step.
+        return part(batch, 0, mine) if mine else self.blank_of(batch)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not RandomSampler:
+            return sampler
+        # accelerate would put its own in a RandomSampler's place, for an order that all ranks agree on.
+        return self.dealt(
+            SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed), sampler.data_source
+        )
+
+    def labels_of(self, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
+        return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+    def blank_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        pair = part(batch, 0, 1)
+        return pair | {"completion_mask": torch.zeros_like(pair["completion_mask"])}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask"})
+        unknown = sorted(set(inputs) - {"input_ids", "attention_mask", "completion_mask", "packing"})
         if unknown:
             raise ValueError(
                 f"data_collator: got a batch with {unknown}, takes input_ids, attention_mask and completion_mask: the "
                 "model's backbone would run without the others"
             )
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        labels = ids.masked_fill(inputs["completion_mask"] == 0, IGNORE)
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        labels, packing = self.labels_of(inputs), self.packing_of(inputs)
         training = self.model.training
         self.loss_fn.train(training)
-        out = model(input_ids=ids, attention_mask=mask, pair_labels=labels)
+        out = model(input_ids=ids, attention_mask=mask if packing is None else packing, pair_labels=labels)
         loss = out.loss
         self._add_metrics("train" if training else "eval", out, labels, mask)
         if training and num_items_in_batch is not None:
@@ -240,6 +275,7 @@ class EpsilonDPOTrainer(DPOTrainer):
                 f"resume_from_checkpoint: got {folder} without {LOSS_STATE}, takes a checkpoint of EpsilonDPOTrainer: "
                 "the running β would be lost. To start ε-DPO from another trainer's model, give it as model"
             )
+        check_checkpoint(folder, self)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.loss_fn.load_state_dict(load_file(folder / LOSS_STATE, device=str(self.args.device)))
         if self.args.sync_ref_model:
@@ -252,17 +288,22 @@ class _Loss(EpsilonDPOLoss):
     logits: Tensor | None  # (2B,) sums over a completion's tokens of the mean logit; None where logits are capped
 
     @torch.no_grad()
-    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap) -> None:
+    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds) -> None:
         self.logits = None
         if softcap is None:
             # The mean over the vocabulary of x·Wᵀ + b is x·mean(W) + mean(b).
             with torch.autocast(hidden.device.type, enabled=False):
                 means = hidden.float() @ weight.mean(0, dtype=torch.float32)
             means = logit_scale * (means if bias is None else means + bias.mean(dtype=torch.float32))
-            self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
+            if bounds is None:
+                self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
+            else:
+                self.logits = torch.segment_reduce(means, "sum", offsets=bounds)
 
     def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
-        self._read_logits(hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"])
+        self._read_logits(
+            hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"], kwargs["cu_seqlens"]
+        )
         return super().forward(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
 
 
@@ -271,25 +312,8 @@ def _pairs(batch: dict[str, Tensor]) -> Tensor:
     return batch["completion_mask"].any(1).view(2, -1).all(0)
 
 
-def _without_adapter(model: Any) -> Reference:
-    """The model with TRL's copy of the adapter that it came with, or with none."""
-    name = "ref" if "ref" in model.peft_config else None
-
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
-        training = model.training
-        model.eval()
-        try:
-            with use_adapter(model, name):
-                return head_inputs(model, input_ids, attention_mask)
-        finally:
-            model.train(training)
-
-    return reference
-
-
-def _sharded_reference(ref_model: Any) -> Reference:
-    """A reference whose parameters FSDP gathers: it does so around the model's own call."""
-    ref_model.requires_grad_(False).eval()
+def _gathered_by_call(ref_model: Any) -> Callable[..., HeadInputs]:
+    """``head_inputs`` of a reference whose parameters FSDP gathers: it does so around the model's own call."""
     plain_forward = ref_model.forward
 
     def forward(*args, head_only: bool = False, **inputs):
@@ -300,11 +324,7 @@ def _sharded_reference(ref_model: Any) -> Reference:
         return out._replace(weight=out.weight.clone(), bias=None if out.bias is None else out.bias.clone())
 
     ref_model.forward = forward
-
-    def reference(input_ids: Tensor, attention_mask: Tensor, row: Tensor | None) -> HeadInputs:
-        return ref_model(input_ids=input_ids, attention_mask=attention_mask, head_only=True)
-
-    return reference
+    return lambda model, ids, mask: model(input_ids=ids, attention_mask=mask, head_only=True)
 
 
 def _refuse_arguments(args: DPOConfig) -> None:
@@ -338,17 +358,7 @@ def _refuse_adapters(model: Any, peft_config: Any) -> None:
 
 
 def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
-    """Raises ValueError where the model would be split in a way that the loss does not know."""
-    parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.tp_size > 1 or parallelism.cp_size > 1 or parallelism.sp_size > 1):
-        raise ValueError(
-            "parallelism_config: got tensor, context or sequence parallelism, takes data parallelism and FSDP2: a "
-            "pair's decision needs its whole completions and the whole vocabulary on one rank"
-        )
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError("deepspeed: got ZeRO-3, which does not gather the head for a fused loss; use FSDP2 instead")
-    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
-        raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
+    check_launch(trainer)
     if trainer.is_fsdp_enabled and trainer.args.sync_ref_model:
         raise ValueError(
             "sync_ref_model: got True with FSDP, takes False: a sharded reference would not be in the checkpoints. Use "

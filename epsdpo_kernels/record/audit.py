@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..pair import BETA_DPO_MOMENTUM, beta_dpo, losses_and_coefficients, pair_beta, perturbation_step
+from ..pair import BETA_DPO_MOMENTUM, beta_dpo, losses_and_coefficients, lsc_dpo, pair_beta, perturbation_step
 from .recorder import SCHEMA, SPLITS, parts
 
 # A figure may differ from what follows by 8 roundings of float32, relative to the largest number that went into it.
@@ -244,7 +244,9 @@ def _betas(result: Audit, rows: Columns, decision: np.ndarray) -> tuple[np.ndarr
     held = rows["beta"][train][by_value[first + count // 2]].astype(np.float64)  # rows are in the order of their steps
     relaxed, tightened = (np.bincount(group, decision[train] == sign) for sign in (1, -1))
     epsilon, update = options["epsilon"], options["beta_update"]
-    if options["method"] != "eps-dpo" or update == "none":
+    if options["method"] == "lsc-dpo":
+        after = _lsc_dpo_after(options, rows, held, group, count)
+    elif options["method"] != "eps-dpo" or update == "none":
         after = held
     elif update == "mean-step":
         after = held / (1 + epsilon * (relaxed - tightened) / count)
@@ -262,6 +264,19 @@ def _betas(result: Audit, rows: Columns, decision: np.ndarray) -> tuple[np.ndarr
     beta = np.where(np.isnan(beta), rows["beta"], beta)
     used = pair_beta(torch.from_numpy(decision), torch.from_numpy(beta), epsilon if epsilon else 0.0).numpy()
     return beta, used
+
+
+def _lsc_dpo_after(
+    options: dict[str, Any], rows: Columns, held: np.ndarray, group: np.ndarray, count: np.ndarray
+) -> np.ndarray:
+    """β after each training step of lsc-dpo, from its β and its pairs' margins; see :func:`pair.lsc_dpo`."""
+    chosen, rejected, ref_chosen, ref_rejected = (
+        rows[name][rows["train"]] for name in ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
+    )
+    # Worked out again in float32, as the loss does: β may amplify a rounding of the margin.
+    margin = np.bincount(group, ((chosen - rejected) - (ref_chosen - ref_rejected)).astype(np.float64)) / count
+    settings = [options[name] for name in ("lsc_z_star", "lsc_eta", "lsc_tau_start")]
+    return np.array([lsc_dpo(*step, *settings) for step in zip(held.tolist(), margin.tolist(), strict=True)])
 
 
 def _beta_dpo_betas(options: dict[str, Any], rows: Columns) -> tuple[np.ndarray, np.ndarray]:

@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
         _field("rank", pa.int16(), "", "process that computed the pair, from 0"),
         _field("epoch", pa.float64(), "passes", "passes over the data done before the step"),
         _field("split", pa.string(), "", "train or eval"),
-        _field("method", pa.string(), "", "eps-dpo, dpo, tr-dpo or beta-dpo"),
+        _field("method", pa.string(), "", "eps-dpo, dpo, tr-dpo, beta-dpo or lsc-dpo"),
         _field("pair_id", pa.string(), "", "hash of the pair's texts, the same in every run"),
         _field("row", pa.int64(), "", "row in the source data, from 0"),
         _field("chosen_tokens", pa.int32(), "tokens", "scored tokens of the chosen completion"),

@@ -229,12 +229,12 @@ def _join(found: Audit, pairs: Columns, wanted: np.ndarray, language: str) -> tu
 
     options, notes = found.facts["options"], words("notes", language)
     joined, changed, spent = {}, 0, 0
-    texts = sources.texts(options["dataset"], pairs["row"][wanted], options.get("dataset_split") or "train")
-    for place, (i, text) in enumerate(zip(wanted, texts, strict=True)):
-        if sources.Pair(**text).id() != pairs["id"][i]:
+    sourced = sources.pairs(options["dataset"], pairs["row"][wanted], options.get("dataset_split") or "train")
+    for place, (i, pair) in enumerate(zip(wanted, sourced, strict=True)):
+        if pair.id() != pairs["id"][i]:
             changed += 1
             continue
-        shown = [visible(text[part], TEXT_CUT, notes["cut"]) for part in ("prompt", "chosen", "rejected")]
+        shown = [visible(text, TEXT_CUT, notes["cut"]) for text in pair.text().values()]
         spent += sum(map(len, shown))
         if spent > TEXT_BUDGET:
             break

@@ -1,26 +1,32 @@
-"""Rows of a data set as preference pairs: from files and hub data sets to texts and ids, without a tokenizer."""
+"""Rows of a data set as preference pairs: texts or messages, and ids, without a tokenizer."""
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import hashlib
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import datasets
-import pyarrow.parquet as pq
+from .rows import Record, read_rows
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+# The columns that a pair is read from; `system` is only looked for in the prompt.
+PARTS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "system", "system_prompt")
+# Columns that can be a prompt, and say so where there is no `prompt`.
+QUESTIONS = ("question", "instruction", "instructions", "input", "query", "problem", "context", "history", "dialogue",
+             "conversation", "conversations", "messages", "system", "system_prompt")  # fmt: skip
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 BROKEN, MALFORMED, DIFFERENT = "broken line", "malformed row", "different prompts"
+MEDIA_FOUND = "pictures or sounds, where only text is read; remove them"
+CONTENT = "content that is neither text nor a list of texts"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # JSON can spell half a surrogate pair, which no tokenizer and no table takes.
 SURROGATE = re.compile("[\ud800-\udfff]")
+AS_JSON = re.compile(r"""\s*\[\s*\{\s*["'](role|from)["']""")
+
+Message = dict[str, Any]
+Text = str | list[Message]
 
 
 class NoPair(Exception):
@@ -28,127 +34,138 @@ class NoPair(Exception):
 
 
 class Pair(NamedTuple):
-    """A pair as its source has it. The prompt is text, or messages {"role", "content"}."""
+    """A pair as its source has it: three texts, or three lists of messages.
 
-    prompt: str | list[dict[str, str]]
-    chosen: str
-    rejected: str
+    Messages are what `apply_chat_template` takes, every field of them; `tools` and `template_kwargs` go there too. The
+    texts of a transcript are Human's and Assistant's turns, which a chat template can write in its own way.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] | None = None
+    transcript: bool = False
 
     def text(self) -> dict[str, str]:
-        """Three plain strings; a prompt of messages becomes paragraphs `role: content`."""
-        prompt = self.prompt
-        if not isinstance(prompt, str):
-            prompt = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-        return {"prompt": prompt, "chosen": self.chosen, "rejected": self.rejected}
+        """Three readable texts: messages become paragraphs `role: content`, an answer alone its content."""
+        around = {"tools": self.tools, "chat_template_kwargs": self.template_kwargs}
+        told = [f"{name}: {_readable(value)}" for name, value in around.items() if value]
+        prompt = self.prompt if isinstance(self.prompt, str) else "\n\n".join([*told, *map(_paragraph, self.prompt)])
+        return {"prompt": prompt, "chosen": _answer(self.chosen), "rejected": _answer(self.rejected)}
 
     def id(self) -> str:
-        text = json.dumps(list(self.text().values()), ensure_ascii=False)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        """16 hex digits, a hash of all that makes the pair, the same from every kind of file."""
+        return hashlib.blake2b(self.canonical().encode(), digest_size=8).hexdigest()
+
+    def canonical(self) -> str:
+        """The pair as JSON. A field that is null is as good as absent."""
+        around = [self.tools, self.template_kwargs] if self.tools or self.template_kwargs else []
+        parts = _without_nulls([self.prompt, self.chosen, self.rejected, *around])
+        return json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
 
 
-def read_rows(source: str, split: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields (row, record), None for a broken line. Blank lines are no rows, but they count in the numbering."""
-    path = Path(source)
-    if not path.exists() and not source.endswith(SUFFIXES):
-        yield from enumerate(datasets.load_dataset(source, split=split))
-        return
-    if not path.exists():
-        raise FileNotFoundError(f"source: there is no file {source}")
-    if not path.is_file() or not source.endswith(SUFFIXES):
-        raise ValueError(f"source: got {source}, takes a hub name or a file that ends in {', '.join(SUFFIXES)}")
-    try:
-        if source.endswith(".parquet"):
-            batches = pq.ParquetFile(path).iter_batches()
-            yield from enumerate(record for batch in batches for record in batch.to_pylist())
-            return
-        data = path.read_bytes()
-        data = (gzip.decompress(data) if source.endswith(".gz") else data).removeprefix(codecs.BOM_UTF8)
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"source: {source} can't be read: {error}") from error
-    if ".jsonl" not in path.name and isinstance(array := _parse(data), list):
-        yield from enumerate(record if isinstance(record, dict) else {} for record in array)
-        return
-    for row, line in enumerate(data.split(b"\n")):
-        if line.strip():
-            record = _parse(line)
-            yield row, record if isinstance(record, dict) else None
+def text_of(message: Message) -> str:
+    """The text of a message, whose content is a string, a list of {"type": "text", "text"}, or nothing."""
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _parse(data: bytes) -> Any:
-    """A JSON value, None where there is none."""
-    try:
-        return json.loads(data.decode())
-    except (ValueError, RecursionError):  # bad UTF-8 and bad JSON; brackets without end
-        return None
+def _body(message: Message) -> str:
+    fields = [f"{name}: {_readable(value)}" for name, value in message.items() if name not in ("role", "content")]
+    return "\n".join([text_of(message), *fields] if text_of(message) or not fields else fields)
 
 
-def form_of(records: Iterable[dict[str, Any] | None], source: str) -> str:
-    """The form of the first row that has one: "messages", "strings", "transcripts" or "shared prefix"."""
-    columns: dict[str, None] = {}
-    for record in records:
-        columns.update(dict.fromkeys(record or {}))
-        prompt, *sides = parts = _parts(record or {})
-        if not all(isinstance(side, str | list) for side in sides):
-            continue
-        if any(isinstance(part, list) for part in parts):
-            return "messages"
-        if isinstance(prompt, str):
-            return "strings"
-        return "transcripts" if all(s.startswith(HUMAN) and ASSISTANT in s for s in sides) else "shared prefix"
-    if columns:
-        found = ", ".join(map(repr, columns))
-        raise ValueError(f"source: {source} has the columns {found}, takes chosen and rejected as strings or messages")
-    return "strings"  # nothing but broken lines, which load_pairs reports
+def _paragraph(message: Message) -> str:
+    return f"{message['role']}: {_body(message)}"
 
 
-def _parts(record: dict[str, Any]) -> tuple[Any, Any, Any]:
-    return record.get("prompt"), record.get("chosen"), record.get("rejected")
+def _answer(side: Text) -> str:
+    if isinstance(side, str):
+        return side
+    return _body(side[0]) if len(side) == 1 else "\n\n".join(map(_paragraph, side))
 
 
-def pair_of(record: dict[str, Any] | None, form: str) -> Pair:
-    """The pair of a record, or NoPair."""
+def _readable(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _without_nulls(value: Any, depth: int = 0) -> Any:
+    if depth > 100:  # no use, and too deep for what comes after
+        raise NoPair(MALFORMED)
+    if isinstance(value, dict):
+        return {name: _without_nulls(part, depth + 1) for name, part in value.items() if part is not None}
+    return [_without_nulls(part, depth + 1) for part in value] if isinstance(value, list) else value
+
+
+# From rows to pairs
+
+
+def pair_of(record: Record | None) -> Pair:
+    """The pair of a record. What the records around it look like plays no part.
+
+    Raises:
+        NoPair: it holds none, with the reason; :func:`train.data.load_pairs` says what is taken.
+    """
     if record is None:
         raise NoPair(BROKEN)
-    prompt, chosen, rejected = parts = _parts(record)
-    other = prompt
-    if form == "messages":
-        (prompt, chosen), (other, rejected) = (_conversation(prompt, side) for side in (chosen, rejected))
-    elif not all(isinstance(part, str) for part in parts[form != "strings" :]):
+    if any(record.get(name) for name in MEDIA):
+        raise NoPair(MEDIA_FOUND)
+    parts = [record.get(name) for name in ("prompt", "chosen", "rejected")]
+    if not all(isinstance(side, str | list | dict) for side in parts[1:]):
         raise NoPair(MALFORMED)
-    elif form == "transcripts":
-        (prompt, chosen), (other, rejected) = map(_transcript, (chosen, rejected))
-    elif form == "shared prefix":
-        # Split at whitespace: the last two pieces are the last whitespace and what follows it.
-        other = prompt = "".join(re.split(r"(\s+)", os.path.commonprefix((chosen, rejected)))[:-2])
-        if not prompt and chosen != rejected:
-            raise NoPair(DIFFERENT)
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    if prompt != other:
-        raise NoPair(DIFFERENT)
-    if not chosen.strip() or not rejected.strip():
+    pair = _texts(record) if not any(isinstance(part, list | dict) for part in parts) else _conversations(record)
+    if SURROGATE.search(pair.canonical()):
+        raise NoPair(MALFORMED)
+    for name in ("system", "system_prompt"):
+        if isinstance(text := record.get(name), str) and text.strip() not in _spoken(pair.prompt):
+            raise NoPair(f"a column {name} that is not in the prompt; make it the prompt's first message")
+    if _is_empty(pair.chosen) or _is_empty(pair.rejected):
         raise NoPair("empty completion")
-    if chosen == rejected:
+    if pair.chosen == pair.rejected:
         raise NoPair("identical pair")
-    pair = Pair(prompt, chosen, rejected)
-    if any(map(SURROGATE.search, pair.text().values())):
-        raise NoPair(MALFORMED)
     return pair
 
 
-def _conversation(prompt: Any, side: Any) -> tuple[list[dict[str, str]], str]:
-    """The messages before a side's final assistant turn, and that turn's content."""
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
-    try:
-        whole = side if any(turn["role"] == "user" for turn in side) else [*prompt, *side]
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in whole]
-    except (KeyError, TypeError):
-        raise NoPair(MALFORMED) from None
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+def _spoken(prompt: Text) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(map(text_of, prompt))
+
+
+def _is_empty(side: Text) -> bool:
+    if isinstance(side, str):
+        return not side.strip()
+    fields = (value for message in side for name, value in message.items() if name not in ("role", "content", "name"))
+    return not any(fields) and not any(text_of(message).strip() for message in side)
+
+
+def _refuse_guess(record: Record) -> None:
+    """Raises NoPair where there is no prompt, but a column that can be one."""
+    if found := [name for name in QUESTIONS if record.get(name) and isinstance(record[name], str | list | dict)]:
+        raise NoPair(f"no column prompt beside {', '.join(found)}; make one of them")
+
+
+def _texts(record: Record) -> Pair:
+    prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
+    if AS_JSON.match(chosen) and AS_JSON.match(rejected):
+        raise NoPair("messages written as text; make them lists")
+    if _tools(record) or _template_kwargs(record):
+        raise NoPair("tools or chat_template_kwargs beside texts; make the texts messages")
+    if isinstance(prompt, str):
+        return Pair(prompt, chosen, rejected)
+    if chosen.startswith(HUMAN) or rejected.startswith(HUMAN):
+        (prompt, chosen), (other, rejected) = map(_transcript, (chosen, rejected))
+        if prompt != other:
+            raise NoPair(DIFFERENT)
+        return Pair(prompt, chosen, rejected, transcript=True)
+    # A column that others have in full is not one to do without.
+    if "prompt" in record:
         raise NoPair(MALFORMED)
-    if not all(isinstance(value, str) for turn in turns for value in turn.values()):
-        raise NoPair(MALFORMED)
-    return turns[:-1], turns[-1]["content"]
+    _refuse_guess(record)
+    # Split at whitespace: the last two pieces are the last whitespace and what follows it.
+    prompt = "".join(re.split(r"(\s+)", os.path.commonprefix((chosen, rejected)))[:-2])
+    if not prompt and chosen != rejected:
+        raise NoPair(DIFFERENT)
+    return Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
 
 
 def _transcript(text: str) -> tuple[str, str]:
@@ -158,21 +175,129 @@ def _transcript(text: str) -> tuple[str, str]:
     return prompt + marker, completion
 
 
-def turns(transcript: str) -> list[dict[str, str]]:
+def turns(transcript: str) -> list[Message]:
     """The messages of a transcript's prompt, without the assistant turn that it opens at its end."""
     parts = re.split(f"({HUMAN}|{ASSISTANT})", transcript)[1:-2]
     roles = ("user" if marker == HUMAN else "assistant" for marker in parts[::2])
     return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2], strict=True)]
 
 
-def texts(source: str | os.PathLike, rows: Iterable[int], split: str = "train") -> list[dict[str, str]]:
-    """The raw texts of pairs, by their `row`: {"prompt", "chosen", "rejected"} each, in the order asked for.
+def _conversations(record: Record) -> Pair:
+    given = record.get("prompt")
+    prompt = [] if given is None else _messages(given, "user")
+    chosen, rejected = (_after(prompt, _messages(record[side], "assistant")) for side in ("chosen", "rejected"))
+    if not prompt or isinstance(given, str) and _opens(chosen) and _opens(rejected):
+        # Whole conversations: what they share is the prompt, and what remains has to be the assistant's.
+        n = 0
+        while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
+            n += 1
+        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+        if not prompt and min(len(chosen), len(rejected)) < 2:
+            _refuse_guess(record)
+            raise NoPair(MALFORMED)
+        if not prompt or _opens(chosen) or _opens(rejected):
+            raise NoPair(DIFFERENT)
+        if isinstance(given, str) and given.strip() not in _spoken(prompt):
+            raise NoPair("a prompt that is not in its conversations")
+    if not all(side and side[-1]["role"] == "assistant" for side in (chosen, rejected)):
+        raise NoPair(MALFORMED)
+    return Pair(prompt, chosen, rejected, _tools(record), _template_kwargs(record))
 
-    A prompt of messages is rendered as paragraphs `role: content`. Raises ValueError for a row that holds no pair.
-    """
-    records = dict(read_rows(os.fspath(source), split))
-    form = form_of(records.values(), os.fspath(source))
+
+def _opens(side: list[Message]) -> bool:
+    """Whether a side begins with another than the assistant."""
+    return bool(side) and side[0]["role"] != "assistant"
+
+
+def _after(prompt: list[Message], side: list[Message]) -> list[Message]:
+    """A side without the messages that it repeats of the prompt's end."""
+    for n in range(min(len(prompt), len(side)) if _opens(side) else 0, 0, -1):
+        if prompt[-n:] == side[:n]:
+            return side[n:]
+    return side
+
+
+def _messages(value: Any, role: str) -> list[Message]:
+    """A text, a message or messages as messages, fields that are null left out."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list | dict):
+        raise NoPair(MALFORMED)
+    return [_message(message) for message in (value if isinstance(value, list) else [value])]
+
+
+def _message(value: Any) -> Message:
+    if not isinstance(value, dict):
+        raise NoPair(MALFORMED)
+    message = {name: part for name, part in value.items() if part is not None}
+    if "role" not in message and "from" in message:
+        raise NoPair("messages of from and value; name these role and content")
+    calls = _parsed(message.pop("tool_calls", None))
+    if calls:
+        message["tool_calls"] = calls
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"] = [_content_part(part) for part in content]
+    elif content is not None and not isinstance(content, str):
+        raise NoPair(CONTENT)
+    if len(message) < 2 or not isinstance(message.get("role"), str) or not isinstance(calls or [], list):
+        raise NoPair(MALFORMED)
+    return message
+
+
+def _content_part(part: Any) -> dict[str, Any]:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {name: value for name, value in part.items() if value is not None}
+    if isinstance(part, dict) and any(name in str(part.get("type")) for name in ("image", "video", "audio")):
+        raise NoPair(MEDIA_FOUND)
+    raise NoPair(CONTENT)
+
+
+def _tools(record: Record) -> list[Any] | None:
+    tools = _parsed(record.get("tools"))
+    if isinstance(tools, list):
+        tools = [_parsed(tool) for tool in tools]
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise NoPair(MALFORMED)
+    return tools or None
+
+
+def _template_kwargs(record: Record) -> dict[str, Any] | None:
+    kwargs = _parsed(record.get("chat_template_kwargs"))
+    if kwargs and not isinstance(kwargs, dict):
+        raise NoPair(MALFORMED)
+    return kwargs or None
+
+
+def _parsed(value: Any) -> Any:
+    """A value that may be written as JSON."""
+    if not isinstance(value, str) or not value:
+        return value
     try:
-        return [pair_of(records.get(row := int(each)), form).text() for each in rows]
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise NoPair(MALFORMED) from None
+
+
+# Pairs for those who look
+
+
+def pairs(source: str | os.PathLike, rows: Iterable[int], split: str = "train") -> list[Pair]:
+    """The pairs at some rows of a source, in the order asked for. Raises ValueError for a row that holds none."""
+    wanted = [int(row) for row in rows]
+    left, found = set(wanted), {}
+    for row, record in read_rows(os.fspath(source), split) if wanted else ():
+        if row in left:
+            found[row] = record
+            left.remove(row)
+            if not left:
+                break
+    try:
+        return [pair_of(found.get(row := each)) for each in wanted]
     except NoPair as drop:
         raise ValueError(f"rows: got {row}, where {source} holds no pair ({drop})") from None
+
+
+def texts(source: str | os.PathLike, rows: Iterable[int], split: str = "train") -> list[dict[str, str]]:
+    """The texts of those pairs: {"prompt", "chosen", "rejected"} each, see :meth:`Pair.text`."""
+    return [pair.text() for pair in pairs(source, rows, split)]

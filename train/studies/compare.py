@@ -1,19 +1,24 @@
-"""``python -m train.studies.compare``: the methods side by side on one model and data set, in a table and a picture.
+"""``python -m train.studies.compare``: the methods side by side on one model and data set, in tables and a picture.
 
-Every run is a ``python -m train`` of its own, so that memory and time are its own; a run that is there is not made
-again, and one that was cut short goes on. Each final policy is then measured against the ORIGINAL reference, also
-where the method's own reference has moved. Short runs beside them show what the same batch, cut into other
-micro-batches, decides.
+Every run is a ``python -m train`` of its own, so that memory and time are its own. A run that is there is not made
+again, one that was cut short goes on from its last checkpoint, and the tables are written anew after every run: a long
+comparison can be left in the background, stopped, and started again with the same words. Each final policy is measured
+against the ORIGINAL reference, also where the method's own reference has moved, and pair by pair, so that methods are
+compared on the same pairs. Short runs beside them show what the same batch, cut into other micro-batches, decides.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,24 +29,56 @@ from epsdpo_kernels.integrations.transformers import head_inputs
 from .. import data
 from ..__main__ import load_model
 from ..methods import METHODS
+from ..trainer import last_checkpoint
+from .common import LOOKS, Mean, grid, mean
 
-FINAL = "against_original.json"
+# A run's held-out figures, and what making it took.
+FINAL, MADE = "against_original.json", "made.json"
 # What a comparison calls eps-dpo with a veto.
 VETO = "eps-dpo-veto"
+# Those that also run from the other β₀.
+SWEPT = ("dpo", "eps-dpo", "lsc-dpo")
 # The same eight pairs a step: pairs a micro-batch × micro-batches.
 MICRO_BATCHES = ((8, 1), (4, 2), (1, 8))
+# Of a held-out pair: name, title, digits.
+MEASURES = (
+    ("accuracy", "accuracy", 3),
+    ("margin", "margin (nats)", 3),
+    ("kl", "KL policy‖original (nats/token)", 5),
+    ("reverse_kl", "KL original‖policy", 5),
+)
+
+
+class Run(NamedTuple):
+    method: str
+    beta: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.beta:g}-{self.seed}"
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m train.studies.compare", description=__doc__, epilog="All other flags go to `python -m train`."
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the runs, the table and the picture")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the runs, the tables and the picture")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument(
+        "--betas", nargs="+", type=float, default=[0.1],
+        help=f"β₀: all methods run from the first, {', '.join(SWEPT)} from the others too",
+    )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--veto", nargs="+", metavar="BOUND", help=f"also runs eps-dpo with this veto, as {VETO}")
     parser.add_argument(
         "--micro-steps", type=int, default=12, help="steps of the runs that compare micro-batches; 0 leaves them out"
+    )
+    parser.add_argument(
+        "--idle", action="store_true", help="nothing else runs on the machine: seconds per step go into the table"
+    )
+    parser.add_argument(
+        "--discard-weights", action="store_true", help="removes a run's weights and checkpoints once it is measured"
     )
     options, flags = parser.parse_known_args(arguments)
     if options.veto:
@@ -49,32 +86,50 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     return options, flags
 
 
-def train(run: Path, method: str, seed: int, flags: list[str], veto: list[str] | None = None) -> None:
-    """One run, unless it is done already."""
+def plan(options: argparse.Namespace) -> list[Run]:
+    """All runs, seed by seed, so that what is done first can be compared first."""
+    return [
+        Run(method, beta, seed)
+        for seed in options.seeds
+        for beta in options.betas
+        for method in options.methods
+        if beta == options.betas[0] or method in SWEPT
+    ]
+
+
+def train(run: Path, method: str, seed: int, flags: list[str], veto: list[str] | None = None) -> bool:
+    """One run, unless it is done already; whether it was made now.
+
+    Raises:
+        subprocess.CalledProcessError: the run failed; its output.txt says why.
+    """
     if (run / "trainer_state.json").exists():
-        print(f"{run}: done before", flush=True)
-        return
-    resume = ["--resume_from_checkpoint=last"] if any(run.glob("checkpoint-*/trainer_state.json")) else []
+        return False
+    resume = ["--resume_from_checkpoint=last"] if last_checkpoint(run) else []
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)
     method_flags = [f"--method={method}"] if method != VETO else ["--method=eps-dpo", "--veto", *(veto or ())]
     command = [
-        sys.executable, "-m", "train", *method_flags, f"--seed={seed}", f"--output_dir={run}", "--disable_tqdm=true",
-        *flags, *resume,
+        sys.executable, "-m", "train", *flags, *method_flags, f"--seed={seed}", f"--output_dir={run}",
+        "--disable_tqdm=true", *resume,
     ]  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
-    print(f"{run}: {'resumed' if resume else 'started'}", flush=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     with open(run / "output.txt", "a", encoding="utf-8") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
     # The largest child so far: exact for this run where it is larger than those before it, a bound where not.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    (run / "peak.json").write_text(json.dumps({"bytes": peak * 1024, "bound_only": peak == before}))
+    made = {"bytes": peak * 1024, "bound_only": peak == before, "resumed": bool(resume)}
+    (run / MADE).write_text(json.dumps(made))
+    return True
 
 
 @torch.no_grad()
-def against_original(run: Path) -> dict[str, float]:
-    """Held-out figures of a run's final policy against the model it started from, forward and reverse KL exact.
+def against_original(run: Path) -> dict[str, list]:
+    """Held-out figures of a run's final policy against the model it started from, a list of pairs each.
 
-    Margins are without β, so that methods whose β differ can be compared.
+    ``margin`` is without β, so that methods whose β differ can be compared; ``kl`` and ``reverse_kl`` are exact over
+    the vocabulary and summed over the ``tokens`` of the chosen completion; ``row`` is the pair's in the data.
     """
     if (run / FINAL).exists():
         return json.loads((run / FINAL).read_text())
@@ -91,7 +146,7 @@ def against_original(run: Path) -> dict[str, float]:
     if not options["eval_dataset"]:
         pairs = pairs.train_test_split(options["eval_fraction"], seed=arguments["seed"])["test"]
     collator = data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-    rows: list[tuple] = []
+    found: dict[str, list] = {name: [] for name in ("row", "margin", "kl", "reverse_kl", "tokens")}
     for batch in DataLoader(pairs, batch_size=8, collate_fn=collator):
         ours, theirs = (head_inputs(m, batch["input_ids"], batch["attention_mask"]) for m in (policy, original))
         labels = batch["labels"]
@@ -103,143 +158,242 @@ def against_original(run: Path) -> dict[str, float]:
             for p, q in ((ours, theirs), (theirs, ours))
         )  # fmt: skip
         margin = (forward[0] - forward[1]) - (forward[2] - forward[3])
-        tokens = (labels != -100).sum(1).chunk(2)
-        rows += zip(*(t.tolist() for t in (margin, forward.chosen_kl, reverse.chosen_kl, *tokens)), strict=True)
-    margins, kl, reverse_kl, chosen_tokens, _ = map(torch.tensor, zip(*rows, strict=True))
-    found = {
-        "pairs": len(rows),
-        "accuracy": (margins > 0).float().mean().item(),
-        "margin": margins.mean().item(),
-        "kl_per_token": (kl.sum() / chosen_tokens.sum()).item(),
-        "reverse_kl_per_token": (reverse_kl.sum() / chosen_tokens.sum()).item(),
-    }
-    (run / FINAL).write_text(json.dumps(found, indent=1))
+        tokens = (labels != -100).sum(1).chunk(2)[0]
+        values = (batch["row"], margin, forward.chosen_kl, reverse.chosen_kl, tokens)
+        for column, value in zip(found.values(), values, strict=True):
+            column += value.tolist()
+    (run / FINAL).write_text(json.dumps(found))
     return found
 
 
-def collect(out: Path, methods: list[str], seeds: list[int]) -> list[dict]:
-    """One entry a run: what it logged, and its figures against the original reference."""
-    runs = []
-    for method in methods:
-        for seed in seeds:
-            run = out / f"{method}-{seed}"
-            log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-            steps = [entry for entry in log if "loss" in entry]
-            seconds = next(entry["train_runtime"] for entry in log if "train_runtime" in entry) / len(steps)
-            peak = json.loads((run / "peak.json").read_text())
-            final = against_original(run)
-            runs.append({"method": method, "seed": seed, "steps": steps, "seconds": seconds, "peak": peak} | final)
-    return runs
+def discard_weights(run: Path) -> None:
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for weights in run.glob("*.safetensors"):
+        weights.unlink()
 
 
-def table(runs: list[dict]) -> str:
-    """Markdown, a row a run."""
-    head = (
-        "| method | seed | held-out accuracy | margin (nats) | KL policy‖original (nats/token) | KL original‖policy | "
-        "β at the end | relaxed | tightened | s/step | peak GiB |"
-    )
-    lines = [head, "| --- |" + " --- |" * 10]
+def collect(out: Path, runs: list[Run]) -> dict[Run, dict[str, Any]]:
+    """What those runs that are done logged, and their held-out figures."""
+    done = {}
     for run in runs:
-        steps, last = run["steps"], run["steps"][-1]
-        relaxed, tightened = (sum(s[f"beta/{n}"] for s in steps) / len(steps) for n in ("relaxed", "tightened"))
-        bound = "≤ " if run["peak"]["bound_only"] else ""
-        lines.append(
-            f"| {run['method']} | {run['seed']} | {run['accuracy']:.3f} | {run['margin']:.3f} | "
-            f"{run['kl_per_token']:.5f} | {run['reverse_kl_per_token']:.5f} | {last['beta/running']:.4f} | "
-            f"{relaxed:.0%} | {tightened:.0%} | {run['seconds']:.1f} | {bound}{run['peak']['bytes'] / 2**30:.2f} |"
-        )
-    return "\n".join(lines)
+        folder = out / run.name
+        if not (folder / FINAL).exists():
+            continue
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        steps = [entry for entry in log if "loss" in entry]
+        seconds = next(entry["train_runtime"] for entry in log if "train_runtime" in entry) / len(steps)
+        made = json.loads((folder / MADE).read_text())
+        done[run] = {"steps": steps, "seconds": seconds, "made": made} | against_original(folder)
+    return done
+
+
+def per_pair(found: dict[str, Any], measure: str) -> list[float]:
+    """A measure of every held-out pair; KL as its share of the mean KL a token."""
+    if measure == "accuracy":
+        return [float(margin > 0) for margin in found["margin"]]
+    if measure == "margin":
+        return found["margin"]
+    a_pair = sum(found["tokens"]) / len(found["tokens"])
+    return [kl / a_pair for kl in found[measure]]
+
+
+def difference(done: dict[Run, dict[str, Any]], runs: list[Run], measure: str) -> tuple[Mean, float]:
+    """(mean over seeds, its standard error over the pairs of all seeds) of how much more than DPO has at the same β₀.
+
+    Every pair is compared with itself. The error over seeds holds what training, data order and held-out pairs do;
+    that over pairs what the choice of held-out pairs does.
+
+    Raises:
+        ValueError: the two were measured on different pairs.
+    """
+    of_seeds = []
+    for run in runs:
+        base = run._replace(method="dpo")
+        if done[run]["row"] != done[base]["row"]:
+            raise ValueError(f"{run.name}: its held-out pairs are not those of {base.name}; remove one of the folders")
+        both = zip(per_pair(done[run], measure), per_pair(done[base], measure), strict=True)
+        of_seeds.append(mean([ours - theirs for ours, theirs in both]))
+    error = math.sqrt(sum(seed.error**2 for seed in of_seeds)) / len(of_seeds)
+    return mean([seed.value for seed in of_seeds]), error
+
+
+def groups(runs: list[Run]) -> dict[tuple[str, float], list[Run]]:
+    """The runs of one method and β₀, which differ in their seed."""
+    found: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.method, run.beta), []).append(run)
+    return found
+
+
+def tables(done: dict[Run, dict[str, Any]], runs: list[Run], idle: bool) -> str:
+    """Markdown: a row a run; then, a row a method and β₀, the means over seeds and the paired differences from DPO."""
+    titles = [title for _, title, _ in MEASURES]
+    singly = []
+    for run, found in done.items():
+        steps, made = found["steps"], found["made"]
+        cells = [f"{mean(per_pair(found, name)).value:.{digits}f}" for name, _, digits in MEASURES]
+        shares = [f"{mean([step[f'beta/{name}'] for step in steps]).value:.0%}" for name in ("relaxed", "tightened")]
+        # What a resumed run took is not in its last part's time.
+        seconds = f"{found['seconds']:.1f}" if idle and not made["resumed"] else "–"
+        peak = f"{'≤ ' if made['bound_only'] else ''}{made['bytes'] / 2**30:.2f}"
+        beta = f"{steps[-1]['beta/running']:.4f}"
+        singly.append([run.method, f"{run.beta:g}", str(run.seed), *cells, beta, *shares, seconds, peak])
+    means, differences = [], []
+    for (method, start), own in groups(runs).items():
+        if not all(run in done for run in own):
+            continue
+        cells = []
+        for name, _, digits in MEASURES:
+            value, error, _ = mean([mean(per_pair(done[run], name)).value for run in own])
+            cells.append(f"{value:.{digits}f} ± {error:.{digits}f}")
+        means.append([method, f"{start:g}", *cells])
+        if method == "dpo" or not all(run._replace(method="dpo") in done for run in own):
+            continue
+        cells = []
+        for name, _, digits in MEASURES:
+            over, error = difference(done, own, name)
+            cells.append(f"{over.value:+.{digits}f} ± {over.error:.{digits}f} ({error:.{digits}f})")
+        differences.append([method, f"{start:g}", *cells])
+    own_columns = ["β at the end", "relaxed", "tightened", "s/step", "peak GiB"]
+    return "\n\n".join([
+        grid(["method", "β₀", "seed", *titles, *own_columns], singly),
+        "Means over seeds, ± their standard error:",
+        grid(["method", "β₀", *titles], means),
+        "More than DPO from the same β₀ and seed, pair by pair, ± the standard error over seeds; in brackets that over "
+        "the held-out pairs of all seeds:",
+        grid(["method", "β₀", *titles], differences),
+    ])  # fmt: skip
+
+
+def micro_runs(out: Path) -> list[tuple[str, int, int, Path]]:
+    """(method, pairs a micro-batch, micro-batches, folder) of the runs of :func:`micro_table`."""
+    return [
+        (method, size, count, out / "micro-batches" / f"{method}-{count}x{size}")
+        for method in ("eps-dpo", "beta-dpo")
+        for size, count in MICRO_BATCHES
+    ]
 
 
 def train_micro(out: Path, seed: int, steps: int, flags: list[str]) -> None:
-    """The runs of :func:`micro_table`."""
-    for method in ("eps-dpo", "beta-dpo"):
-        for size, count in MICRO_BATCHES:
-            own = [
-                f"--max_steps={steps}", f"--per_device_train_batch_size={size}",
-                f"--gradient_accumulation_steps={count}", "--save_strategy=no", "--eval_strategy=no",
-                "--eval_fraction=0",
-            ]  # fmt: skip
-            train(out / "micro-batches" / f"{method}-{count}x{size}", method, seed, [*flags, *own])
+    for method, size, count, run in micro_runs(out):
+        own = [
+            f"--max_steps={steps}", f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={count}",
+            "--save_strategy=no", "--eval_strategy=no", "--eval_fraction=0",
+        ]  # fmt: skip
+        train(run, method, seed, [*flags, *own])
 
 
 def micro_table(out: Path) -> str:
     """Markdown, a row a run: decisions, β and margins of every pair against those of the whole batch at once."""
-    lines = [
-        "| method | micro-batches × pairs | pairs | decided otherwise | largest change of a β used | β at the end |",
-        "| --- |" + " --- |" * 5,
-    ]
-    for method in ("eps-dpo", "beta-dpo"):
-        whole = None
-        for size, count in MICRO_BATCHES:
-            run = out / "micro-batches" / f"{method}-{count}x{size}"
-            pairs = record.read(run / "record").to_pandas().query("split == 'train'")
-            pairs = pairs.sort_values(["step", "row"], ignore_index=True)
-            whole = pairs if whole is None else whole
-            if not pairs[["step", "row"]].equals(whole[["step", "row"]]):
-                raise ValueError(f"{run}: its steps are of other pairs than the first run's; remove the folder")
-            otherwise = (pairs["decision"] != whole["decision"]).sum()
-            # β-DPO leaves pairs out at random, with a β of 0.
-            used = (pairs["beta_used"] > 0) & (whole["beta_used"] > 0)
-            change = (pairs["beta_used"] / whole["beta_used"] - 1).abs()[used].max()
-            log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-            beta = [entry["beta/running"] for entry in log if "loss" in entry][-1]
-            lines.append(f"| {method} | {count} × {size} | {len(pairs)} | {otherwise} | {change:.2%} | {beta:.5f} |")
-    return "\n".join(lines)
+    rows = []
+    whole: Any = None
+    for method, size, count, run in micro_runs(out):
+        pairs = record.read(run / "record").to_pandas().query("split == 'train'")
+        pairs = pairs.sort_values(["step", "row"], ignore_index=True)
+        whole = pairs if (size, count) == MICRO_BATCHES[0] else whole
+        if not pairs[["step", "row"]].equals(whole[["step", "row"]]):
+            raise ValueError(f"{run}: its steps are of other pairs than the first run's; remove the folder")
+        otherwise = (pairs["decision"] != whole["decision"]).sum()
+        # β-DPO leaves pairs out at random, with a β of 0.
+        used = (pairs["beta_used"] > 0) & (whole["beta_used"] > 0)
+        change = (pairs["beta_used"] / whole["beta_used"] - 1).abs()[used].max()
+        log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+        beta = [entry["beta/running"] for entry in log if "loss" in entry][-1]
+        cells = (f"{count} × {size}", len(pairs), otherwise, f"{change:.2%}", f"{beta:.5f}")
+        rows.append([method, *map(str, cells)])
+    heads = ["micro-batches × pairs", "pairs", "decided otherwise", "largest change of a β used", "β at the end"]
+    return grid(["method", *heads], rows)
 
 
-def picture(runs: list[dict], path: Path) -> None:
-    """Margin against KL from the original, and β and decisions over steps."""
+def picture(done: dict[Run, dict[str, Any]], runs: list[Run], path: Path) -> None:
+    """Margin against KL from the original, margin by β₀, and β and ε-DPO's decisions over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Okabe and Ito's colours, which the colour-blind tell apart, and a marker each.
-    colours = (("#0072B2", "o"), ("#000000", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC79A7", "v"))
-    looks = dict(zip((*METHODS, VETO), colours, strict=True))
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for run in runs:
-        colour, marker = looks[run["method"]]
-        name = run["method"] if run["seed"] == runs[0]["seed"] else None
-        x = range(1, len(run["steps"]) + 1)
-        left.plot(run["kl_per_token"], run["margin"], marker, color=colour, label=name, markersize=8)
-        middle.plot(x, [s["beta/running"] for s in run["steps"]], color=colour, label=name, alpha=0.8)
-        if run["method"] == "eps-dpo":
+    figure, ((gained, swept), (betas, decisions)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    first = runs[0]
+    whole = {key: own for key, own in groups(runs).items() if all(run in done for run in own)}
+    for method in dict.fromkeys(method for method, _ in whole):
+        colour, marker = LOOKS[method]
+        look = {"color": colour, "marker": marker, "linewidth": 1, "capsize": 2, "label": method}
+        own = sorted((beta, seeds) for (name, beta), seeds in whole.items() if name == method)
+        margin, kl = (
+            [mean([mean(per_pair(done[run], measure)).value for run in seeds]) for _, seeds in own]
+            for measure in ("margin", "kl")
+        )
+        gained.errorbar(
+            [m.value for m in kl], [m.value for m in margin], xerr=[m.error for m in kl],
+            yerr=[m.error for m in margin], **look,
+        )  # fmt: skip
+        if len(own) > 1:
+            swept.errorbar([beta for beta, _ in own], [m.value for m in margin], [m.error for m in margin], **look)
+        steps = done[Run(method, first.beta, first.seed)]["steps"]
+        x = range(1, len(steps) + 1)
+        betas.plot(x, [s["beta/running"] for s in steps], color=colour, label=method)
+        if method == "eps-dpo":
             for what, line in (("relaxed", "-"), ("tightened", ":")):
-                label = f"{what}, seed {run['seed']}"
-                alpha = 0.9 if run["seed"] == runs[0]["seed"] else 0.4
-                right.plot(x, [s[f"beta/{what}"] for s in run["steps"]], line, color=colour, alpha=alpha, label=label)
-    left.set(
-        xlabel="KL(policy ‖ original), nats a token",
-        ylabel="held-out margin, nats",
-        title="What was gained, at what KL",
-    )
-    middle.set(xlabel="optimizer step", ylabel="running β", title="β")
-    right.set(
-        xlabel="optimizer step", ylabel="share of the step's pairs", title="ε-DPO's decisions", ylim=(-0.02, 1.02)
-    )
-    for axes in (left, middle, right):
+                decisions.plot(x, [s[f"beta/{what}"] for s in steps], line, color=colour, label=what)
+    gained.set(xlabel="KL(policy ‖ original), nats a token", ylabel="held-out margin, nats", title="Margin and KL")
+    swept.set(xlabel="β₀", ylabel="held-out margin, nats", title="Margin by β₀", xscale="log")
+    betas.set(
+        xlabel="optimizer step", ylabel="running β", title=f"β from β₀ = {first.beta:g}, seed {first.seed}",
+        yscale="log",
+    )  # fmt: skip
+    decisions.set(
+        xlabel="optimizer step", ylabel="share of the step's pairs", title="ε-DPO's decisions in that run",
+        ylim=(-0.02, 1.02),
+    )  # fmt: skip
+    for axes in (gained, swept, betas, decisions):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+        else:
+            axes.set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options, flags = parse(arguments)
-    for seed in options.seeds:
-        for method in options.methods:
-            train(options.out / f"{method}-{seed}", method, seed, flags, options.veto)
-    if options.micro_steps:
-        train_micro(options.out, options.seeds[0], options.micro_steps, flags)
-    runs = collect(options.out, options.methods, options.seeds)
-    text = table(runs)
-    if options.micro_steps:
+def write(options: argparse.Namespace, runs: list[Run]) -> str:
+    """The tables of what is done so far, in their file."""
+    text = tables(collect(options.out, runs), runs, options.idle)
+    if options.micro_steps and all((folder / MADE).exists() for *_, folder in micro_runs(options.out)):
         text += "\n\nThe same eight pairs a step, in micro-batches:\n\n" + micro_table(options.out)
     (options.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    picture(runs, options.out / "comparison.png")
-    print(text)
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, flags = parse(arguments)
+    runs, failed, took = plan(options), [], []
+    for i, run in enumerate(runs):
+        folder, start = options.out / run.name, time.monotonic()
+        print(f"{time.strftime('%H:%M:%S')} run {i + 1} of {len(runs)}, {run.name}: ", end="", flush=True)
+        try:
+            made = train(folder, run.method, run.seed, [*flags, f"--beta={run.beta}"], options.veto)
+        except subprocess.CalledProcessError as error:
+            failed.append(run.name)
+            print(f"FAILED with status {error.returncode}, see {folder / 'output.txt'}", flush=True)
+            continue
+        against_original(folder)
+        if options.discard_weights:
+            discard_weights(folder)
+        write(options, runs)
+        if made:
+            took.append(time.monotonic() - start)
+            left = sum(took) / len(took) * sum(not (options.out / other.name / FINAL).exists() for other in runs)
+            print(f"{took[-1] / 60:.1f} min; those to come, at this rate, {left / 60:.0f} min", flush=True)
+        else:
+            print("done before", flush=True)
+    if options.micro_steps:
+        train_micro(options.out, options.seeds[0], options.micro_steps, flags)
+    print(write(options, runs))
+    done = collect(options.out, runs)
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same words try them again")
+    picture(done, runs, options.out / "comparison.png")
     print(f"\nwritten to {options.out / 'comparison.md'} and {options.out / 'comparison.png'}")
 
 

@@ -1,25 +1,35 @@
-"""``python -m train.studies.known_optimum``: DPO and ε-DPO where the best policy of every β is known in closed form.
+"""``python -m train.studies.known_optimum``: all methods where the best policy of every β is known in closed form.
 
 A tabular policy answers each of a few prompts with one word, so that its logits are a table. Reference and reward are
 drawn; preferences follow Bradley and Terry's model of that reward. What maximises reward − β·KL(policy‖reference) is
 π*_β ∝ π_ref·exp(reward/β) (Rafailov et al., 2023, arXiv 2305.18290, equation 4), and all β together trace the best
-trade-off of reward against KL that there is. The loss is the package's own: a table's row is a hidden state, and the
-head is the identity.
+trade-off of reward against KL that there is. The losses are those of ``python -m train``: a table's row is a hidden
+state, and the head is the identity.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from epsdpo_kernels import EpsilonDPOLoss
+from ..methods import METHODS, make_loss
+from .common import LOOKS, Mean, grid, mean
 
-BETAS = (0.25, 0.5, 1.0, 2.0)
+# Of the sweep. Plain DPO has more of them, for it is what the others are held against at their own KL.
+BETAS = (0.01, 0.05, 0.2, 0.5, 1.0, 2.0)
+DPO_BETAS = (*BETAS, 0.02, 0.1, 0.35, 0.7, 1.4, 4.0)
+# More preferences than the longest run draws; and so few that a run of 400 steps sees each 50 times.
+PAIRS = (1 << 15, 512)
+STEPS = (100, 200, 400, 800, 1600)
+EPSILONS = (0.003, 0.01, 0.03, 0.1)
+UPDATES = ("mean-step", "mean-beta", "none")
 
 
 class Task(NamedTuple):
@@ -37,16 +47,45 @@ class Pairs(NamedTuple):
     rejected: Tensor
 
 
+class Run(NamedTuple):
+    """What a policy is trained by."""
+
+    method: str
+    beta: float
+    steps: int = 400
+    pairs: int = PAIRS[0]
+    epsilon: float = 0.01
+    beta_update: str = "mean-step"
+    z_star: float = 0.4
+
+
 class Moment(NamedTuple):
-    """A run at one step; shares are those of the step's pairs."""
+    """A run at one step; shares and margin are means over the pairs of the steps since the last one."""
 
     step: int
     beta: float
+    scaled_margin: float  # β·margin, to the reference that the loss has
     kl: float
     reward: float
     relaxed: float
     tightened: float
     logits: Tensor
+
+
+class End(NamedTuple):
+    """Where a run ends, and the best reward that there is at its KL."""
+
+    beta: float
+    scaled_margin: float
+    kl: float
+    reward: float
+    best: float
+    relaxed_right: float  # share relaxed of the preferences that agree with the reward
+    relaxed_wrong: float  # of those that do not
+
+    @property
+    def missing(self) -> float:
+        return self.best - self.reward
 
 
 def make_task(prompts: int = 4, words: int = 32, seed: int = 0) -> Task:
@@ -95,37 +134,57 @@ def best_at(task: Task, kl: float) -> tuple[float, float]:
     return math.exp(low), trade_off(task, optimal(task, math.exp(low)))[1]
 
 
-def loss_inputs(task: Task, logits: Tensor, pairs: Pairs) -> tuple[Tensor, ...]:
+def loss_inputs(ref_logits: Tensor, logits: Tensor, pairs: Pairs) -> tuple[Tensor, ...]:
     """Tables and pairs as the arguments of :func:`epsdpo_kernels.linear_epsilon_dpo`."""
     head = torch.eye(logits.shape[1], dtype=logits.dtype)
     rows = pairs.prompt.repeat(2)
     labels = torch.cat((pairs.chosen, pairs.rejected))[:, None]
-    return logits[rows][:, None], head, labels, task.ref_logits[rows][:, None], head
+    return logits[rows][:, None], head, labels, ref_logits[rows][:, None], head
 
 
 def train(
-    task: Task, pairs: Pairs, *, beta: float, epsilon: float, steps: int, seed: int, batch: int = 128, lr: float = 0.05
+    task: Task, pairs: Pairs, run: Run, seed: int, batch: int = 64, lr: float = 0.05, every: int = 20
 ) -> list[Moment]:
     """Starts at the reference; Adam with a cosine to 0. Gives the run at every twentieth step and at the end."""
+    torch.manual_seed(seed)  # β-DPO draws the pairs that it keeps
     g = torch.Generator().manual_seed(seed)
-    logits = task.ref_logits.clone().requires_grad_()
-    loss_fn = EpsilonDPOLoss(beta, epsilon, "mean-step" if epsilon else "none")
+    reference = task.ref_logits.clone()
+    logits = reference.clone().requires_grad_()
+    loss_fn = make_loss(
+        run.method, beta=run.beta, epsilon=run.epsilon, beta_update=run.beta_update, label_smoothing=0.0, veto={},
+        beta_dpo={}, lsc_dpo={"z_star": run.z_star},
+    )  # fmt: skip
     optimizer = torch.optim.Adam([logits], lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    run = []
-    for step in range(1, steps + 1):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
+    moments, since = [], []
+    for step in range(1, run.steps + 1):
         drawn = torch.randint(len(pairs.prompt), (batch,), generator=g)
-        out = loss_fn(*loss_inputs(task, logits, Pairs(*(t[drawn] for t in pairs))))
+        beta = loss_fn.beta.item()
+        out = loss_fn(*loss_inputs(reference, logits, Pairs(*(t[drawn] for t in pairs))))
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
         schedule.step()
         loss_fn.update_beta()
-        if step % 20 == 0 or step == steps:
-            relaxed, tightened = ((out.step == s).double().mean().item() for s in (1, -1))
+        if run.method == "tr-dpo":  # as train.methods.MovingReference, with the trainer's defaults
+            reference.lerp_(logits.detach(), 0.6)
+        margin = (out.chosen_logps - out.rejected_logps) - (out.ref_chosen_logps - out.ref_rejected_logps)
+        since.append([beta * margin.mean().item(), *((out.step == s).double().mean().item() for s in (1, -1))])
+        if step % every == 0 or step == run.steps:
+            scaled, relaxed, tightened = torch.tensor(since).mean(0).tolist()
+            since.clear()
             now = logits.detach().clone()
-            run.append(Moment(step, loss_fn.beta.item(), *trade_off(task, now), relaxed, tightened, now))
-    return run
+            moments.append(Moment(step, loss_fn.beta.item(), scaled, *trade_off(task, now), relaxed, tightened, now))
+    return moments
+
+
+def end_of(task: Task, pairs: Pairs, last: Moment) -> End:
+    change = last.logits - task.ref_logits
+    up = change[pairs.prompt, pairs.chosen] > change[pairs.prompt, pairs.rejected]
+    right = task.reward[pairs.prompt, pairs.chosen] > task.reward[pairs.prompt, pairs.rejected]
+    # Completions of one word: the step is the margin's sign.
+    shares = (up[right].double().mean().item(), up[~right].double().mean().item())
+    return End(last.beta, last.scaled_margin, last.kl, last.reward, best_at(task, last.kl)[1], *shares)
 
 
 def two_word_gap(epsilon: float, beta: float = 0.5, words: int = 8, seed: int = 0) -> float:
@@ -148,102 +207,201 @@ def two_word_gap(epsilon: float, beta: float = 0.5, words: int = 8, seed: int = 
     return (relaxed - whole(*two_steps(beta / (1 + epsilon)))).abs().max().item()
 
 
-def table(task: Task, pairs: Pairs, runs: list[tuple[str, list[Moment]]]) -> str:
-    """Markdown, a row a run: where it ends, and the best that is possible there."""
-    lines = [
-        "| run | β at the end | KL | reward | best reward at that KL | β of that optimum | relaxed | tightened | "
-        "relaxed where the label agrees with the reward | where it is flipped |",
-        "| --- |" + " --- |" * 9,
-    ]
-    right = task.reward[pairs.prompt, pairs.chosen] > task.reward[pairs.prompt, pairs.rejected]
-    for name, run in runs:
-        end = run[-1]
-        beta, best = best_at(task, end.kl)
-        margin = (end.logits - task.ref_logits)[pairs.prompt.repeat(2), torch.cat((pairs.chosen, pairs.rejected))]
-        up = margin.chunk(2)[0] > margin.chunk(2)[1]  # completions of one word: the step is the margin's sign
-        cells = "– | – | – | –"
-        if name.startswith("ε"):
-            shares = (up.double().mean(), (~up).double().mean(), up[right].double().mean(), up[~right].double().mean())
-            cells = " | ".join(f"{share:.0%}" for share in shares)
-        lines.append(
-            f"| {name} | {end.beta:.3f} | {end.kl:.3f} | {end.reward:.4f} | {best:.4f} | {beta:.3f} | {cells} |"
-        )
-    return "\n".join(lines)
+def sweep(pairs: int) -> dict[str, list[Run]]:
+    """The runs of a number of preferences, by method."""
+    return {m: [Run(m, beta, pairs=pairs) for beta in (DPO_BETAS if m == "dpo" else BETAS)] for m in METHODS}
 
 
-def picture(task: Task, runs: list[tuple[str, list[Moment]]], epsilon: float, path: Path) -> None:
-    """Left: reward against KL, with the relaxed and tightened policies of some moments. Right: β and decisions."""
+def stopped_early(pairs: int) -> list[Run]:
+    """DPO of half the steps: less KL by less training, where the others have it by a larger β."""
+    return [Run("dpo", beta, steps=200, pairs=pairs) for beta in BETAS]
+
+
+def over_steps() -> dict[str, list[Run]]:
+    """Runs of several lengths from β₀ = 1, by what they are called."""
+    named = {"DPO": ("dpo", 0.4), "ε-DPO": ("eps-dpo", 0.4)}
+    named |= {f"LSC-DPO, z* = {z}": ("lsc-dpo", z) for z in (0.4, 0.8)}
+    return {name: [Run(method, 1.0, steps, z_star=z) for steps in STEPS] for name, (method, z) in named.items()}
+
+
+def over_epsilon() -> dict[str, list[Run]]:
+    """ε-DPO from β₀ = 1, by its β update."""
+    return {u: [Run("eps-dpo", 1.0, epsilon=epsilon, beta_update=u) for epsilon in EPSILONS] for u in UPDATES}
+
+
+Results = dict[Run, list[End]]  # one entry a seed, in the order of the seeds
+
+
+def more_than_dpo(results: Results, run: Run) -> Mean:
+    """How much more reward a run ends with than DPO of 400 steps at the same KL, of the same preferences and seed.
+
+    What DPO lacks to the best possible is interpolated between its β₀, and is 0 at KL 0. NaN where the run is further
+    from the reference than DPO gets, in any seed: the seeds that remain would be a choice.
+    """
+    found = []
+    for seed, end in enumerate(results[run]):
+        others = (results[other][seed] for other in sweep(run.pairs)["dpo"])
+        curve = [(0.0, 0.0), *sorted((other.kl, other.missing) for other in others)]
+        for (low, missing_low), (high, missing_high) in pairwise(curve):
+            if low < end.kl <= high:
+                share = (end.kl - low) / (high - low)
+                found.append(missing_low + share * (missing_high - missing_low) - end.missing)
+        if len(found) <= seed:
+            found.append(math.nan)
+    return mean(found)
+
+
+def each(results: Results, runs: Sequence[Run], name: str, digits: int = 3) -> list[str]:
+    """The mean over seeds of a column of :class:`End`, and half its 95 % interval, for every run."""
+    means = (mean([getattr(end, name) for end in results[run]]) for run in runs)
+    return [f"{m.value:.{digits}g} ± {m.half_width:.1g}" for m in means]
+
+
+def geometric(results: Results, runs: Sequence[Run]) -> list[str]:
+    """The geometric mean over seeds of β at the end, and the factor that is half its 95 % interval, for every run."""
+    means = (mean([math.log(end.beta) for end in results[run]]) for run in runs)
+    return [f"{math.exp(m.value):.3g}" + (f" ×÷ {math.exp(m.half_width):.2f}" if m.error > 1e-6 else "") for m in means]
+
+
+def gains(results: Results, runs: Sequence[Run]) -> list[str]:
+    """Thousandths of reward more than DPO at the same KL, for every run."""
+    means = (more_than_dpo(results, run) for run in runs)
+    return ["beyond" if math.isnan(m.half_width) else f"{1e3 * m.value:+.1f} ± {1e3 * m.half_width:.1f}" for m in means]
+
+
+def tables(results: Results) -> str:
+    """Markdown: the sweep, the steps, and ε."""
+    parts: list[str] = []
+
+    def add(title: str, head: str, columns: Sequence[object], rows: dict[str, list[str]]) -> None:
+        parts.extend((title, grid([head, *map(str, columns)], [[name, *cells] for name, cells in rows.items()])))
+
+    for pairs in PAIRS:
+        rows = {m: [Run(m, beta, pairs=pairs) for beta in BETAS] for m in METHODS}
+        heads = [f"β₀ = {beta}" for beta in BETAS]
+        of = f"{pairs:,} preferences,"
+        add(f"{of} KL at the end (nats):", "method", heads, {m: each(results, r, "kl") for m, r in rows.items()})
+        add(
+            f"{of} reward more than DPO's at the same KL (thousandths):", "method", heads,
+            {m: gains(results, r) for m, r in rows.items() if m != "dpo"}
+            | {"dpo, 200 steps": gains(results, stopped_early(pairs))},
+        )  # fmt: skip
+        moved = {m: geometric(results, r) for m, r in rows.items() if m in ("eps-dpo", "beta-dpo", "lsc-dpo")}
+        add(f"{of} β at the end:", "method", heads, moved)
+    cells = {label: geometric(results, runs) for label, runs in over_steps().items()}
+    add("β at the end, by steps, from β₀ = 1:", "run", STEPS, cells)
+    for title, name in (("β·mean margin", "scaled_margin"), ("KL (nats)", "kl")):
+        cells = {label: each(results, runs, name) for label, runs in over_steps().items()}
+        add(f"{title} at the end, by steps, from β₀ = 1:", "run", STEPS, cells)
+    heads = [f"ε = {epsilon}" for epsilon in EPSILONS]
+    cells = {update: geometric(results, runs) for update, runs in over_epsilon().items()}
+    add("ε-DPO, β at the end, from β₀ = 1:", "`beta_update`", heads, cells)
+    cells = {update: each(results, runs, "kl") for update, runs in over_epsilon().items()}
+    add("ε-DPO, KL (nats) at the end, from β₀ = 1:", "`beta_update`", heads, cells)
+    cells = {update: gains(results, runs) for update, runs in over_epsilon().items()}
+    title = "ε-DPO, reward more than DPO's at the same KL (thousandths), from β₀ = 1:"
+    add(title, "`beta_update`", heads, cells)
+    usual = [Run("eps-dpo", 1.0, pairs=pairs) for pairs in PAIRS]
+    named = {"agree with the reward": "relaxed_right", "do not": "relaxed_wrong"}
+    cells = {label: each(results, usual, name) for label, name in named.items()}
+    heads = [f"{pairs:,} preferences" for pairs in PAIRS]
+    add("ε-DPO's relaxed share at the end, from β₀ = 1:", "preferences that", heads, cells)
+    missed = ", ".join(f"{two_word_gap(epsilon):.1e} at ε = {epsilon}" for epsilon in (0.1, 0.01, 0.001))
+    parts.append(f"Completions of two words, relaxed word by word, miss the optimum of β/(1+ε) by {missed} (nats).")
+    return "\n\n".join(parts) + "\n"
+
+
+def picture(results: Results, path: Path) -> None:
+    """KL by β₀, and reward more than DPO's at the same KL, for many preferences and for few."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    curve = [trade_off(task, optimal(task, math.exp(x / 20))) for x in range(-28, 60)]
-    left.plot(*zip(*curve, strict=True), color="#999999", linewidth=5, alpha=0.4, label="optimum, all β")
-    shares = right.twinx()
-    first = next(name for name, _ in runs if not name.startswith("DPO"))
-    for name, run in runs:
-        x, y = [moment.kl for moment in run], [moment.reward for moment in run]
-        if name.startswith("DPO"):
-            left.plot(x[-1], y[-1], "s", color="black", label="DPO" if name == runs[0][0] else None)
-            left.annotate(name.removeprefix("DPO, "), (x[-1], y[-1]), (6, -12), textcoords="offset points", fontsize=8)
-            continue
-        label = "ε-DPO" if name == first else None
-        left.plot(x, y, color="#0072B2", alpha=0.7, label=label)
-        left.plot(x[-1], y[-1], "o", color="#0072B2")
-        right.plot([m.step for m in run], [m.beta for m in run], color="#0072B2", label=label and "β")
-        for what, line in (("relaxed", "-"), ("tightened", ":")):
-            values = [getattr(moment, what) for moment in run]
-            shares.plot([m.step for m in run], values, line, color="#D55E00", alpha=0.6, label=label and what)
-        if name.endswith("seed 0"):
-            for moment in run[len(run) // 2 :: max(1, len(run) // 2 - 1)]:
-                for sign, colour in ((1, "#D55E00"), (-1, "#009E73")):
-                    # ε itself would be too short an arrow to be seen.
-                    tip = trade_off(task, perturbed(moment.logits, task.ref_logits, sign * 20 * epsilon))
-                    arrow = {"arrowstyle": "->", "color": colour, "linewidth": 2}
-                    left.annotate("", tip, (moment.kl, moment.reward), arrowprops=arrow)
-    left.plot([], [], color="#D55E00", label="relaxed policy (20ε)")
-    left.plot([], [], color="#009E73", label="tightened policy (20ε)")
-    left.set(
-        xlabel="KL(policy ‖ reference), nats", ylabel="expected reward", title="The trade-off, and who lands where"
-    )
-    right.set(xlabel="step", ylabel="running β", title="ε-DPO's β and decisions", yscale="log")
-    shares.set(ylabel="share of the step's pairs", ylim=(0, 1.02))
-    for axes in (left, right):
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    for method, runs in sweep(PAIRS[0]).items():
+        colour, marker = LOOKS[method]
+        kl = {run.beta: mean([end.kl for end in results[run]]).value for run in runs}
+        panels[0].plot(*zip(*sorted(kl.items()), strict=True), color=colour, marker=marker, label=method)
+    for axes, pairs in zip(panels[1:], PAIRS, strict=True):
+        axes.axhline(0, color=LOOKS["dpo"][0], label="dpo, 400 steps")
+        shown = {m: (runs, LOOKS[m], "-") for m, runs in sweep(pairs).items() if m not in ("dpo", "tr-dpo")}
+        shown["dpo, 200 steps"] = (stopped_early(pairs), LOOKS["dpo"], ":")
+        for label, (runs, (colour, marker), line) in shown.items():
+            more = [more_than_dpo(results, run) for run in runs]
+            axes.errorbar(
+                [mean([end.kl for end in results[run]]).value for run in runs], [1e3 * m.value for m in more],
+                yerr=[1e3 * m.half_width for m in more], color=colour, marker=marker, linestyle=line, capsize=2,
+                elinewidth=0.8, label=label,
+            )  # fmt: skip
+        axes.set(
+            xlabel="KL(policy ‖ reference) at the end, nats", ylabel="reward more than DPO's at that KL, thousandths",
+            title=f"{pairs:,} preferences", xlim=(0, None),
+        )  # fmt: skip
+    panels[0].set(
+        xlabel="β₀", ylabel="KL(policy ‖ reference) at the end, nats", xscale="log", yscale="log",
+        title=f"Where β₀ leads, {PAIRS[0]:,} preferences",
+    )  # fmt: skip
+    for axes in panels:
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8, loc="lower right")
-    lines = [line for line in (*right.lines, *shares.lines) if not str(line.get_label()).startswith("_")]
-    right.legend(lines, [str(line.get_label()) for line in lines], fontsize=8, loc="lower left")
+        axes.legend(fontsize=9, loc="lower left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def picture_of_steps(results: Results, path: Path) -> None:
+    """β, β·margin and KL at the end by steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for name, runs in over_steps().items():
+        colour, marker = LOOKS[runs[0].method]
+        look = {"color": colour, "marker": marker, "linestyle": "--" if runs[0].z_star != 0.4 else "-", "capsize": 2}
+        logs = [mean([math.log(end.beta) for end in results[run]]) for run in runs]
+        middle = [math.exp(m.value) for m in logs]
+        ends = [
+            [abs(math.exp(m.value + sign * m.half_width) - y) for m, y in zip(logs, middle, strict=True)]
+            for sign in (-1, 1)
+        ]
+        panels[0].errorbar(STEPS, middle, yerr=ends, **look, label=name)
+        for axes, column in zip(panels[1:], ("scaled_margin", "kl"), strict=True):
+            values = [mean([getattr(end, column) for end in results[run]]) for run in runs]
+            axes.errorbar(STEPS, [m.value for m in values], yerr=[m.half_width for m in values], **look, label=name)
+    for axes, title in zip(panels, ("β", "β · mean margin", "KL(policy ‖ reference), nats,"), strict=True):
+        axes.set(xlabel="steps of the run", xscale="log", title=f"{title} at the end")
+        axes.set_xticks(STEPS, map(str, STEPS))
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+    panels[0].set_yscale("log")
+    panels[0].legend(fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.studies.known_optimum", description=__doc__)
-    parser.add_argument("--out", required=True, type=Path, help="folder of the table and the picture")
-    parser.add_argument("--pairs", type=int, default=1 << 15)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--epsilon", type=float, default=0.01)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", required=True, type=Path, help="folder of the tables and the pictures")
+    parser.add_argument("--seeds", type=int, default=16, help="tasks, each with its own preferences and batches")
     options = parser.parse_args(arguments)
-    task = make_task()
-    pairs = sample(task, options.pairs, seed=1)
-    runs = []
-    for beta in BETAS:
-        runs.append((f"DPO, β = {beta}", train(task, pairs, beta=beta, epsilon=0.0, steps=options.steps, seed=0)))
-        print(runs[-1][0], flush=True)
-    for beta in (2.0, 1.0):
-        for seed in options.seeds:
-            name = f"ε-DPO from β = {beta}, seed {seed}"
-            runs.append((name, train(task, pairs, beta=beta, epsilon=options.epsilon, steps=options.steps, seed=seed)))
-            print(name, flush=True)
-    text = table(task, pairs, runs)
-    gaps = ", ".join(f"{two_word_gap(epsilon):.1e} at ε = {epsilon}" for epsilon in (0.1, 0.01, 0.001))
-    text += f"\n\nCompletions of two words, relaxed word by word, miss the optimum of β/(1+ε) by {gaps} (nats).\n"
+    groups = [*(sweep(pairs) | {"early": stopped_early(pairs)} for pairs in PAIRS), over_steps(), over_epsilon()]
+    runs = list(dict.fromkeys(run for group in groups for named in group.values() for run in named))
+    results: Results = {run: [] for run in runs}
+    for seed in range(options.seeds):
+        task = make_task(seed=seed)
+        preferences = {n: sample(task, n, seed=1000 + seed) for n in PAIRS}
+        for i, run in enumerate(runs):
+            pairs = preferences[run.pairs]
+            results[run].append(end_of(task, pairs, train(task, pairs, run, seed)[-1]))
+            if (i + 1) % 25 == 0:
+                print(f"seed {seed + 1} of {options.seeds}: {i + 1} of {len(runs)} runs", flush=True)
+    text = tables(results)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "known_optimum.md").write_text(text, encoding="utf-8")
-    picture(task, runs, options.epsilon, options.out / "known_optimum.png")
+    picture(results, options.out / "known_optimum.png")
+    picture_of_steps(results, options.out / "known_optimum_steps.png")
     print(text)
 
 

@@ -1,0 +1,250 @@
+"""How a trainer's batches of pairs go through its models: packed or padded, in parts of bounded size.
+
+What both trainers share. A batch stays the same pairs whatever its layout, and every pair weighs alike, so decisions do
+not know of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from . import attention
+from .memory import GIB, expected_memory
+from .packing import Packing, pack, part, to
+from .transformers import causal_lm
+
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class PackedBatches:
+    """To be named before a transformers.Trainer among a trainer's bases.
+
+    The trainer calls :meth:`set_layout` when it has its models, :meth:`lay_out` on the batches of an optimizer step,
+    and :meth:`packing_of` where it computes a loss; it says what of a batch is to be predicted.
+    """
+
+    accelerator: Any
+    args: Any
+    train_dataset: Any
+    is_fsdp_enabled: bool
+    packed: bool = False
+    by_batch: bool = False  # whether a pair's loss depends on the batch that it is in
+    max_tokens: int | None = None
+    _ran = (0, 0)  # tokens through the backbone since the last line of the log, and what padded rows would have been
+    _clock: float | None = None
+
+    def labels_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """(2B, T) what each hidden state of the batch has to predict, −100 where nothing."""
+        raise NotImplementedError
+
+    def blank_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A pair of the batch's kind of which nothing is scored."""
+        raise NotImplementedError
+
+    def set_layout(self, models: Sequence[nn.Module], packed: bool, max_tokens: int | None) -> None:
+        """Chooses packed rows where they are wanted and all models can, and says what was chosen and why.
+
+        Raises:
+            ValueError: max_tokens is not positive, or a batch may not be cut.
+        """
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens_per_batch: got {max_tokens}, takes a positive number of tokens")
+        if max_tokens is not None and self.by_batch:
+            raise ValueError(
+                "max_tokens_per_batch: got a loss whose β is a batch's, which cutting would change; takes none"
+            )
+        self.max_tokens, self._models = max_tokens, list(models)
+        if not packed:
+            return
+        with self.accelerator.autocast():
+            reason = attention.pack_rows(models)
+        self.packed = reason is None
+        self.accelerator.print(
+            f"rows: packed, attention by {', '.join(sorted(attention.ran))}"
+            if self.packed
+            else f"rows: padded. {reason}",
+            flush=True,
+        )
+
+    def train(self, *args, **kwargs):
+        self._say_memory()
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _say_memory(self) -> None:
+        """Prints what the run expects to need and, on CUDA, what is there."""
+        policy, *reference = self._models
+        data = getattr(self.train_dataset, "pairs", self.train_dataset)
+        known = hasattr(data, "__len__") and set(COLUMNS) <= set(getattr(data, "column_names", COLUMNS))
+        if not known or causal_lm(policy).device.type == "meta":
+            return
+        lengths = pair_lengths(data)
+        prompts, answers = lengths[:, 0], lengths[:, 1:]
+        if self.packed:
+            tokens, scored = lengths.sum(1), answers.sum(1)
+        else:  # at most: as if every row were as long as the longest
+            tokens = (2 * (prompts + answers.amax(1)).amax()).expand(len(lengths))
+            scored = answers.sum(1)
+        longest = tokens.topk(min(self.args.per_device_train_batch_size, len(tokens)))
+        total = int(longest.values.sum())
+        if self.max_tokens:
+            total = min(total, max(self.max_tokens, int(longest.values[0])))
+        with self.accelerator.autocast():
+            expected = expected_memory(
+                policy, reference[0] if reference else None, tokens=total,
+                scored=min(total, int(scored.topk(len(longest.values)).values.sum())), optimizer=str(self.args.optim),
+                shards=self.accelerator.num_processes if self.is_fsdp_enabled else 1,
+            )  # fmt: skip
+        text = f"{expected}; the longest micro-batch has at most {total:,} tokens"
+        if self.accelerator.device.type == "cuda":
+            free, there = torch.cuda.mem_get_info(self.accelerator.device)
+            text += f". {self.accelerator.device} has {there / GIB:.2f} GiB, {free / GIB:.2f} of them free"
+        self.accelerator.print(text, flush=True)
+
+    def dealt(self, sampler: Any, dataset: Any) -> Any:
+        """The sampler with an optimizer step's pairs dealt by tokens, where rows are packed."""
+        if not self.packed or self.by_batch or not set(COLUMNS) <= set(getattr(dataset, "column_names", COLUMNS)):
+            return sampler
+        tokens = pair_lengths(dataset).sum(1).tolist()
+        batches = self.args.world_size * self.args.gradient_accumulation_steps
+        return DealtSampler(sampler, tokens, self.args.train_batch_size, batches)
+
+    def lay_out(self, batches: list[dict[str, Any]]) -> None:
+        """Packs the batches of an optimizer step, and cuts those of more than max_tokens; one read of them by the host.
+
+        Every rank cuts as often as the one with the most to cut, because FSDP's ranks gather parameters together.
+        """
+        for batch in batches:
+            batch["parts"] = list(self._parts(batch))
+        if self.max_tokens and self.accelerator.num_processes > 1:
+            counts = torch.tensor([[len(batch["parts"]) for batch in batches]], device=self.accelerator.device)
+            for batch, count in zip(batches, self.accelerator.gather(counts).amax(0).tolist(), strict=True):
+                missing = count - len(batch["parts"])
+                batch["parts"] += [self._packed(self.blank_of(batch)) for _ in range(missing)]
+
+    def packing_of(self, batch: dict[str, Any]) -> Packing | None:
+        """The packed row of a batch or part, or None where rows are padded."""
+        return batch["packing"] if "packing" in batch else self._packed(batch)["packing"]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        *others, last = inputs.pop("parts")
+        state, loss = self.accelerator.gradient_state, 0.0
+        sync = state.sync_gradients
+        for one in others:
+            # Gradients are reduced, and β moves, with the last part.
+            state._set_sync_gradients(False)
+            with self.accelerator.no_sync(model):
+                loss += super().training_step(model, self._counted(one), num_items_in_batch)  # type: ignore[misc]
+        state._set_sync_gradients(sync)
+        return loss + super().training_step(model, self._counted(last), num_items_in_batch)  # type: ignore[misc]
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._clock = self._clock or time.perf_counter()
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._clock:
+            ran = torch.tensor(self._ran, device=self.accelerator.device)
+            tokens, padded = self.accelerator.reduce(ran, "sum").tolist()
+            logs["tokens"], logs["padding_saved"] = tokens, 1 - tokens / max(padded, 1)
+            logs["tokens_per_second"] = tokens / (time.perf_counter() - self._clock)
+            # The clock starts again with the next batches, after what evaluation and checkpoints take.
+            self._ran, self._clock = (0, 0), None
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _parts(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        whole = self._packed(batch)
+        width = 2 * batch["input_ids"].shape[1]
+        pairs = len(batch["input_ids"]) // 2
+        tokens = [sum(n) for n in whole["packing"].segments.lengths] if self.packed else [width] * pairs
+        first, total = 0, 0
+        for i, n in enumerate(tokens):
+            if self.max_tokens and i > first and total + n > self.max_tokens:
+                yield self._packed(part(batch, first, i))
+                first, total = i, 0
+            total += n
+        yield self._packed(part(batch, first, pairs)) if first else whole
+
+    def _packed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        packing = None
+        if self.packed:
+            packing = pack(batch["input_ids"], batch["attention_mask"], self.labels_of(batch))
+            packing = to(packing, batch["input_ids"].device)
+        return batch | {"packing": packing}
+
+    def _counted(self, one: dict[str, Any]) -> dict[str, Any]:
+        padded = one["input_ids"].numel()
+        own = padded if one["packing"] is None else one["packing"].input_ids.numel()
+        self._ran = self._ran[0] + own, self._ran[1] + padded
+        return one
+
+
+class DealtSampler(Sampler[int]):
+    """Another sampler's pairs, those of an optimizer step dealt so that its batches have about equal tokens.
+
+    Batches that ranks run at the same time are next to each other, and the most alike.
+
+    Args:
+        sampler: gives pairs in an order that all ranks agree on.
+        tokens: of each pair; a pair past the end has none.
+        batch_size: pairs a batch.
+        batches: of all ranks in an optimizer step.
+    """
+
+    def __init__(self, sampler: Any, tokens: Sequence[int], batch_size: int, batches: int):
+        self.sampler, self.tokens, self.batch_size, self.batches = sampler, tokens, batch_size, batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        window = []
+        for pair in self.sampler:
+            window.append(pair)
+            if len(window) == self.batch_size * self.batches:
+                yield from deal(window, self._tokens, self.batch_size)
+                window = []
+        yield from deal(window, self._tokens, self.batch_size)
+
+    def _tokens(self, pair: int) -> int:
+        return self.tokens[pair] if pair < len(self.tokens) else 0
+
+
+def deal(pairs: list[int], tokens: Callable[[int], int], batch_size: int) -> list[int]:
+    """The pairs in batches of about equal tokens, heaviest first; a short batch stays the last.
+
+    The longest pair goes first, each to the lightest batch that has room.
+    """
+    full, rest = divmod(len(pairs), batch_size)
+    room = [batch_size] * full + [rest] * (rest > 0)
+    batches: list[list[int]] = [[] for _ in room]
+    light = [(0, i) for i in range(len(room))]
+    for pair in sorted(pairs, key=tokens, reverse=True):
+        total, i = heapq.heappop(light)
+        batches[i].append(pair)
+        if len(batches[i]) < room[i]:
+            heapq.heappush(light, (total + tokens(pair), i))
+    short = batches.pop() if rest else []
+    batches.sort(key=lambda batch: sum(map(tokens, batch)), reverse=True)
+    return [pair for batch in [*batches, short] for pair in batch]
+
+
+def pair_lengths(dataset: Any) -> Tensor:
+    """(pairs, 3) tokens of prompt, chosen and rejected of every pair of a data set."""
+    if hasattr(dataset, "with_format"):  # a datasets.Dataset, whose rows would be slow to read one by one
+        columns: list[list[Tensor]] = [[], [], []]
+        for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(4096):
+            for column, name in zip(columns, COLUMNS, strict=True):
+                column.append(torch.from_numpy(pc.list_value_length(table[name]).to_numpy().copy()))
+        return torch.stack([torch.cat(column) for column in columns], 1).long()
+    return torch.tensor([[len(pair[name]) for name in COLUMNS] for pair in dataset])

@@ -1,0 +1,171 @@
+"""What both trainers see to before a run: a forward without chance, a reference that stays, a whole checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .transformers import HeadInputs, as_reference, causal_lm, check_head, evaluating, few_tokens, head_inputs, lm_head
+
+# Names of what a forward does at random in training: dropout of values, layers and paths, noise on a router's inputs.
+RANDOM = re.compile("drop|jitter")
+
+
+def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> None:
+    """Makes the forward in training the forward in evaluation: the check of a pair would read the noise of any other.
+
+    Sets to 0 the dropout of all layers, adapters' included, and of functions that take it from an attribute; in the
+    configuration only where a forward reads it from there.
+
+    Args:
+        model: a causal language model, within PEFT or not.
+        autocast: dtype that training computes in, where that is not the weights'.
+
+    Raises:
+        ValueError: its forward stays random, or becomes another one, so that policy and reference would differ.
+    """
+    inner = causal_lm(model)
+    measured = inner.device.type != "meta"  # FSDP's memory-saving loading: only the first rank holds weights
+    before = _hidden(model, False, autocast) if measured else None
+
+    def quiet() -> bool:
+        return all(_close(_hidden(model, training, autocast), before) for training in (False, True, True))
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _zero(module)
+    if not measured or not quiet():
+        _zero(inner.config)
+        _zero(inner.config.get_text_config())
+    if measured and not quiet():
+        raise ValueError(
+            f"model: the forward of {type(inner).__name__} in training is not that of evaluation, also with all "
+            "dropout at 0, and the check of a pair would read the difference. With dropout=True (TRL: "
+            "disable_dropout=False) it is taken as it is"
+        )
+
+
+def _zero(owner: Any) -> None:
+    for name, value in list(vars(owner).items()):
+        if RANDOM.search(name) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(owner, name, type(value)(0))
+
+
+@torch.no_grad()
+def _hidden(model: nn.Module, training: bool, autocast: torch.dtype | None) -> Tensor:
+    """(tokens, H) fp32 last hidden states of a few tokens. The random generators stay where they were."""
+    inner = causal_lm(model)
+    ids, mask = few_tokens(inner, 32)
+    devices = [inner.device] if inner.device.type == "cuda" else []
+    with evaluating(model, autocast), torch.random.fork_rng(devices):
+        model.train(training)
+        return head_inputs(model, ids, mask).hidden[mask.bool()].float()
+
+
+def _close(found: Tensor, expected: Tensor | None) -> bool:
+    """To rounding: training may take another kernel."""
+    assert expected is not None
+    return bool((found - expected).norm() <= 1e-2 * expected.norm())
+
+
+def check_reference(
+    policy: nn.Module,
+    reference: nn.Module | None,
+    autocast: torch.dtype | None = None,
+    inputs: Callable[..., HeadInputs] = head_inputs,
+) -> None:
+    """Checks the reference as :func:`check_head` does a policy, and that training leaves it as it is.
+
+    Args:
+        policy: the model that trains, within PEFT or not.
+        reference: a second model, or None where the policy without its adapter is the reference.
+        autocast: dtype that training computes in, where that is not the weights'.
+        inputs: what gives the second model's hidden states and head where :func:`head_inputs` itself does not.
+
+    Raises:
+        TypeError, ValueError: its head cannot be fused, its vocabulary is another, or it shares weights that train.
+    """
+    if reference is None:
+        with as_reference(policy):
+            check_head(policy, autocast, argument="ref_model")
+        shared = _trained_in_reference(policy, autocast)
+    else:
+        check_head(reference, autocast, argument="ref_model", inputs=inputs)
+        check_vocabulary(policy, len(lm_head(causal_lm(reference), "ref_model").weight))
+        trained = {_storage(p) for p in policy.parameters() if p.requires_grad} - {0}
+        shared = [name for name, p in reference.named_parameters() if _storage(p) in trained]
+    if shared:
+        names = ", ".join(shared[:3]) + (f" and {len(shared) - 3} more" if len(shared) > 3 else "")
+        raise ValueError(
+            f"ref_model: training would move the reference, which shares {names} with the policy. Train adapters alone "
+            "(bias='none', no other weight with requires_grad), or give as ref_model a model of its own"
+        )
+
+
+def check_vocabulary(policy: nn.Module, size: int) -> None:
+    """Raises ValueError where a reference's vocabulary is not of the policy's size."""
+    own = len(lm_head(causal_lm(policy)).weight)
+    if size != own:
+        raise ValueError(f"ref_model: got a vocabulary of {size}, takes the policy's, {own}")
+
+
+def _storage(parameter: Tensor) -> int:
+    """Where it is in memory; 0 on "meta", where it is nowhere."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.untyped_storage().data_ptr()
+
+
+def _trained_in_reference(model: Any, autocast: torch.dtype | None) -> list[str]:
+    """Names of the weights that train and have a part in the hidden states or the head of a model's own reference."""
+    inner = causal_lm(model)
+    if inner.device.type == "meta":
+        return []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with evaluating(model, autocast), as_reference(model), torch.enable_grad():
+        head = head_inputs(model, *few_tokens(inner))
+        parts = [t.float().square().sum() for t in (head.hidden, head.weight, head.bias) if t is not None]
+        total = torch.stack(parts).sum()
+        # Of an adapter that is switched off PEFT asks no gradient.
+        asked = {name: p for name, p in trained.items() if p.requires_grad}
+        if not asked or not total.requires_grad:
+            return []
+        gradients = torch.autograd.grad(total, list(asked.values()), allow_unused=True)
+    return [name for name, gradient in zip(asked, gradients, strict=True) if gradient is not None]
+
+
+def check_launch(trainer: Any) -> None:
+    """Raises ValueError where the model would be split in a way that the loss does not know."""
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_size > 1 or parallelism.cp_size > 1 or parallelism.sp_size > 1):
+        raise ValueError(
+            "parallelism_config: got tensor, context or sequence parallelism, takes data parallelism and FSDP2: a "
+            "pair's decision needs its whole completions and the whole vocabulary on one rank"
+        )
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError("deepspeed: got ZeRO-3, which does not gather the head for a fused loss; use FSDP2 instead")
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
+
+
+def check_checkpoint(folder: Path, trainer: Any) -> None:
+    """Raises ValueError where a checkpoint lacks what ``transformers.Trainer`` would go on without, and not say so."""
+    rank, world = trainer.args.process_index, trainer.args.world_size
+    names = ["scheduler.pt", f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
+    if not trainer.is_deepspeed_enabled:  # which has formats of its own, and says what it misses
+        names.append("optimizer*")
+    if trainer.accelerator.scaler is not None:
+        names.append("scaler.pt")
+    missing = [name.replace("*", ".pt") for name in names if not any(folder.glob(name))]
+    if missing:
+        raise ValueError(
+            f"resume_from_checkpoint: got {folder} without {', '.join(missing)}, takes a whole checkpoint of as many "
+            "processes: optimizer and learning rate would start over. save_only_model leaves them out; to start a new "
+            "run from its weights, give it as model"
+        )

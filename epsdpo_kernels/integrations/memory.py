@@ -1,0 +1,100 @@
+"""What a run expects to need of memory, before its first step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import rows_per_tile
+from .transformers import causal_lm, head_inputs, lm_head
+
+# Numbers of a parameter's dtype that an optimizer keeps for each of them; others are not foreseen.
+OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0, "adafactor": 0}
+GIB = 2**30
+
+
+class Expected(NamedTuple):
+    """Bytes, by what they are for; what the optimizer keeps is None where that is not known."""
+
+    weights: int
+    gradients: int
+    optimizer: int | None
+    activations: int
+    loss: int
+
+    def __str__(self) -> str:
+        total = sum(size or 0 for size in self)
+        parts = [f"{name} {'?' if size is None else f'{size / GIB:.2f}'}" for name, size in self._asdict().items()]
+        return f"memory: about {total / GIB:.2f} GiB are needed ({', '.join(parts)})"
+
+
+def expected_memory(
+    policy: nn.Module,
+    reference: nn.Module | None,
+    *,
+    tokens: int,
+    scored: int,
+    optimizer: str,
+    shards: int = 1,
+) -> Expected:
+    """Of one rank, at the end of the forward of its longest micro-batch.
+
+    Activations are measured, on short rows, by what autograd keeps; they grow with tokens as long as the attention is a
+    fused one. What allocators keep beside is not in it.
+
+    Args:
+        policy: a causal language model, within PEFT or not, not wrapped.
+        reference: a second model, or None where the policy is its own.
+        tokens: of the longest micro-batch, padding included.
+        scored: of them, how many the loss reads.
+        optimizer: transformers' name of it.
+        shards: ranks that share weights, gradients and the optimizer's states.
+    """
+    weights, trained = {}, {}
+    for p in (p for model in (policy, reference) if model is not None for p in model.parameters()):
+        weights[p.data_ptr()] = p.numel() * p.element_size()
+        if p.requires_grad:
+            trained[p.data_ptr()] = p.numel() * p.element_size()
+    model = causal_lm(policy)
+    head, config = lm_head(model).weight, model.config.get_text_config()
+    kept = _kept_by_token(policy)
+    if getattr(model, "is_gradient_checkpointing", False):
+        # Each layer's input, and while it is run again all that one layer keeps.
+        layers = config.num_hidden_layers
+        kept = kept / layers + layers * config.hidden_size * head.element_size()
+    states = OPTIMIZER_STATES.get(optimizer)
+    rows = min(scored, rows_per_tile(head.shape[0], head.shape[1], 4, None))
+    loss = 4 * (2 * rows * head.shape[0] + scored * head.shape[1] + head.numel() * head.requires_grad)
+    return Expected(
+        sum(weights.values()) // shards, sum(trained.values()) // shards,
+        None if states is None else states * sum(trained.values()) // shards, int(kept * tokens), loss,
+    )  # fmt: skip
+
+
+def _kept_by_token(model: nn.Module) -> float:
+    """Bytes that autograd keeps of a forward for each token, parameters aside: the slope between two lengths."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept(length: int) -> int:
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = torch.ones(1, length, dtype=torch.int64, device=causal_lm(model).device)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = head_inputs(model, ids, torch.ones_like(ids)).hidden
+        del hidden
+        return sum(found.values())
+
+    training = model.training
+    model.eval()
+    try:
+        return (kept(128) - kept(64)) / 64
+    finally:
+        model.train(training)

@@ -1,0 +1,176 @@
+"""What a batch's layout may not change: a step's pairs, its decisions, β. And what a run says of it."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
+pytest.importorskip("trl", reason="TRL is not installed")
+
+import trl_runs  # noqa: E402
+from epsdpo_kernels.integrations import batches  # noqa: E402
+from epsdpo_kernels.integrations.batches import DealtSampler, deal, pair_lengths  # noqa: E402
+from epsdpo_kernels.integrations.memory import expected_memory  # noqa: E402
+from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer  # noqa: E402
+from epsdpo_kernels.record import read  # noqa: E402
+from runs import flags  # noqa: E402
+from test_models import build  # noqa: E402
+from train.__main__ import main  # noqa: E402
+
+
+def test_deal():
+    tokens = [9, 1, 5, 5, 2, 8, 3].__getitem__
+    # 9 and 8 lie apart, and the batch that is short stays the last.
+    dealt = deal([0, 1, 2, 3, 4, 5, 6], tokens, 2)
+    assert sorted(dealt) == list(range(7))
+    sums = [sum(map(tokens, dealt[i : i + 2])) for i in (0, 2, 4)]
+    assert sums == [10, 10, 8] and dealt[6:] == [3]
+    assert deal([], tokens, 2) == []
+
+
+def test_a_dealt_epoch_keeps_every_steps_pairs():
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, 1000, (50,), generator=g).tolist()
+    order = torch.randperm(52, generator=g).tolist()  # two blanks past the end
+    dealt = list(DealtSampler(order, tokens, batch_size=3, batches=4))
+    for start in range(0, 52, 12):
+        assert sorted(dealt[start : start + 12]) == sorted(order[start : start + 12])
+        if start + 12 <= 52:
+            loads = [sum(tokens[i] for i in dealt[at : at + 3] if i < 50) for at in range(start, start + 12, 3)]
+            given = [sum(tokens[i] for i in order[at : at + 3] if i < 50) for at in range(start, start + 12, 3)]
+            assert max(loads) <= max(given)
+            assert max(loads) - min(loads) <= max(tokens)
+
+
+def test_lengths_of_data_sets_and_lists():
+    from datasets import Dataset
+
+    rows = [
+        {"prompt_ids": [1] * p, "chosen_ids": [2] * c, "rejected_ids": [3] * r} for p, c, r in [(1, 2, 3), (4, 1, 1)]
+    ]
+    assert pair_lengths(rows).tolist() == [[1, 2, 3], [4, 1, 1]]
+    data = Dataset.from_list(rows + rows).select([2, 1])  # rows by way of an index
+    assert pair_lengths(data).tolist() == [[1, 2, 3], [4, 1, 1]]
+
+
+def record_of(run):
+    """(split, step, pair) -> (decision, β of the run, β used), and each optimizer step's pairs."""
+    rows = read(run / "record").to_pylist()
+    return {(r["split"], r["step"], r["row"]): (r["decision"], r["beta"], r["beta_used"]) for r in rows}
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"lora_r": 4}, {"gradient_checkpointing": True}], ids=["full", "lora", "checkpointing"]
+)
+def test_no_layout_changes_a_decision(tiny, tmp_path, more):
+    """Padded, packed, and cut at 30 and at 60 tokens: the same pairs a step, the same decisions, the same β."""
+    layouts = {"padded": {"packed": False}, "packed": {}, "cut": {"max_tokens_per_batch": 30},
+               "padded, cut": {"packed": False, "max_tokens_per_batch": 60}}  # fmt: skip
+    found, logs = {}, {}
+    for name, layout in layouts.items():
+        run = main(flags(tiny, tmp_path / name, eval_fraction=0.2, logging_steps=1, **layout, **more))
+        found[name] = record_of(tmp_path / name)
+        logs[name] = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(found["padded"]) > 40 and {d for d, *_ in found["padded"].values()} >= {0, 1}
+    for name in layouts:
+        assert found[name].keys() == found["padded"].keys()
+        for place, (decision, beta, used) in found["padded"].items():
+            assert found[name][place][0] == decision, (name, place)
+            assert found[name][place][1:] == pytest.approx((beta, used), rel=1e-6)
+        for a, b in zip(logs[name], logs["padded"], strict=True):
+            for what in ("loss", "grad_norm", "kl/chosen", "rewards/margins"):
+                assert a[what] == pytest.approx(b[what], rel=1e-3, abs=1e-5), (name, what)
+    saved = [entry["padding_saved"] for entry in logs["packed"]]
+    assert all(0.2 < share < 0.9 for share in saved)
+    assert all(entry["padding_saved"] == 0 for entry in logs["padded"])
+    assert all(entry["tokens_per_second"] > 0 for entry in logs["packed"])
+    assert sum(e["tokens"] for e in logs["cut"]) == sum(e["tokens"] for e in logs["packed"])
+    assert sum(e["tokens"] for e in logs["packed"]) < sum(e["tokens"] for e in logs["padded"])
+
+
+def test_micro_batches_are_bounded(tiny, tmp_path, monkeypatch):
+    sizes = []
+    whole = batches.PackedBatches._counted
+    monkeypatch.setattr(
+        batches.PackedBatches, "_counted",
+        lambda self, one: sizes.append((one["packing"].input_ids.numel(), len(one["row"]))) or whole(self, one),
+    )  # fmt: skip
+    main(flags(tiny, tmp_path / "run", max_tokens_per_batch=30))
+    assert sum(pairs for _, pairs in sizes) == 48
+    assert all(tokens <= 30 or pairs == 1 for tokens, pairs in sizes)
+    assert any(pairs > 1 for _, pairs in sizes)
+
+
+def trl_run(tiny, folder, **more):
+    args = EpsilonDPOConfig(**trl_runs.options(folder, **({"epsilon": 0.05} | more)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    trainer = EpsilonDPOTrainer(
+        trl_runs.model(tiny), args=args, train_dataset=trl_runs.pairs(tiny), eval_dataset=trl_runs.pairs(tiny, 10),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    return trainer, trainer.evaluate()
+
+
+def test_no_layout_changes_a_run_of_trl(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
+    first, evaluated = trl_run(tiny, tmp_path / "padded", packed=False, pad_to_multiple_of=8)
+    for more in ({}, {"max_tokens_per_batch": 30}, {"packed": False, "max_tokens_per_batch": 60}):
+        trainer, metrics = trl_run(tiny, tmp_path / "other", **more)
+        assert trainer.packed == more.get("packed", True)
+        assert trainer.loss_fn.beta.item() == pytest.approx(first.loss_fn.beta.item(), rel=1e-6)
+        for a, b in zip(trainer.state.log_history[:-1], first.state.log_history[:-1], strict=True):
+            # Not where TRL averages over a micro-batch's tokens: logits, entropy, accuracy.
+            for name in ("loss", "grad_norm", "kl/relaxed", "kl/tightened", "kl/beta", "kl/chosen", "logps/rejected"):
+                if name in b:
+                    assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+        for name in ("eval_loss", "eval_kl/chosen", "eval_rewards/margins", "eval_logits/rejected"):
+            assert metrics[name] == pytest.approx(evaluated[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_run_says_what_it_does_and_needs(tiny, tmp_path, capsys):
+    main(flags(tiny, tmp_path / "packed", max_steps=1))
+    said = capsys.readouterr().out
+    assert "rows: packed, attention by by_segment" in said
+    assert "memory: about 0.00 GiB are needed (weights 0.00, gradients 0.00" in said
+    assert "the longest micro-batch has at most" in said
+
+
+def test_a_model_that_cannot_trains_on_padded_rows_and_says_so(tiny, tmp_path, capsys):
+    config = transformers.BloomConfig(vocab_size=23, hidden_size=32, n_layer=2, n_head=4)
+    folder = tmp_path / "bloom"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    run = main(flags(tiny, tmp_path / "run", model=folder, max_steps=2))
+    assert not run.packed
+    assert (
+        "rows: padded. ValueError: the layers of BloomForCausalLM do not call transformers' " in capsys.readouterr().out
+    )
+
+
+def test_bounds_that_cannot_be(tiny, tmp_path):
+    with pytest.raises(ValueError, match="max_tokens_per_batch: got 0, takes a positive number"):
+        main(flags(tiny, tmp_path / "none", max_tokens_per_batch=0))
+    with pytest.raises(ValueError, match="max_tokens_per_batch: got a loss whose β is a batch's"):
+        main(flags(tiny, tmp_path / "beta", max_tokens_per_batch=30, method="beta-dpo"))
+
+
+def test_expected_memory():
+    """Weights, gradients and states to the byte; activations as autograd keeps them."""
+    policy = build("Llama tied")
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    size = sum(p.numel() * 4 for p in policy.parameters())
+    expected = expected_memory(policy, reference, tokens=1000, scored=400, optimizer="adamw_torch")
+    assert expected[:3] == (2 * size, size, 2 * size)
+    assert expected_memory(policy, None, tokens=1000, scored=400, optimizer="lion_8bit").optimizer is None
+    assert expected_memory(policy, None, tokens=1000, scored=400, optimizer="sgd", shards=2).gradients == size // 2
+    # Of each of two layers, at least its norms' and products' inputs.
+    assert 2 * 1000 * (4 * 32 + 3 * 48) * 4 < expected.activations < 2 * 1000 * 100 * 48 * 4
+    double = expected_memory(policy, None, tokens=2000, scored=400, optimizer="sgd").activations
+    assert double == pytest.approx(2 * expected.activations, rel=1e-3)
+    assert expected.loss == 4 * (2 * 400 * 97 + 400 * 32 + 97 * 32)
+    policy.gradient_checkpointing_enable()
+    assert expected_memory(policy, None, tokens=1000, scored=400, optimizer="sgd").activations < expected.activations
+    assert "memory: about" in str(expected) and json.dumps(expected._asdict())

