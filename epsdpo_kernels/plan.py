@@ -134,12 +134,18 @@ def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], rows: Rows, 
     return Layout(order, bounds, edges, series, max(of_tiles, default=0), max(of_groups, default=0))
 
 
-# Smaller tiles would not do: below some 250 rows reading the head takes longer than its product.
+# Tiles of a long pair whose 16-bit gradients share a product. With more of them, tiles in the same budget would have
+# fewer than the 250 rows below which reading the head takes longer than its product.
 WAITING = 4
 
 
-def rows_per_tile(vocabulary: int, hidden: int, itemsize: int, gradient: int, wait: bool, budget: int | None) -> Rows:
-    """Rows of tiles under a budget of bytes; by default as much as dW in fp32, but from 256 MiB to 1 GiB.
+def tile_budget(vocabulary: int, hidden: int, max_tile_bytes: int | None = None) -> int:
+    """Bytes that tiles may take; by default as much as dW in fp32, but from 256 MiB to 1 GiB."""
+    return min(max(256 << 20, vocabulary * hidden * 4), 1 << 30) if max_tile_bytes is None else max_tile_bytes
+
+
+def rows_per_tile(vocabulary: int, budget: int, itemsize: int, gradient: int = 0, wait: bool = False) -> Rows:
+    """Rows of tiles under a budget of bytes.
 
     A row takes both models' logits, and its gradient where that does not overwrite them. Every product with a gradient
     reads and writes all of dW, so few are wanted (docs/roofline.md): of a pair longer than a tile, the gradients of
@@ -150,8 +156,6 @@ def rows_per_tile(vocabulary: int, hidden: int, itemsize: int, gradient: int, wa
         gradient: bytes of a gradient beside the logits, or 0.
         wait: whether dW is asked for.
     """
-    if budget is None:
-        budget = min(max(256 << 20, vocabulary * hidden * 4), 1 << 30)
     waiting = WAITING if wait and gradient else 1
     whole, part = (max(1, budget // (vocabulary * (2 * itemsize + n * gradient))) for n in (1, waiting))
     return Rows(whole, part, waiting)
@@ -181,9 +185,8 @@ class Pass:
         lengths, sizes = checks.scored_lengths(labels, inputs.cu_seqlens, slices, settings.beta, self.sequence_group)
         # By the largest slice, because all ranks need the same tiles.
         beside = 0 if not any(needs) or policy.gradient_dtype == inputs.dtype else policy.gradient_dtype.itemsize
-        rows = rows_per_tile(
-            max(sizes), policy.weight.shape[1], inputs.dtype.itemsize, beside, needs[1], execution.max_tile_bytes
-        )
+        budget = tile_budget(max(sizes), policy.weight.shape[1], execution.max_tile_bytes)
+        rows = rows_per_tile(max(sizes), budget, inputs.dtype.itemsize, beside, needs[1])
         self.logit_free = engines.logit_free(self.engine, policy, rows.whole, self.keep)
         if self.logit_free and not any(needs):
             rows = Rows(max(1, len(labels)), 1, 1)  # there are no logits to find room for

@@ -4,7 +4,7 @@ import torch
 
 from cases import Case, make_case
 from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo
-from epsdpo_kernels.plan import Rows, lay_out, rows_per_tile
+from epsdpo_kernels.plan import Rows, lay_out, rows_per_tile, tile_budget
 
 EPSILON = 0.01
 
@@ -128,11 +128,12 @@ def test_tiles_and_their_gradients_fit_the_budget():
     found = {}
     heads = {"llama3": (128256, 4096), "gemma2": (256000, 3584), "smollm2": (49152, 576)}
     for name, (vocabulary, hidden) in heads.items():
-        rows = rows_per_tile(vocabulary, hidden, 4, 2, True, None)
-        budget = min(max(256 << 20, 4 * vocabulary * hidden), 1 << 30)
+        budget = tile_budget(vocabulary, hidden)
+        assert budget == min(max(256 << 20, 4 * vocabulary * hidden), 1 << 30)
+        rows = rows_per_tile(vocabulary, budget, itemsize=4, gradient=2, wait=True)
         for tile, gradients in ((rows.whole, rows.whole), (rows.part, rows.part * rows.waiting)):
             assert 0.99 * budget < vocabulary * (8 * tile + 2 * gradients) <= budget
         found[name] = rows.part * rows.waiting
-        assert rows_per_tile(vocabulary, hidden, 4, 0, True, None) == (budget // (8 * vocabulary),) * 2 + (1,)
-        assert rows_per_tile(vocabulary, hidden, 4, 2, False, None).waiting == 1
+        assert rows_per_tile(vocabulary, budget, itemsize=4, wait=True) == (budget // (8 * vocabulary),) * 2 + (1,)
+        assert rows_per_tile(vocabulary, budget, itemsize=4, gradient=2).waiting == 1
     assert found == {"llama3": 2092, "gemma2": 1048, "smollm2": 1364}

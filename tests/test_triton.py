@@ -192,6 +192,15 @@ def test_a_neighbour_beyond_the_polynomials_changes_nothing(route):
     assert torch.equal(gradients[0][others], together[1][0][others])
 
 
+def test_pair_stats_project_again_in_tiles(route, monkeypatch):
+    """Also where their forward had no logits to find room for."""
+    rows, project = [], Head.project
+    monkeypatch.setattr(Head, "project", lambda self, x, out: rows.append(len(out)) or project(self, x, out))
+    args, _ = make_case(2, length=12, width=16, vocabulary=130, masked=False).arguments(torch.float32, GRADS)
+    linear_pair_stats(*args, engine="triton", max_tile_bytes=5 * 130 * 8).chosen_logps.sum().backward()
+    assert max(rows) <= 5 and sum(rows) >= 48
+
+
 @triton.jit
 def _helpers_kernel(x_ptr, out_ptr, n, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)

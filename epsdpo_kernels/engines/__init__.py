@@ -52,10 +52,10 @@ def _lacks(device: torch.device) -> str | None:
         return None if triton_blocks.INTERPRETED else f"for tensors on {device}"
     if torch.version.hip:
         # Compiled for gfx942, a barrier comes before the stores it should order have arrived.
-        return "on an AMD GPU, where its barriers do not order memory,"
+        return "on an AMD GPU, where its barriers do not order memory"
     major, minor = torch.cuda.get_device_capability(device)
     if major < LEAST_CAPABILITY:
-        return f"on a GPU of compute capability {major}.{minor}, below {LEAST_CAPABILITY}.0,"
+        return f"on a GPU of compute capability {major}.{minor}, below {LEAST_CAPABILITY}.0"
     return None
 
 

@@ -57,7 +57,7 @@ GROUP = 8
 # Up to which hidden size, in 16 bits and without a softcap, head and sweep in one are predicted to score faster than
 # library products and a sweep (docs/roofline.md); and below how many rows a tile reading the head takes so long that
 # they do anyway.
-SCORE_LOGIT_FREE = {"sm_80": 256, "sm_90": 512, "sm_100": 0, "sm_120": 0}
+SCORE_LOGIT_FREE = {"sm_80": 256, "sm_90": 320, "sm_100": 192, "sm_120": 640}
 FEW_ROWS = 256
 
 # Architectures whose copy engine loads blocks through tensor descriptors.

@@ -31,7 +31,6 @@ from .triton_sums import (
 
 __all__ = ["gradient", "project_and_sweep", "sweep"]
 
-
 # Words of a load of 16 bytes.
 WIDTH = tl.constexpr(4)
 
@@ -142,10 +141,10 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
     blocks = triton_blocks.row(triton_blocks.architecture(a.device))
     with torch.cuda.device_of(a):
         _sweep_kernel[(a.shape[0],)](
-            a, b, a.stride(0), b.stride(0), policy.bias, reference.bias, *transforms(policy),
-            *transforms(reference), epsilon, tile.start, tokens.labels, tokens.completion, tokens.bounds, tokens.arrived,
-            tokens.swept, tokens.swept.stride(0), tokens.sums, tokens.step, len(tokens.step), a.shape[1],
-            PERTURB=epsilon != 0, LANES=blocks.lanes, DEPTH=blocks.depth, TOKENS=blocks.tokens, num_warps=blocks.warps, num_stages=1,
+            a, b, a.stride(0), b.stride(0), policy.bias, reference.bias, *transforms(policy), *transforms(reference),
+            epsilon, tile.start, tokens.labels, tokens.completion, tokens.bounds, tokens.arrived, tokens.swept,
+            tokens.swept.stride(0), tokens.sums, tokens.step, len(tokens.step), a.shape[1], PERTURB=epsilon != 0,
+            LANES=blocks.lanes, DEPTH=blocks.depth, TOKENS=blocks.tokens, num_warps=blocks.warps, num_stages=1,
         )  # fmt: skip
 
 
@@ -203,9 +202,7 @@ def _gradient_kernel(
     factor = minus / total
     whole = vocabulary // WORDS * WORDS
     for start in range(0, whole, WORDS):
-        _store_gradient(
-            out_ptr, a_ptr, bias_ptr, start, vocabulary, scale, softcap, top, factor, False, WORDS
-        )  # fmt: skip
+        _store_gradient(out_ptr, a_ptr, bias_ptr, start, vocabulary, scale, softcap, top, factor, False, WORDS)
     if whole < vocabulary:
         _store_gradient(out_ptr, a_ptr, bias_ptr, whole, vocabulary, scale, softcap, top, factor, True, WORDS)
     label = tl.load(labels_ptr + token)
