@@ -14,6 +14,7 @@ HEADS: dict[str, tuple[int, int, float | None]] = {
     "llama3": (128256, 4096, None),
     "qwen3": (151936, 4096, None),
     "gemma2": (256000, 2304, 30.0),
+    "gemma2-9b": (256000, 3584, 30.0),
     "mistral": (32768, 4096, None),
     "tiny": (1031, 64, None),
     "tiny-softcap": (1031, 64, 3.0),

@@ -218,40 +218,37 @@ def stage_times(case: Case, device: str) -> dict[str, Any]:
     budget = 8 * case.total * len(inputs.weight)
     with torch.no_grad():
         bound, settings, execution = variants.bound(inputs, engine, budget)
-        run = plan.Pass(bound, settings, execution, keep=True)
-        into = run.accumulators([True, True, False])
+        run = plan.Pass(bound, settings, execution, (True, True, False))
+        into = run.accumulators()
         tile, tokens = run.layout.series[0].tiles[0], run.tokens
-        a, x = run.project(tile)
-        b, ref_x = run._tile("reference", tile), run.ref_x.index_select(0, run.layout.order[tile])
-        coefficient = torch.ones(len(x), device=device)
         rows = run.layout.order[tile]
+        x, ref_x = run.x.index_select(0, rows), run.ref_x.index_select(0, rows)
+        a, b = (torch.empty(len(x), len(inputs.weight), device=device) for _ in range(2))
+        g = a if engine == "torch" else torch.empty_like(a, dtype=inputs.weight.dtype)
+        coefficient = torch.ones(len(x), device=device)
         out = torch.empty(plan.PAIR, case.pairs, device=device)
-        g = run.engine.gradient(a, tile, tokens, coefficient, run.policy)
-        fp32 = torch.empty_like(a)
+        what = (tile, tokens, run.policy, run.reference, EPSILON)
+        # In the order of a call, so that each finds what it would find there.
         work = {
-            "policy product": lambda: run.policy.project(x, fp32),
+            "policy product": lambda: run.policy.project(x, a),
             "reference product": lambda: run.reference.project(ref_x, b),
-            "sweep": lambda: run.engine.sweep(fp32, b, tile, tokens, run.policy, run.reference, EPSILON),
+            "sweep": lambda: run.engine.sweep(a, b, *what),
             "decide": lambda: plan.decide(tokens, range(case.pairs), settings, out),
-            "gradient": lambda: run.engine.gradient(fp32, tile, tokens, coefficient, run.policy),
+            "gradient": lambda: run.engine.gradient(a, tile, tokens, coefficient, run.policy, g),
             "dX": lambda: run.policy.backward(g, x, rows, Gradients(into.hidden, None, None), False),
             "dW": lambda: run.policy.backward(g, x, rows, Gradients(None, into.weight, None), False),
         }
         if engine == "triton":
-            what = (tile, tokens, run.policy, run.reference, EPSILON)
-            work["head and sweep in one"] = lambda: run.engine.project_and_sweep(x, ref_x, *what, fp32)
+            work["head and sweep in one"] = lambda: run.engine.project_and_sweep(x, ref_x, *what, a)
             work["head and sweep in one, logits not kept"] = lambda: run.engine.project_and_sweep(x, ref_x, *what, None)
-        found: dict[str, Any] = {}
-        for name, call in work.items():
-            call()
-            if name in ("sweep", "gradient"):  # both overwrite what they read
-                times = []
-                for _ in range(7):
-                    run.policy.project(x, fp32)
-                    times.append(measure.seconds(call, device))
-            else:
-                times = [measure.seconds(call, device) for _ in range(7)]
-            found[name] = statistics.median(times)
+        times: dict[str, list[float]] = {name: [] for name in work}
+        for _ in range(8):
+            for name, call in work.items():
+                tokens.arrived.zero_()  # or no launch but the first would reduce a pair
+                times[name].append(measure.seconds(call, device))
+        if engine == "triton":
+            assert tokens.arrived.sum() == len(x), "the last launch has swept all tokens of every pair"
+        found = {name: statistics.median(each[1:]) for name, each in times.items()}
     return {"stages": found, "tile_rows": len(x)}
 
 

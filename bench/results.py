@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from .measure import RESULTS, Record
+
+# What tests/kernel_gate.py has counted in machine code, by the version of Triton.
+KERNELS = RESULTS / "kernels.json"
 
 
 class Run:
@@ -38,9 +42,20 @@ class Run:
 
 
 def runs() -> list[Run]:
-    return (
-        [Run(folder) for folder in sorted(RESULTS.iterdir()) if any(folder.glob("*.json"))] if RESULTS.exists() else []
-    )
+    folders = [path for path in sorted(RESULTS.iterdir()) if path.is_dir()] if RESULTS.exists() else []
+    return [Run(folder) for folder in folders if any(folder.glob("*.json"))]
+
+
+def kernels(triton: str | None = None, **key: Any) -> list[Record]:
+    """The counted kernels that have these values, of one Triton or of all; a line of several cases is several."""
+    counted = json.loads(KERNELS.read_text(encoding="utf-8")) if KERNELS.exists() else {}
+    found = []
+    for version, lines in counted.items():
+        for line in lines if triton in (None, version) else ():
+            several = [line[name].split(", ") for name in ("arch", "dtype", "variant")]
+            for arch, dtype, variant in product(*several):
+                found.append(line | {"triton": version, "arch": arch, "dtype": dtype, "variant": variant})
+    return [line for line in found if all(line[name] == value for name, value in key.items())]
 
 
 def mib(size: float) -> str:

@@ -1,15 +1,18 @@
-"""What the single pass should take on paper: bytes and operations of its stages against a device's ceilings.
+"""What the single pass should take on paper: bytes, operations and instructions of its stages against a device's
+ceilings.
 
     python -m bench.roofline        predictions for devices that are not here
 
-Every stage takes the longer of its operations at the device's rate and its bytes at the device's bandwidth; stages do
-not overlap. The limit is the same for the bare products alone. Tiles are cut by the plan's own code. docs/roofline.md
-tells the model in words.
+Every stage takes the longer of its operations at the device's rate and its bytes at the device's bandwidth; of a
+product's result only a share is written beside the next block's operations. Tiles are cut by the plan's own code, and
+what a GPU's kernels do is counted in the machine code that they compile to. docs/roofline.md tells the model in words.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +21,15 @@ from epsdpo_kernels import plan
 from .cases import Case, head_shape
 from .variants import LIMIT_BYTES
 
-# Passes over a tile's elements: (exponentials, other operations), counted in torch_engine.py.
+# Passes over a tile's elements of torch_engine.py: (exponentials, other operations).
 SWEEP, GRADIENT = (3, 13), (1, 3)
+
+
+class Kernel(NamedTuple):
+    """What a Triton kernel does with 32 pairs of logits (the gradient: with 32 logits)."""
+
+    instructions: float  # of a warp
+    exponentials: int  # of them, and roots, which a unit of its own takes
 
 
 @dataclass(frozen=True)
@@ -29,69 +39,156 @@ class Device:
     name: str
     flops: float  # operations a second of a matrix product in the inputs' dtype
     bandwidth: float  # bytes a second between memory and the processor
-    exponentials: float  # a second
-    others: float  # other elementwise operations a second, on what is in cache or registers
     first_touch: float = float("inf")  # bytes a second of memory that the system has to hand out and clear first
     gradient_bytes: int = 4  # of an element of the gradient tile: 2 where a 16-bit product gives fp32
+    hidden_stores: float = 1.0  # share of the shorter of a product's operations and its stores that hides in the longer
+
+    @property
+    def is_gpu(self) -> bool:
+        return isinstance(self, GPU)
+
+    def elementwise(self, kernel: str, softcap: float | None) -> float:
+        """Seconds of a stage's work on one pair of logits, memory aside."""
+        raise NotImplementedError
 
 
-def _published(name: str, tflops: float, terabytes: float, exponentials: float, vector_tflops: float) -> Device:
-    """A data sheet's figures for dense bf16, three quarters of which library products reach, and nine tenths of its
-    bandwidth. (QuACK reports 745 of 989 TFLOP/s on an H200.)"""
-    return Device(
-        name, 0.75e12 * tflops, 0.9e12 * terabytes, 0.5 * exponentials, 0.5e12 * vector_tflops / 2, gradient_bytes=2
-    )
+@dataclass(frozen=True)
+class CPU(Device):
+    exponentials: float = 1.0  # a second
+    others: float = 1.0  # other elementwise operations a second, on what is in cache
+
+    def elementwise(self, kernel: str, softcap: float | None) -> float:
+        exponentials, others = SWEEP if kernel == "sweep" else GRADIENT
+        if softcap is not None:  # a tanh more for each model's logits, and a few operations around it
+            exponentials, others = exponentials + 1, others + 3
+        return exponentials / self.exponentials + others / self.others
 
 
-# Exponentials: 16 a clock and multiprocessor (an MI300X: a quarter of its vector lanes).
+@dataclass(frozen=True)
+class GPU(Device):
+    arch: str = ""  # of triton_blocks
+    issued: float = 1.0  # instructions of warps a second
+    exponentials: float = 1.0  # of threads, a second
+    fused_flops: float = 1.0  # of the products in the logit-free kernel
+
+    def elementwise(self, kernel: str, softcap: float | None) -> float:
+        of = compiled(self.arch, kernel, softcap)
+        return max(of.instructions / 32 / self.issued, of.exponentials / self.exponentials)
+
+    def project(self, hidden: float, softcap: float | None) -> float:
+        """Seconds of the logit-free kernel for one pair of logits: its programs multiply, then sweep."""
+        return 4 * hidden / self.fused_flops + self.elementwise("project", softcap)
+
+
+def _published(name: str, arch: str, tflops: float, terabytes: float, multiprocessors: int, gigahertz: float) -> GPU:
+    """From a data sheet: three quarters of its dense bf16 rate, which library products reach (QuACK reports 745 of 989
+    TFLOP/s on an H200), nine tenths of its bandwidth, seven tenths of the issue slots, four a clock and multiprocessor.
+    The logit-free kernel multiplies at 57 %: its blocks of 128 × 64 are bound by shared memory. Half of a product's
+    stores hide behind the next block's operations."""
+    clock = multiprocessors * gigahertz * 1e9
+    return GPU(
+        name, 0.75e12 * tflops, 0.9e12 * terabytes, gradient_bytes=2, hidden_stores=0.5, arch=arch,
+        issued=0.7 * 4 * clock, exponentials=0.7 * 16 * clock, fused_flops=0.57e12 * tflops,
+    )  # fmt: skip
+
+
 GPUS = (
-    _published("H100", 989, 3.35, 132 * 16 * 1.75e9, 67),
-    _published("H200", 989, 4.8, 132 * 16 * 1.75e9, 67),
-    _published("B200", 2250, 8.0, 148 * 16 * 1.85e9, 75),
-    _published("MI300X", 1307, 5.3, 304 * 16 * 2.1e9, 163),
+    _published("H100", "sm_90", 989, 3.35, 132, 1.75),
+    _published("H200", "sm_90", 989, 4.8, 132, 1.75),
+    _published("B200", "sm_100", 2250, 8.0, 148, 1.85),
 )
+# One card for each architecture of the gate.
+CARDS = {
+    "sm_80": _published("A100", "sm_80", 312, 2.04, 108, 1.41),
+    "sm_90": GPUS[0],
+    "sm_100": GPUS[2],
+    "sm_120": _published("RTX 5090", "sm_120", 210, 1.79, 170, 2.41),
+}
 
 
-def product(device: Device, flops: float, traffic: float) -> float:
-    return max(flops / device.flops, traffic / device.bandwidth)
+@cache
+def compiled(arch: str, kernel: str, softcap: float | None) -> Kernel:
+    """Of the committed counts those in bf16, the most of any Triton's."""
+    from .results import kernels
+
+    variant = "plain" if softcap is None else "softcap"
+    counts = [k["instructions"] for k in kernels(arch=arch, kernel=kernel, variant=variant, dtype="bf16")]
+    return Kernel(max(counts), exponentials(kernel, softcap))
+
+
+def exponentials(kernel: str, softcap: float | None) -> int:
+    models = 1 if kernel == "gradient" else 2
+    return models * (1 if softcap is None else 3)
+
+
+def kernel_seconds(kernel: str, arch: str, head: str, instructions: float, rows: int = 8192) -> float:
+    """Of one kernel on the architecture's card, over so many rows of a 16-bit head."""
+    card, (vocabulary, hidden, softcap) = CARDS[arch], head_shape(head)
+    special = exponentials(kernel, softcap) / card.exponentials
+    work = max(instructions / 32 / card.issued, special)
+    if kernel.startswith("project"):
+        cell = 4 * hidden / card.fused_flops + max(work, 4 * (kernel == "project_store") / card.bandwidth)
+    else:
+        cell = max(work, (8 if kernel == "sweep" else 6) / card.bandwidth)
+    return rows * vocabulary * cell
+
+
+def product(device: Device, flops: float, loaded: float, stored: float) -> float:
+    """Seconds of a matrix product; ``stored`` are the bytes of its result, read as well where it adds to one."""
+    work, memory = flops / device.flops, (loaded + stored) / device.bandwidth
+    exposed = (1 - device.hidden_stores) * min(work, stored / device.bandwidth)
+    return max(work, memory) + exposed
 
 
 def limit(case: Case, device: Device) -> float:
     """Seconds of the bare products, as ``variants.Products`` runs them."""
     vocabulary, width, _ = head_shape(case.head)
-    size = getattr(torch, case.dtype).itemsize
     rows = min(case.scored, max(1, LIMIT_BYTES // (4 * vocabulary)))
     total, done = 0.0, 0
     while done < case.scored:
         n = min(rows, case.scored - done)
-        total += sum(_products(case.mode, device, n, vocabulary, width, size, done > 0).values())
+        total += 2 * projection(case, device, n) + sum(gradients(case, device, n, done > 0).values())
         done += n
     return total
 
 
-def _products(
-    mode: str, device: Device, n: int, vocabulary: int, width: int, size: int, again: bool
-) -> dict[str, float]:
-    """Of a tile of n rows. dW is read where it has something in it already, and written, in fp32."""
-    flops, head = 2.0 * n * vocabulary * width, vocabulary * width
-    inputs = size * (head + n * width)
-    found = {
-        "policy product": product(device, flops, inputs + 4 * n * vocabulary),
-        "reference product": product(device, flops, inputs + 4 * n * vocabulary),
-    }
-    tile = device.gradient_bytes * n * vocabulary
-    if mode != "score":
-        found["dX"] = product(device, flops, tile + size * head + 4 * n * width)
-    if mode == "train":
-        found["dW"] = product(device, flops, tile + size * n * width + (8 if again else 4) * head)
+def itemsize(case: Case) -> int:
+    return getattr(torch, case.dtype).itemsize
+
+
+def projection(case: Case, device: Device, n: int) -> float:
+    """One model's logits of n rows."""
+    vocabulary, width, _ = head_shape(case.head)
+    loaded = itemsize(case) * (vocabulary * width + n * width)
+    return product(device, 2.0 * n * vocabulary * width, loaded, 4 * n * vocabulary)
+
+
+def gradients(case: Case, device: Device, n: int, again: bool) -> dict[str, float]:
+    """dX and dW of n rows. dW is read where it has something in it already, and written, in fp32."""
+    vocabulary, width, _ = head_shape(case.head)
+    flops, head, size = 2.0 * n * vocabulary * width, vocabulary * width, itemsize(case)
+    tile, found = device.gradient_bytes * n * vocabulary, {}
+    if case.mode != "score":
+        found["dX"] = product(device, flops, tile + size * head, 4 * n * width)
+    if case.mode == "train":
+        found["dW"] = product(device, flops, tile + size * n * width, (8 if again else 4) * head)
     return found
+
+
+def rows_of(case: Case, device: Device, max_tile_bytes: int | None = None) -> plan.Rows:
+    """As the pass takes them."""
+    vocabulary, width, _ = head_shape(case.head)
+    beside = device.gradient_bytes if device.gradient_bytes != 4 and case.mode != "score" else 0
+    budget = plan.tile_budget(vocabulary, width, max_tile_bytes)
+    return plan.rows_per_tile(vocabulary, budget, 4, beside, case.mode == "train")
 
 
 def stages(case: Case, device: Device, max_tile_bytes: int | None = None) -> dict[str, float]:
     """Seconds of every stage of a call, over all its tiles."""
     vocabulary, width, softcap = head_shape(case.head)
-    size = getattr(torch, case.dtype).itemsize
-    rows = plan.rows_per_tile(vocabulary, width, 4, max_tile_bytes)
+    rows = rows_of(case, device, max_tile_bytes)
+    if logit_free(case, device, rows):
+        return {"head and sweep in one": case.scored * vocabulary * device.project(width, softcap)}  # type: ignore[attr-defined]
     lengths = [case.scored // (2 * case.pairs)] * (2 * case.pairs)
     labels = torch.zeros(sum(lengths), dtype=torch.int64)
     bounds = torch.arange(2 * case.pairs + 1) * lengths[0]
@@ -102,35 +199,44 @@ def stages(case: Case, device: Device, max_tile_bytes: int | None = None) -> dic
     def add(name: str, seconds: float) -> None:
         total[name] = total.get(name, 0.0) + seconds
 
-    def elementwise(n: int, passes: tuple[int, int], traffic: float) -> float:
-        cells = n * vocabulary
-        # softcap: a tanh more for each model's logits, and a few operations around it
-        exponentials, others = passes[0] + (softcap is not None), passes[1] + 3 * (softcap is not None)
-        work = cells * exponentials / device.exponentials + cells * others / device.others
-        return max(work, traffic * cells / device.bandwidth)
+    def elementwise(n: int, kernel: str, traffic: float) -> float:
+        return n * vocabulary * max(device.elementwise(kernel, softcap), traffic / device.bandwidth)
 
     train, again = case.mode == "train", False
     for series in layout.series:
         whole = len(series.tiles) == 1
         own = train and not whole and again  # a further long pair fills a dW of its own first
-        for k, tile in enumerate(series.tiles):
-            n = tile.stop - tile.start
+        for k, group in enumerate(series.groups):
+            for tile in group:
+                n = tile.stop - tile.start
+                add("policy product", projection(case, device, n))
+                add("reference product", projection(case, device, n))
+                add("sweep", elementwise(n, "sweep", 8))
+                if case.mode != "score":
+                    add("gradient", elementwise(n, "gradient", 4 + device.gradient_bytes))
             fills = again if whole else k > 0
-            for name, seconds in _products(case.mode, device, n, vocabulary, width, size, fills).items():
+            for name, seconds in gradients(case, device, group[-1].stop - group[0].start, fills).items():
                 add(name, seconds)
-            add("sweep", elementwise(n, SWEEP, 8))
-            if case.mode != "score":
-                add("gradient", elementwise(n, GRADIENT, 4 + device.gradient_bytes))
-        if train and not whole:
+        if train and not whole and layout.n_pairs > 1:
             add("scale", (12 if own else 8) * head / device.bandwidth)
             if own:
                 add("first touch", 4 * head / device.first_touch)
         again = True
     if train:  # backward: what it receives is multiplied in, and the result cast
-        add("scale", (4 + size) * head / device.bandwidth)
+        add("scale", (4 + itemsize(case)) * head / device.bandwidth)
     touched = 8 * layout.rows * vocabulary + (4 * head if train else 0)
     add("first touch", touched / device.first_touch)
     return total
+
+
+def logit_free(case: Case, device: Device, rows: plan.Rows) -> bool:
+    """Whether a call goes through the logit-free kernel there, by the package's table."""
+    if not isinstance(device, GPU) or case.mode != "score":
+        return False
+    from epsdpo_kernels.engines import triton_blocks
+
+    _, width, softcap = head_shape(case.head)
+    return triton_blocks.logit_free(device.arch, itemsize(case), width, softcap, rows.whole)
 
 
 def predicted_ratio(case: Case, device: Device, max_tile_bytes: int | None = None) -> float:
@@ -139,8 +245,21 @@ def predicted_ratio(case: Case, device: Device, max_tile_bytes: int | None = Non
 
 
 def balanced_rows(device: Device) -> float:
-    """Tile rows at which reading and writing dW takes as long as its product: 2·R·V·H operations, 8·V·H bytes."""
+    """Rows of a product at which reading and writing dW takes as long as its operations: 2·R·V·H, and 8·V·H bytes."""
     return 4 * device.flops / device.bandwidth
+
+
+def scoring_crossover(device: GPU, softcap: float | None = None) -> float:
+    """Hidden size below which head and sweep in one is predicted to score faster than library products and a sweep."""
+
+    def lead(hidden: int) -> float:
+        rows, vocabulary = 1024, 131072
+        case = Case(f"{vocabulary}x{hidden}", rows // 2, mode="score", dtype="bfloat16")
+        sweep = max(device.elementwise("sweep", softcap), 8 / device.bandwidth)
+        tiles = 2 * projection(case, device, rows) + rows * vocabulary * sweep
+        return tiles - rows * vocabulary * device.project(hidden, softcap)
+
+    return max((hidden for hidden in range(0, 4097, 64) if lead(hidden) > 0), default=0)
 
 
 @dataclass(frozen=True)
@@ -166,7 +285,7 @@ class Sharded:
 
     share: float  # of the step's operations, both models
     logits: float  # bytes of ONE fp32 logits tensor, were it materialised
-    tiles: float  # bytes of the two tiles
+    tiles: float  # bytes of the tiles
     gradient: float  # bytes of dW in fp32
     statistics: float  # bytes of sums exchanged so that every rank has whole-vocabulary statistics
     hidden_gradient: float  # bytes of dX exchanged
@@ -183,11 +302,10 @@ def sharded(model: Model, tokens: int, tensor: int = 1, sequence: int = 1) -> Sh
     n, words = 2 * tokens / sequence, model.vocabulary / tensor
     head = 8.0 * n * words * model.hidden
     backbone = (6.0 + 2.0) * (model.parameters - model.vocabulary * model.hidden) * n / tensor
-    rows = min(n, plan.rows_per_tile(int(words), model.hidden, 4, None))
     return Sharded(
         share=head / (head + backbone),
         logits=4 * n * words,
-        tiles=8 * rows * words,
+        tiles=min(10 * n * words, plan.tile_budget(int(words), model.hidden)),
         gradient=4 * words * model.hidden,
         statistics=(4 * 10 * n if tensor > 1 else 0) + (8 * 12 if sequence > 1 else 0),
         hidden_gradient=2 * n * model.hidden if tensor > 1 else 0,
@@ -196,17 +314,15 @@ def sharded(model: Model, tokens: int, tensor: int = 1, sequence: int = 1) -> Sh
 
 def main() -> None:
     for gpu in GPUS:
-        print(f"{gpu.name}: dW's traffic and product balance at {balanced_rows(gpu):.0f} rows a tile")
-        for head in ("llama3", "qwen3", "gemma2", "mistral", "smollm2"):
+        print(f"{gpu.name}: dW's traffic and product balance at {balanced_rows(gpu):.0f} rows")
+        up_to = [scoring_crossover(gpu, softcap) for softcap in (None, 30.0)]
+        print("  scoring in one kernel is predicted faster up to H {:.0f}, with a softcap {:.0f}".format(*up_to))
+        for head in ("llama3", "qwen3", "gemma2", "gemma2-9b", "mistral", "smollm2"):
             case = Case(head, 4096, dtype="bfloat16")
             parts = stages(case, gpu)
             whole = sum(parts.values())
             said = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items())
-            print(f"  {head:8s} {predicted_ratio(case, gpu):.3f} of the limit, {whole * 1e3:.1f} ms: {said}")
-        for rows in (512, 1024, 2048, 4096, 8192):
-            budget = 8 * rows * head_shape("llama3")[0]
-            ratio = predicted_ratio(replace(case, head="llama3"), gpu, budget)
-            print(f"    llama3 with tiles of {rows} rows ({budget / 2**30:.1f} GiB): {ratio:.3f}")
+            print(f"  {head:9s} {predicted_ratio(case, gpu):.3f} of the limit, {whole * 1e3:.1f} ms: {said}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from typing import Any
 
 from . import fidelity, roofline, variants
 from . import steps as whole
-from .cases import MODES, Case, head_shape
+from .cases import MODES, Case
 from .goals import goal_rows, whole_step_rows
 from .measure import ROOT
-from .results import Record, Run, mib, runs, spread
+from .results import Record, Run, kernels, mib, runs, spread
 
 DOCS = ROOT / "docs"
-MEASURED, ROOFLINE, IMAGES = DOCS / "measured.md", DOCS / "roofline.md", DOCS / "img"
+MEASURED, ROOFLINE, KERNELS = DOCS / "measured.md", DOCS / "roofline.md", DOCS / "kernels.md"
+IMAGES = DOCS / "img"
 # How far a ratio may lie from what the roofline predicts, as a share of it.
 MARGIN = 0.15
 STEP_NAMES = {"trl": "TRL, plain DPO", "padded": "ours, padded", "packed": "**ours, packed**"}
@@ -235,12 +236,12 @@ def measured_tables() -> dict[str, str]:
 # docs/roofline.md
 
 
-def cpu_device(run: Run) -> roofline.Device | None:
+def cpu_device(run: Run) -> roofline.CPU | None:
     found = run.one(kind="device", what=None)
     if not found:
         return None
     names = ("flops", "bandwidth", "exponentials", "others", "first_touch")
-    return roofline.Device(run.name, *(found[name] for name in names))
+    return roofline.CPU(run.name, **{name: found[name] for name in names})
 
 
 def roofline_cpu() -> str:
@@ -268,20 +269,21 @@ def roofline_gpu() -> str:
         milliseconds = sum(roofline.stages(case, gpu).values()) * 1e3
         return f"{roofline.predicted_ratio(case, gpu):.2f} ({milliseconds:.1f} ms)"
 
-    cases = [Case(head, 4096, dtype="bfloat16") for head in ("llama3", "qwen3", "gemma2", "mistral", "smollm2")]
+    heads = ("llama3", "qwen3", "gemma2", "gemma2-9b", "mistral", "smollm2")
+    cases = [Case(head, 4096, dtype="bfloat16") for head in heads]
     cases += [Case("llama3", 4096, mode=mode, dtype="bfloat16") for mode in MODES if mode != "train"]
     rows = [[say(case), *(prediction(case, gpu) for gpu in roofline.GPUS)] for case in cases]
     first = table(["of the limit (time)", *(gpu.name for gpu in roofline.GPUS)], rows)
-    rows = [["rows at balance", *(f"{roofline.balanced_rows(gpu):.0f}" for gpu in roofline.GPUS)]]
-    for head in ("llama3", "smollm2"):
-        for tile in (512, 1024, 2048, 4096):
-            budget = 8 * tile * head_shape(head)[0]
+    rows = [["rows of a product at balance", *(f"{roofline.balanced_rows(gpu):.0f}" for gpu in roofline.GPUS)]]
+    for head in ("llama3", "gemma2-9b", "smollm2"):
+        for budget in (256 << 20, 512 << 20, 1 << 30, 2 << 30):
             case = Case(head, 4096, dtype="bfloat16")
+            tiles = roofline.rows_of(case, roofline.GPUS[0], budget)
             rows.append([
-                f"{head}, {tile} rows ({mib(budget)})",
+                f"{head}, {mib(budget)}: tiles of {tiles.part} rows, {tiles.waiting} to a product",
                 *(f"{roofline.predicted_ratio(case, gpu, budget):.2f}" for gpu in roofline.GPUS),
             ])  # fmt: skip
-    second = table(["tile rows against dW's traffic", *(gpu.name for gpu in roofline.GPUS)], rows)
+    second = table(["bytes of tiles against dW's traffic", *(gpu.name for gpu in roofline.GPUS)], rows)
     return f"{command('python -m bench.roofline')}\n\n{first}\n\n{second}"
 
 
@@ -308,6 +310,45 @@ def roofline_head() -> str:
 
 def roofline_tables() -> dict[str, str]:
     return {"roofline-cpu": roofline_cpu(), "roofline-gpu": roofline_gpu(), "roofline-head": roofline_head()}
+
+
+# docs/kernels.md
+
+
+def kernel_table() -> str:
+    """What the kernels of 16-bit heads compile to, a line for each with every Triton's figures."""
+    found: dict[tuple[str, ...], dict[str, Record]] = {}
+    for line in kernels():
+        if line["dtype"] == "bf16" or "+" in line["dtype"]:
+            of = (line["kernel"], line["arch"], line["dtype"], line["variant"])
+            found.setdefault(of, {})[line["triton"]] = line
+    versions = sorted({version for lines in found.values() for version in lines})
+
+    def each(lines: dict[str, Record], name: str) -> str:
+        """One figure where all Tritons agree."""
+        values = [str(lines[v].get(name, "–")) if v in lines else "–" for v in versions]
+        return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+    rows = [
+        [*of, next(iter(lines.values()))["blocks"], *(each(lines, name) for name in RESOURCES), predicted(of, lines)]
+        for of, lines in found.items()
+    ]
+    header = ["kernel", "arch", "dtype", "variant", "blocks", *RESOURCES, "predicted for 8192 rows"]
+    return f"{command('make gate')} — Triton {' / '.join(versions)}\n\n" + table(header, rows)
+
+
+RESOURCES = ("registers", "stack", "shared", "instructions")
+# Heads whose times are predicted, by the variant of a kernel that they take.
+HEADS = {"plain": ("llama3", "smollm2"), "softcap": ("gemma2-9b",)}
+
+
+def predicted(of: tuple[str, ...], lines: dict[str, Record]) -> str:
+    kernel, arch, dtype, variant = of
+    counts = [line["instructions"] for line in lines.values() if "instructions" in line]
+    if not counts or arch not in roofline.CARDS or dtype != "bf16":
+        return ""
+    times = {h: roofline.kernel_seconds(kernel, arch, h, max(counts)) for h in HEADS.get(variant, ())}
+    return ", ".join(f"{head} {1e3 * seconds:.2f} ms" for head, seconds in times.items())
 
 
 # Pictures
@@ -475,7 +516,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is stale")
     options = parser.parse_args(arguments)
     problems = []
-    for path, tables in ((MEASURED, measured_tables()), (ROOFLINE, roofline_tables())):
+    for path, tables in (
+        (MEASURED, measured_tables()),
+        (ROOFLINE, roofline_tables()),
+        (KERNELS, {"kernels": kernel_table()}),
+    ):
         text, wrong = stale(path.read_text(encoding="utf-8"), tables, path.name)
         problems += wrong
         if not options.check:

@@ -43,11 +43,11 @@ def ours_logit_free(inputs: Inputs) -> Tensor:
     """The Triton engine's other forward route: head and sweep in one kernel, also when training."""
     if not inputs.hidden.is_cuda:
         raise Unavailable("needs a GPU")
-    engines.TRAIN_LOGIT_FREE = True
+    engines.LOGIT_FREE = True
     try:
         return ours(inputs)
     finally:
-        engines.TRAIN_LOGIT_FREE = False
+        engines.LOGIT_FREE = None
 
 
 def bound(inputs: Inputs, engine: str = "auto", max_tile_bytes: int | None = None) -> tuple[Any, Any, Any]:

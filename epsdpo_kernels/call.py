@@ -125,7 +125,7 @@ def bind_settings(
 class Execution:
     """How a call is computed; nothing of it changes a result beyond rounding."""
 
-    engine: str  # "torch" or "triton"
+    engine: str  # one of engines.ENGINES
     max_tile_bytes: int | None
     vocab_group: str | None  # names of process groups, which are what an op can take
     sequence_group: str | None
@@ -138,11 +138,16 @@ def bind_execution(
     sequence_group: ProcessGroup | None,
     hidden: Tensor,
 ) -> Execution:
-    """Checks the options and resolves the engine "auto" for the device of ``hidden``."""
+    """Checks the options.
+
+    Raises:
+        TypeError, ValueError: name the argument, what came and what is taken.
+    """
+    engines.check(engine, hidden.dtype)
     if max_tile_bytes is not None and max_tile_bytes <= 0:
         raise ValueError(f"max_tile_bytes: got {max_tile_bytes}, takes a positive number of bytes or None")
     names = (None if group is None else group.group_name for group in (vocab_group, sequence_group))
-    return Execution(engines.resolve(engine, hidden), max_tile_bytes, *names)
+    return Execution(engine, max_tile_bytes, *names)
 
 
 SCHEMA = (

@@ -1,7 +1,8 @@
 """The language-model head: the matrix products between hidden states and logits, and nothing else.
 
 Products accumulate in fp32 (float64 for float64 inputs) and are never rounded to a 16-bit dtype on their way to the
-sweep: that rounding alone decides ε-DPO's check and biases the gradient.
+sweep: that rounding alone decides ε-DPO's check and biases the gradient. Nor does TF32 form the logits of an fp32 head,
+where the process allows it; its gradients follow that setting.
 """
 
 from __future__ import annotations
@@ -34,6 +35,27 @@ def _cpu_precision(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         mode.fp32_precision = before
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """A GPU's fp32 products with all their digits, for the time being, whatever the process has allowed.
+
+    Both of torch's interfaces are set, because it refuses to multiply where they disagree.
+    """
+    backends: Any = torch.backends
+    each = [(mode, mode.fp32_precision) for mode in (backends.cuda.matmul, backends.mkldnn.matmul)]
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # they disagree: the newer one alone was used
+        overall = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(overall)
+        for mode, before in each:
+            mode.fp32_precision = before
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -89,7 +111,8 @@ class Head:
                 for block in self._blocks():
                     out[:, block] = _linear(x, self.weight[block].to(out.dtype))
         elif self.weight.dtype == out.dtype:
-            torch.mm(x, self.weight.t(), out=out)
+            with _without_tf32():
+                torch.mm(x, self.weight.t(), out=out)
         else:
             torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
 

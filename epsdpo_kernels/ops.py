@@ -41,8 +41,8 @@ def single_pass(*flat: Any) -> tuple[Tensor, ...]:
     """
     (inputs, settings, execution), needs = restore(flat), flat[-1]
     with torch.no_grad(), _no_autocast(inputs.hidden):
-        run = plan.Pass(inputs, settings, execution, keep=any(needs))
-        into = run.accumulators(needs)
+        run = plan.Pass(inputs, settings, execution, needs)
+        into = run.accumulators()
         results, unit = plan.single_pass(run, settings, into)
         loss = plan.PairResults(*results).losses.sum() / max(inputs.pairs, 1)
         return loss, results, *(results.new_empty(0) if g is None else g for g in into), unit
@@ -111,12 +111,12 @@ class TwoPass(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, call):
         """The (B,) log-probs of chosen and rejected, which carry gradient, and the other rows of PairStatistics."""
         inputs, settings, execution = call
-        run = plan.Pass(inputs, settings, execution, keep=False)
+        run = plan.Pass(inputs, settings, execution, ctx.needs_input_grad[:3], again=True)
         with _no_autocast(hidden):
-            for pairs, tiles in run.layout.series:
-                for tile in tiles:
+            for series in run.layout.series:
+                for tile in series.tiles:
                     run.forward(tile)
-                run.join(pairs)
+                run.join(series.pairs)
         run.release()
         sums = run.tokens.sums
         if not run.layout.n_pairs:
@@ -134,12 +134,15 @@ class TwoPass(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_chosen, grad_rejected, _):
         run, hidden = ctx.run, ctx.saved_tensors[0]
-        into: Gradients = run.accumulators(ctx.needs_input_grad[:3])
+        into: Gradients = run.accumulators()
         accumulate = False
         with _no_autocast(hidden):
-            for _, tiles in run.layout.series:
-                for tile in tiles:
-                    run.gradient(tile, *run.project(tile), -grad_chosen, -grad_rejected, into, accumulate)
+            for _, groups in run.layout.series:
+                for group in groups:
+                    for tile in group:
+                        waiting = tile.start - group[0].start
+                        g = run.gradient(tile, run.project(tile), -grad_chosen, -grad_rejected, waiting)
+                    run.backward(group, g, into, accumulate)
                     accumulate = True
             run.finish(into)
         run.release()

@@ -21,6 +21,8 @@ from .pair import losses_and_coefficients, pair_beta, withhold_relaxation
 from .statistics import SWEPT, TOKEN, Tokens, TokenStatistics, reduce_pairs, shifts
 
 IGNORE = -100
+# Elements that a row of a tile is a multiple of.
+ALIGNED = 16
 
 
 class PairResults(NamedTuple):
@@ -50,11 +52,26 @@ class PairResults(NamedTuple):
 PAIR = len(PairResults._fields)
 
 
+class Rows(NamedTuple):
+    """How many rows a tile may have."""
+
+    whole: int  # of whole pairs
+    part: int  # of a longer pair
+    waiting: int  # tiles of a longer pair whose gradients wait for one product
+
+
 class Series(NamedTuple):
-    """Consecutive pairs that are decided together, and the tiles of their scored tokens."""
+    """Consecutive pairs that are decided together, and the tiles of their scored tokens.
+
+    Whole pairs are one tile. A longer pair's tiles are in groups, a group's gradients multiplied together.
+    """
 
     pairs: range
-    tiles: list[slice]
+    groups: list[list[slice]]
+
+    @property
+    def tiles(self) -> list[slice]:
+        return [tile for group in self.groups for tile in group]
 
 
 @dataclass(frozen=True)
@@ -66,14 +83,15 @@ class Layout:
     edges: list[int]  # the same on the host
     series: list[Series]
     rows: int  # of the largest tile
+    group_rows: int  # of the largest group
 
     @property
     def n_pairs(self) -> int:
         return len(self.edges) // 2
 
 
-def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], max_rows: int, alone: bool = False) -> Layout:
-    """Cuts scored tokens into tiles of at most ``max_rows``. What it puts on the device is formed there.
+def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], rows: Rows, alone: bool = False) -> Layout:
+    """Cuts scored tokens into tiles. What it puts on the device is formed there.
 
     Args:
         labels: (M,) int64, −100 where a row is not scored.
@@ -101,49 +119,77 @@ def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], max_rows: in
     first = 0
     while first < n_pairs:
         start, last = edges[2 * first], first + 1
-        while not alone and last < n_pairs and edges[2 * last + 2] - start <= max_rows:
+        while not alone and last < n_pairs and edges[2 * last + 2] - start <= rows.whole:
             last += 1
         size = edges[2 * last] - start
-        count = -(-size // max_rows)
-        cuts = [start + size * k // max(count, 1) for k in range(count + 1)]
-        series.append(Series(range(first, last), [slice(*c) for c in zip(cuts, cuts[1:], strict=False)]))
+        count = 1 if size <= rows.whole else -(-size // rows.part)
+        cuts = [start + size * k // count for k in range(count + 1)]
+        tiles = [slice(*cut) for cut in zip(cuts, cuts[1:], strict=False)] if size else []
+        groups = -(-count // rows.waiting)
+        each = -(-count // groups)
+        series.append(Series(range(first, last), [tiles[k : k + each] for k in range(0, len(tiles), each)]))
         first = last
-    rows = max((t.stop - t.start for s in series for t in s.tiles), default=0)
-    return Layout(order, bounds, edges, series, rows)
+    of_tiles = (t.stop - t.start for s in series for t in s.tiles)
+    of_groups = (group[-1].stop - group[0].start for s in series for group in s.groups)
+    return Layout(order, bounds, edges, series, max(of_tiles, default=0), max(of_groups, default=0))
 
 
-def rows_per_tile(vocabulary: int, hidden: int, itemsize: int, max_tile_bytes: int | None) -> int:
-    """Rows of two (rows, V) tiles under the budget; by default as much as dW, but from 256 MiB to 1 GiB.
+# Tiles of a long pair whose 16-bit gradients share a product. With more of them, tiles in the same budget would have
+# fewer than the 250 rows below which reading the head takes longer than its product.
+WAITING = 4
 
-    More rows mean that dW is read and written less often; past 1 GiB that no longer shows (docs/roofline.md).
+
+def tile_budget(vocabulary: int, hidden: int, max_tile_bytes: int | None = None) -> int:
+    """Bytes that tiles may take; by default as much as dW in fp32, but from 256 MiB to 1 GiB."""
+    return min(max(256 << 20, vocabulary * hidden * 4), 1 << 30) if max_tile_bytes is None else max_tile_bytes
+
+
+def rows_per_tile(vocabulary: int, budget: int, itemsize: int, gradient: int = 0, wait: bool = False) -> Rows:
+    """Rows of tiles under a budget of bytes.
+
+    A row takes both models' logits, and its gradient where that does not overwrite them. Every product with a gradient
+    reads and writes all of dW, so few are wanted (docs/roofline.md): of a pair longer than a tile, the gradients of
+    ``WAITING`` smaller tiles can wait for one.
+
+    Args:
+        itemsize: bytes of a logit.
+        gradient: bytes of a gradient beside the logits, or 0.
+        wait: whether dW is asked for.
     """
-    budget = min(max(256 << 20, vocabulary * hidden * 4), 1 << 30) if max_tile_bytes is None else max_tile_bytes
-    return max(1, budget // (2 * vocabulary * itemsize))
+    waiting = WAITING if wait and gradient else 1
+    whole, part = (max(1, budget // (vocabulary * (2 * itemsize + n * gradient))) for n in (1, waiting))
+    return Rows(whole, part, waiting)
 
 
 class Pass:
     """Two heads over one layout, with the buffers that all tiles share."""
 
-    def __init__(self, inputs: Inputs, settings: Settings, execution: Execution, keep: bool):
+    def __init__(
+        self, inputs: Inputs, settings: Settings, execution: Execution, needs: Sequence[bool], again: bool = False
+    ):
         """Lays the call out. The numbers of scored tokens are read here, once, before any work.
 
         Args:
-            keep: whether a gradient will follow without another projection.
+            needs: whether gradients of hidden, weight and bias will be asked for.
+            again: whether the policy is projected once more for them.
 
         Raises:
             ValueError: values that the call does not take; see :func:`epsdpo_kernels.checks.scored_lengths`.
         """
         device, labels, policy, reference = inputs.hidden.device, inputs.labels, inputs.policy, inputs.reference
-        self.engine = engines.tile_operations(execution.engine, device)
-        self.logit_free, self.keep = engines.logit_free(execution.engine, keep), keep
+        self.engine = engines.tile_operations(execution.engine, inputs.hidden)
         self.vocab_group, self.sequence_group = execution.vocab_group, execution.sequence_group
         self.pairs, self.epsilon = inputs.pairs, settings.epsilon
+        self.needs, self.keep = tuple(needs), any(needs) and not again
         slices, rank = parallel.slices(len(policy.weight), self.vocab_group, device)
         lengths, sizes = checks.scored_lengths(labels, inputs.cu_seqlens, slices, settings.beta, self.sequence_group)
         # By the largest slice, because all ranks need the same tiles.
-        rows = rows_per_tile(max(sizes), policy.weight.shape[1], inputs.dtype.itemsize, execution.max_tile_bytes)
-        if self.logit_free and not keep:
-            rows = max(1, len(labels))  # there are no logits to find room for
+        beside = 0 if not any(needs) or policy.gradient_dtype == inputs.dtype else policy.gradient_dtype.itemsize
+        budget = tile_budget(max(sizes), policy.weight.shape[1], execution.max_tile_bytes)
+        rows = rows_per_tile(max(sizes), budget, inputs.dtype.itemsize, beside, needs[1])
+        self.logit_free = engines.logit_free(self.engine, policy, rows.whole, self.keep)
+        if self.logit_free and not any(needs):
+            rows = Rows(max(1, len(labels)), 1, 1)  # there are no logits to find room for
         self.layout = lay_out(labels, inputs.cu_seqlens, lengths, rows, alone=self.sequence_group is not None)
         if self.vocab_group is not None:
             labels = parallel.labels_in_slice(labels, sum(sizes[:rank]), sizes[rank])
@@ -164,52 +210,58 @@ class Pass:
             arrived=torch.zeros(pairs, dtype=torch.int32, device=device),
         )
 
-    def accumulators(self, needs: Sequence[bool]) -> Gradients:
+    def accumulators(self) -> Gradients:
         """Of hidden, weight and bias, in the compute dtype. Where no tile will overwrite them they stay at zero."""
         make = torch.empty if len(self.layout.order) else torch.zeros
         dtype, device, weight = self.tokens.swept.dtype, self.x.device, self.policy.weight
         return Gradients(
-            torch.zeros(self.x.shape, dtype=dtype, device=device) if needs[0] else None,
-            make(weight.shape, dtype=dtype, device=device) if needs[1] else None,
-            make(weight.shape[:1], dtype=dtype, device=device) if needs[2] else None,
+            torch.zeros(self.x.shape, dtype=dtype, device=device) if self.needs[0] else None,
+            make(weight.shape, dtype=dtype, device=device) if self.needs[1] else None,
+            make(weight.shape[:1], dtype=dtype, device=device) if self.needs[2] else None,
         )
 
-    def _tile(self, name: str, tile: slice) -> Tensor:
-        """(rows, V) of a buffer that all tiles of a pass share, made when the first of them comes."""
+    def _tile(self, name: str, rows: int, largest: int, dtype: torch.dtype) -> Tensor:
+        """(rows, V) of a buffer that all tiles of a pass share, made when the first of them comes.
+
+        Its rows begin at multiples of 64 bytes, so that kernels load 16 at a time whatever V is.
+        """
+        vocabulary = len(self.policy.weight)
         if name not in self._tiles:
-            shape = self.layout.rows, len(self.policy.weight)
-            self._tiles[name] = self.tokens.swept.new_empty(shape)
-        return self._tiles[name][: tile.stop - tile.start]
+            stride = -(-vocabulary // ALIGNED) * ALIGNED
+            self._tiles[name] = self.tokens.swept.new_empty(largest, stride, dtype=dtype)[:, :vocabulary]
+        return self._tiles[name][:rows]
 
     def release(self) -> None:
         """Frees the tiles, until a next one is projected."""
         self._tiles.clear()
 
-    def project(self, tile: slice) -> tuple[Tensor, Tensor]:
-        """The policy's x·Wᵀ of a tile and the hidden states it comes from."""
-        a = self._tile("policy", tile)
-        x = self.x.index_select(0, self.layout.order[tile])
-        self.policy.project(x, a)
-        return a, x
+    def _logits(self, name: str, tile: slice) -> Tensor:
+        return self._tile(name, tile.stop - tile.start, self.layout.rows, self.tokens.swept.dtype)
 
-    def forward(self, tile: slice) -> tuple[Tensor | None, Tensor]:
-        """Sweeps a tile; gives what :meth:`gradient` takes (no logits where none is asked for)."""
+    def project(self, tile: slice) -> Tensor:
+        """The policy's x·Wᵀ of a tile."""
+        a = self._logits("policy", tile)
+        self.policy.project(self.x.index_select(0, self.layout.order[tile]), a)
+        return a
+
+    def forward(self, tile: slice) -> Tensor | None:
+        """Sweeps a tile; gives the policy's x·Wᵀ where :meth:`gradient` will take it."""
         ref_x = self.ref_x.index_select(0, self.layout.order[tile])
         what = (tile, self.tokens, self.policy, self.reference, self.epsilon)
         if self.logit_free:
             x = self.x.index_select(0, self.layout.order[tile])
-            a = self._tile("policy", tile) if self.keep else None
+            a = self._logits("policy", tile) if self.keep else None
             self.engine.project_and_sweep(x, ref_x, *what, a)
         else:
-            a, x = self.project(tile)
-            b = self._tile("reference", tile)
+            a = self.project(tile)
+            b = self._logits("reference", tile)
             self.reference.project(ref_x, b)
             self.engine.sweep(a, b, *what)
         if self.vocab_group is not None:
             # The engine has seen one slice, and what it has decided from that is overwritten.
             parallel.merge_slices(self.tokens.swept[:, tile], self.vocab_group)
             reduce_pairs(self.tokens, self.tokens.completed(tile), self.epsilon)
-        return a, x
+        return a
 
     def join(self, pairs: range) -> None:
         """Makes ``sums`` and ``step`` of a series' pairs whole, when all its tiles are swept."""
@@ -221,22 +273,29 @@ class Pass:
         if self.vocab_group is not None and into.hidden is not None:
             parallel.sum_over(into.hidden, self.vocab_group)
 
-    def gradient(
-        self,
-        tile: slice,
-        a: Tensor | None,
-        x: Tensor,
-        chosen: Tensor,
-        rejected: Tensor,
-        into: Gradients,
-        accumulate: bool,
-    ) -> None:
-        """Adds what follows from the gradient coefficient·(p − onehot), with (B,) coefficients per side of a pair."""
+    def gradient(self, tile: slice, a: Tensor | None, chosen: Tensor, rejected: Tensor, waiting: int = 0) -> Tensor:
+        """coefficient·(p − onehot) of a tile, after the ``waiting`` rows of its group that are there already.
+
+        Args:
+            a: what :meth:`forward` or :meth:`project` gave, overwritten.
+            chosen, rejected: (B,) coefficients per side of a pair.
+
+        Returns:
+            (waiting + rows, V) of the group so far.
+        """
         assert a is not None, "a pass without gradients keeps no logits"
         both = torch.stack((chosen, rejected), 1).flatten().to(a.dtype)
         coefficient = both[self.tokens.completion[tile]]
-        g = self.engine.gradient(a, tile, self.tokens, coefficient, self.policy)
-        self.policy.backward(g, x, self.layout.order[tile], into, accumulate)
+        group, dtype = a, self.policy.gradient_dtype
+        if dtype != a.dtype:
+            group = self._tile("gradients", waiting + len(a), self.layout.group_rows, dtype)
+        self.engine.gradient(a, tile, self.tokens, coefficient, self.policy, group[-len(a) :])
+        return group
+
+    def backward(self, group: list[slice], gradients: Tensor, into: Gradients, accumulate: bool) -> None:
+        """Adds what follows from the gradients of a group of tiles."""
+        order = self.layout.order[group[0].start : group[-1].stop]
+        self.policy.backward(gradients, self.x.index_select(0, order), order, into, accumulate)
 
 
 def _contiguous(policy: Head, reference: Head, weights: bool) -> tuple[Head, Head]:
@@ -286,24 +345,27 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
         return tokens.swept.new_zeros(PAIR, run.pairs), unit
     results = tokens.swept.new_empty(PAIR, n_pairs)
     one = results.new_ones(n_pairs)
-    wanted = any(g is not None for g in into)
+    wanted = any(run.needs)
     accumulate = False
-    for pairs, tiles in run.layout.series:
-        if len(tiles) <= 1:
-            swept = [run.forward(tile) for tile in tiles]
+    for series in run.layout.series:
+        pairs, groups, tiles = series.pairs, series.groups, series.tiles
+        if len(tiles) <= 1:  # none where all tokens of the pair are on other ranks
+            a = run.forward(tiles[0]) if tiles else None
             run.join(pairs)
             scaled = decide(tokens, pairs, settings, results) / settings.beta
-            for tile, (a, x) in zip(tiles, swept, strict=True):
-                if wanted:
-                    # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
-                    run.gradient(tile, a, x, scaled, -scaled, into, accumulate)
-                    accumulate = True
+            if wanted and tiles:
+                # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
+                run.backward(tiles, run.gradient(tiles[0], a, scaled, -scaled), into, accumulate)
+                accumulate = True
         else:
             own = _own_buffers(into, accumulate)
-            for k, tile in enumerate(tiles):
-                a, x = run.forward(tile)
+            for k, group in enumerate(groups):
+                for tile in group:
+                    a = run.forward(tile)
+                    if wanted:
+                        g = run.gradient(tile, a, one, -one, tile.start - group[0].start)
                 if wanted:
-                    run.gradient(tile, a, x, one, -one, own, k > 0)
+                    run.backward(group, g, own, k > 0)
             run.join(pairs)
             coefficient = decide(tokens, pairs, settings, results)
             if n_pairs == 1:

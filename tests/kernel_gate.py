@@ -1,11 +1,14 @@
 """Compiles every Triton kernel for GPUs that need not be there, and says no to what would be slow or fail on them.
 
-    python tests/kernel_gate.py --out build/kernels
+    python tests/kernel_gate.py --out build/kernels [--update]
 
 A kernel passes if it becomes machine code, its stack is at most 64 bytes (more is a spill), its shared memory is within
-the architecture's limit, its products run on the matrix units where the dtype has them, and it adds no floats by
-atomics, whose order nobody knows. The block sizes are those of the package's tables; ``--blocks`` puts others in the
-place of the logit-free kernel's. The table goes to standard output and, with the same in JSON, into the folder.
+the architecture's limit, its products run on the matrix units where the dtype has them, it adds no floats by atomics,
+whose order nobody knows, and its main loop takes at most 5 % more instructions for a pair of logits than the committed
+count, which ``--update`` renews (then ``python -m bench.tables`` writes docs/kernels.md). The block sizes are those of
+the package's tables; ``--blocks`` puts others in the place of the logit-free kernel's. The table goes to standard
+output and, with the same in JSON, into the folder. Times are what bench/roofline.py predicts of the kernel alone, for
+8192 rows of a 16-bit head on the architecture's card.
 """
 
 from __future__ import annotations
@@ -14,9 +17,7 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
@@ -24,15 +25,19 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what a launch does; triton 3.9 asks to say so
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]
 
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+import machine_code  # noqa: E402
+from bench import results, tables  # noqa: E402
 from epsdpo_kernels.engines import triton_blocks, triton_engine, triton_project  # noqa: E402
 
 STACK = 64
+# By how much more instructions a logit may take than the committed table has.
+MORE = 0.05
 # Target, bytes of shared memory that a program may have on every card of the generation (an A100 has 163 KiB, 8.6 and
 # 8.9 have 99), and the matrix instruction of the logit-free kernel.
 ARCHITECTURES = {
@@ -42,15 +47,18 @@ ARCHITECTURES = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 << 10, "mma.sync"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10, "v_mfma"),
 }
-DTYPES = ("bf16", "fp16", "fp32")
-VARIANTS = ("plain", "softcap", "bias")
+# The policy's, and the reference's where that is another.
+DTYPES = ("bf16", "fp16", "fp32", "bf16+fp32", "fp32+bf16")
+# What changes the code beside the dtype: scale and softcap, scale and bias, no ε, a vocabulary and a hidden size that
+# are no multiple of 16 (the latter is loaded without the copy engine).
+VARIANTS = ("plain", "softcap", "bias", "no epsilon", "odd V", "odd H")
 # The logit-free kernel as scoring uses it, as training does, and on a head that both models share.
 KERNELS = ("sweep", "gradient", "project", "project_store", "project_shared")
-HIDDEN = (1024, 4096)
-CASE = ("kernel", "arch", "dtype", "variant", "hidden")
-COLUMNS = (*CASE, "blocks", "registers", "stack", "shared", "seconds", "verdict")
+CASE = ("kernel", "arch", "dtype", "variant")
+COUNTED = ("blocks", *tables.RESOURCES)
+COLUMNS = (*CASE, *COUNTED, "predicted", "seconds", "verdict")
 
-# Types of the kernels' arguments by name; a bias has the head's dtype.
+# Types of the kernels' arguments by name; the matrices, biases and the gradient have dtypes of their own.
 TYPES = {
     "a_ptr": "*fp32", "b_ptr": "*fp32", "part_ptr": "*fp32", "swept_ptr": "*fp32", "coefficient_ptr": "*fp32",
     "sums_ptr": "*fp64", "labels_ptr": "*i64", "completion_ptr": "*i64", "bounds_ptr": "*i64",
@@ -59,85 +67,94 @@ TYPES = {
     "vocabulary": "i32", "hidden": "i32", "ref_hidden": "i32", "pairs": "i32",
     "scale": "fp32", "ref_scale": "fp32", "epsilon": "fp32", "softcap": "fp32", "ref_softcap": "fp32",
 }  # fmt: skip
-# What a launch finds divisible by 16, as heads of every size in use are: wide loads.
-DIVISIBLE = ("vocabulary", "hidden", "ref_hidden", "a_stride", "b_stride", "out_stride")
+# What a launch finds divisible by 16: rows of tiles always, the others as heads of nearly all sizes in use are.
+STRIDES, SIZES = ("a_stride", "b_stride", "out_stride"), ("vocabulary", "hidden", "ref_hidden")
 
 
-def source(kernel: str, arch: str, dtype: str, variant: str, hidden: int, blocks) -> tuple[ASTSource, dict]:
+def source(case: tuple, blocks=None) -> tuple[ASTSource, dict]:
     """What a launch of the package would compile, and with which options."""
+    kernel, arch, dtype, variant = case
+    policy, reference = dtype.split("+") if "+" in dtype else (dtype, dtype)
     row = triton_blocks.row(arch)
-    itemsize = 4 if dtype == "fp32" else 2
-    types = TYPES | {"bias_ptr": f"*{dtype}", "ref_bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-    constants = {} if variant == "softcap" else {"softcap": None, "ref_softcap": None}
-    constants |= {} if variant == "bias" else {"bias_ptr": None, "ref_bias_ptr": None}
-    constants |= {"PERTURB": True, "WORDS": row.words, "TOKENS": row.tokens}
+    types = TYPES | {"bias_ptr": f"*{policy}", "ref_bias_ptr": f"*{reference}", "out_ptr": f"*{policy}"}
+    absent = ["softcap", "ref_softcap"] if variant != "softcap" else []
+    absent += ["bias_ptr", "ref_bias_ptr"] if variant != "bias" else []
+    absent += ["scale", "ref_scale"] if variant not in ("softcap", "bias") else []
+    absent += ["a_ptr"] if kernel in ("project", "project_shared") else []
+    constants = dict.fromkeys(absent)
+    constants |= {"PERTURB": variant != "no epsilon", "LANES": row.lanes, "DEPTH": row.depth, "WORDS": row.words}
+    constants["TOKENS"] = row.tokens
     options = {"num_warps": row.warps, "num_stages": 1}
     function = {"sweep": triton_engine._sweep_kernel, "gradient": triton_engine._gradient_kernel}.get(kernel)
     if function is None:
         function = triton_project._project_kernel
-        blocks = blocks or triton_blocks.product(arch, itemsize, hidden)
-        descriptors = arch in triton_blocks.DESCRIPTORS
-        for name, size in (("x", blocks.rows), ("ref_x", blocks.rows), ("weight", blocks.words)):
-            types[name] = f"tensordesc<{dtype}[{size}, {blocks.hidden}]>" if descriptors else f"*{dtype}"
-        types["ref_weight"] = types["weight"]
+        descriptors = arch in triton_blocks.DESCRIPTORS and variant != "odd H"
+        blocks = blocks or triton_blocks.product(arch, 4 if "fp32" in dtype else 2, descriptors)
+        matrices = {"x": (policy, blocks.rows), "weight": (policy, blocks.words)}
+        matrices |= {"ref_x": (reference, blocks.rows), "ref_weight": (reference, blocks.words)}
+        for name, (of, size) in matrices.items():
+            types[name] = f"tensordesc<{of}[{size}, {blocks.hidden}]>" if descriptors else f"*{of}"
         constants |= {
             "SHARED": kernel == "project_shared", "DESCRIPTORS": descriptors, "SPLITS": triton_blocks.splits(arch),
             "GROUP": triton_blocks.GROUP, "ROWS": blocks.rows, "WORDS": blocks.words, "HIDDEN": blocks.hidden,
+            "SHARE": blocks.share, "WIDTH": blocks.width,
         }  # fmt: skip
-        if kernel != "project_store":
-            constants["a_ptr"] = None
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    divisible = STRIDES + {"odd V": SIZES[1:], "odd H": ()}.get(variant, SIZES)
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or (name in DIVISIBLE and name not in constants)
+        if name not in constants and (signature[name].startswith("*") or name in divisible)
     }
     return ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned), options
 
 
-def resources(compiled) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread."""
-    if "amdgcn" in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        return tuple(
-            int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
-        )
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return tuple(int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
+def exists(case: tuple) -> bool:
+    """Whether it is code of its own: only a head reads two dtypes, or an odd H, and only a sweep reads ε."""
+    kernel, arch, dtype, variant = case
+    projects = kernel.startswith("project")
+    if "+" in dtype:
+        return projects and kernel != "project_shared" and variant == "plain"
+    if variant in VARIANTS[3:]:
+        needed = {"no epsilon": kernel != "gradient", "odd V": True, "odd H": projects}[variant]
+        return needed and dtype != "fp16" and not arch.startswith("gfx")
+    return True
 
 
 def check(case: tuple, blocks=None) -> dict:
     """One line of the table."""
-    kernel, arch, dtype, _, _ = case
+    kernel, arch, dtype, variant = case
     target, limit, instruction = ARCHITECTURES[arch]
-    built, options = source(*case, blocks)
+    built, options = source(case, blocks)
     line = dict(zip(CASE, case, strict=True))
     sizes = {name: built.constants.get((i,)) for i, name in enumerate(built.fn.arg_names)}
-    shape = [str(sizes[name]) for name in ("ROWS", "WORDS", "HIDDEN") if sizes.get(name)]
+    shape = [str(sizes[name]) for name in ("ROWS", "WORDS", "HIDDEN", "LANES", "DEPTH") if sizes.get(name)]
     line["blocks"] = f"{'×'.join(shape)}, {options['num_warps']} warps, {options['num_stages']} stages"
     begin = time.perf_counter()
     try:
         compiled = triton.compile(built, target=target, options=options)
     except Exception as error:  # whatever stops a compilation is a verdict
         return line | {"seconds": round(time.perf_counter() - begin, 2), "verdict": f"does not compile: {error}"[:200]}
-    registers, stack = resources(compiled)
-    line |= {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+    line["shared"] = compiled.metadata.shared
+    if "cubin" in compiled.asm:
+        line["registers"], line["stack"] = machine_code.resources(compiled.asm["cubin"])
+        # Pairs of logits that a thread works on in one turn.
+        words = {"sweep": sizes.get("DEPTH", 0) * 4 * 32, "gradient": sizes.get("WORDS", 0) // options["num_warps"]}
+        pairs = words.get(kernel, (sizes.get("ROWS") or 0) * sizes.get("WORDS", 0) // options["num_warps"]) / 32
+        line["instructions"] = round(machine_code.instructions(compiled.asm["cubin"]) / pairs, 1)
+    else:
+        keys = {"registers": "vgpr_count", "stack": "private_segment_fixed_size"}
+        line |= {k: int(re.search(rf"\.{v}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for k, v in keys.items()}
     line["seconds"] = round(time.perf_counter() - begin, 2)
     faults = []
-    if stack > STACK:
-        faults.append(f"stack {stack} > {STACK}")
+    if line["stack"] > STACK:
+        faults.append(f"stack {line['stack']} > {STACK}")
     if compiled.metadata.shared > limit:
         faults.append(f"shared {compiled.metadata.shared} > {limit}")
-    if kernel.startswith("project") and dtype != "fp32":
+    if kernel.startswith("project") and "fp32" not in dtype and variant != "odd H":
         text = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
         if instruction not in text:
             faults.append(f"no {instruction}")
@@ -146,11 +163,18 @@ def check(case: tuple, blocks=None) -> dict:
     return line | {"verdict": "; ".join(faults) or "ok"}
 
 
+def committed(case: tuple) -> float | None:
+    """The instructions that a case had with this Triton when they were last committed, else with the newest then."""
+    key = dict(zip(CASE, case, strict=True))
+    found = results.kernels(triton.__version__, **key) or results.kernels(**key)
+    return max(found, key=lambda line: line["triton"]).get("instructions") if found else None
+
+
 def distinct(cases: list[tuple], blocks) -> dict[tuple, list[tuple]]:
     """One case for each thing to compile, and all cases that it is: the sweep's fp32 tiles know no other dtype, say."""
     groups: dict[str, list[tuple]] = {}
     for case in cases:
-        built, options = source(*case, blocks)
+        built, options = source(case, blocks)
         key = repr((built.fn.__name__, case[1], built.signature, built.constants, built.attrs, options, case[0]))
         groups.setdefault(key, []).append(case)
     return {group[0]: group for group in groups.values()}
@@ -161,6 +185,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the table, as Markdown and as JSON")
     parser.add_argument("--blocks", help="ROWS,WORDS,HIDDEN,warps,stages of the logit-free kernel, for all cases")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--update", action="store_true", help="commit the counts of this Triton")
     choices = {"kernel": KERNELS, "arch": tuple(ARCHITECTURES), "dtype": DTYPES, "variant": VARIANTS}
     for name, values in choices.items():
         parser.add_argument(f"--{name}", nargs="+", choices=values, default=values)
@@ -168,7 +193,8 @@ def main() -> int:
     blocks = options.blocks and triton_blocks.Product(*map(int, options.blocks.split(",")))
 
     begin = time.perf_counter()
-    cases = list(product(*(getattr(options, name) for name in choices), HIDDEN))
+    cases = list(product(*(getattr(options, name) for name in choices)))
+    cases = [case for case in cases if exists(case)]
     groups = distinct(cases, blocks)
     print(f"triton {triton.__version__}: {len(cases)} cases, {len(groups)} to compile", file=sys.stderr)
     lines = {}
@@ -176,6 +202,10 @@ def main() -> int:
         running = {pool.submit(check, case, blocks): case for case in groups}
         for future in as_completed(running):
             case, line = running[future], future.result()
+            line["predicted"] = tables.predicted(case, {triton.__version__: line})
+            count, before = line.get("instructions"), None if blocks or options.update else committed(case)
+            if count and before and count > (1 + MORE) * before:
+                line["verdict"] = f"{count} instructions, where {before} are committed; {line['verdict']}"
             for name, values in zip(CASE, zip(*groups[case], strict=True), strict=True):
                 line[name] = ", ".join(map(str, dict.fromkeys(values)))
             lines[case] = line
@@ -189,6 +219,12 @@ def main() -> int:
     (options.out / f"triton-{triton.__version__}.md").write_text(text)
     (options.out / f"triton-{triton.__version__}.json").write_text(json.dumps(table, indent=1) + "\n")
     failed = sum(line["verdict"] != "ok" for line in table)
+    if options.update:
+        counted = json.loads(results.KERNELS.read_text()) if results.KERNELS.exists() else {}
+        kept = [{name: line[name] for name in (*CASE, *COUNTED) if name in line} for line in table]
+        counted[triton.__version__] = kept
+        text = ",\n".join(f'"{v}": [\n' + ",\n".join(map(json.dumps, ls)) + "\n]" for v, ls in counted.items())
+        results.KERNELS.write_text(f"{{{text}}}\n")
     seconds = time.perf_counter() - begin
     print(f"{len(table)} kernels in {seconds:.0f} s, {failed} of them fail", file=sys.stderr)
     return int(failed > 0)

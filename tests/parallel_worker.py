@@ -63,7 +63,7 @@ def kernels(rank: int, size: int) -> float:
     """Triton's kernels on slices, in fp32, by both routes."""
     mine = slice(0, 71) if rank == 0 else slice(71, 103)
     worst = 0.0
-    for engines.TRAIN_LOGIT_FREE in (False, True):
+    for engines.LOGIT_FREE in (False, True):
         case = plant_first(make_case(2, bias=True, drift=0.2, seed=2))
         sliced = {name: getattr(case, name)[mine] for name in ("weight", "ref_weight", "bias", "ref_bias")}
         case, part = (c._replace(**dict(zip(c._fields, f32(c), strict=True))) for c in (case, case._replace(**sliced)))

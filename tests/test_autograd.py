@@ -179,3 +179,8 @@ def test_pair_stats_without_tokens():
     stats = linear_pair_stats(*args)
     for g in torch.autograd.grad(stats.chosen_logps.sum(), inputs):
         assert g.count_nonzero() == 0
+
+
+def test_cuda_graphs_leave_the_pass_alone():
+    """It reads lengths back to the host: mode="reduce-overhead" would fail while it captures."""
+    assert torch.Tag.cudagraph_unsafe in ops.single_pass._opoverload.tags

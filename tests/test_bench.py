@@ -1,6 +1,7 @@
 """The benchmark measures what it says: operations, rivals' results, memory, ratios, tables."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import torch
 
 from bench import fidelity, goals, lengths, measure, roofline, steps, tables, variants
 from bench.cases import HEADS, MODES, Case, head_shape, make_inputs
-from bench.results import Run
+from bench.results import Run, kernels
+from epsdpo_kernels.engines import torch_engine
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -152,7 +154,7 @@ def test_fidelity_tells_right_from_wrong():
 # Roofline
 
 
-DEVICE = roofline.Device("test", flops=1e12, bandwidth=1e11, exponentials=1e11, others=1e12)
+DEVICE = roofline.CPU("test", flops=1e12, bandwidth=1e11, exponentials=1e11, others=1e12)
 
 
 def test_roofline_counts_the_products():
@@ -172,6 +174,56 @@ def test_roofline_of_small_tiles_is_dw_traffic():
     traffic = (8 * (tiles - 1) + 4) * vocabulary * width + 4 * case.scored * (vocabulary + width)
     assert rows < roofline.balanced_rows(DEVICE)
     assert found["dW"] == pytest.approx(traffic / 1e11, rel=1e-6)
+
+
+def test_a_products_stores_hide_in_part():
+    """Half of the shorter of operations and stores is exposed, loads never are."""
+    device = replace(DEVICE, hidden_stores=0.5)
+    assert roofline.product(DEVICE, 2e12, loaded=1e10, stored=5e10) == pytest.approx(2)
+    assert roofline.product(device, 2e12, loaded=1e10, stored=5e10) == pytest.approx(2 + 0.25)
+    assert roofline.product(device, 2e12, loaded=1e11, stored=4e11) == pytest.approx(5 + 1)
+
+
+def test_a_gpus_stages_are_issued_instructions_or_memory(monkeypatch):
+    gpu = replace(roofline.GPUS[0], flops=1e30, issued=1e9, exponentials=1e30, bandwidth=1e30)
+    monkeypatch.setattr(roofline, "compiled", lambda arch, kernel, softcap: roofline.Kernel(64, 2))
+    case = Case("llama3", 700, pairs=2, dtype="bfloat16")
+    cells = case.scored * 128256
+    found = roofline.stages(case, gpu)
+    assert found["sweep"] == found["gradient"] == pytest.approx(cells * 64 / 32 / 1e9)
+    found = roofline.stages(case, replace(gpu, bandwidth=1e6))
+    assert found["sweep"] == pytest.approx(8 * cells / 1e6) and found["gradient"] == pytest.approx(6 * cells / 1e6)
+    found = roofline.stages(case, replace(gpu, exponentials=1e6))
+    assert found["sweep"] == pytest.approx(2 * cells / 1e6)
+    for device in roofline.GPUS:  # a long pair's dW is read and written every few tiles
+        one, rows = Case("llama3", 4096, dtype="bfloat16"), roofline.rows_of(case, device)
+        free = replace(device, flops=1e30, bandwidth=1.0)
+        products = math.ceil(math.ceil(one.scored / rows.part) / rows.waiting)
+        accumulated = (8 * products - 4) * 128256 * 4096
+        assert roofline.stages(one, free)["dW"] == pytest.approx(accumulated + 2 * one.scored * (128256 + 4096))
+
+
+def test_counts_are_of_the_committed_machine_code():
+    for gpu in roofline.GPUS:
+        for kernel in ("sweep", "gradient", "project"):
+            counts = [k["instructions"] for k in kernels(arch=gpu.arch, kernel=kernel, variant="plain", dtype="bf16")]
+            found = roofline.compiled(gpu.arch, kernel, None)
+            assert found.instructions == max(counts) and len(counts) == 2, "both Tritons"
+            assert roofline.compiled(gpu.arch, kernel, 30.0).exponentials == 3 * found.exponentials
+
+
+@pytest.mark.parametrize("arch", roofline.CARDS)
+def test_scoring_takes_the_route_that_is_predicted_faster(arch):
+    """On every card of an architecture, or the other one."""
+    triton_blocks = pytest.importorskip("epsdpo_kernels.engines.triton_blocks")
+    cards = [gpu for gpu in (*roofline.GPUS, *roofline.CARDS.values()) if gpu.arch == arch]
+    assert triton_blocks.SCORE_LOGIT_FREE[arch] == min(map(roofline.scoring_crossover, cards))
+    assert max(card.flops / card.bandwidth for card in cards) < triton_blocks.FEW_ROWS
+    for head, free in (("llama3", False), ("gemma2", False), ("32768x128", True)):
+        case = Case(head, 1024, mode="score", dtype="bfloat16")
+        assert (set(roofline.stages(case, cards[0])) == {"head and sweep in one"}) == free
+        tiny = roofline.stages(case, cards[0], max_tile_bytes=16 << 20)
+        assert set(tiny) == {"head and sweep in one"}, "where memory asks for it"
 
 
 def test_sharded_heads():
@@ -257,9 +309,17 @@ def test_pictures_are_drawn_from_the_results(tmp_path, monkeypatch):
 # Programs
 
 
-def test_gpu_program_runs_resumes_and_stops(tmp_path, capfd):
+def test_gpu_program_runs_resumes_and_stops(tmp_path, capfd, monkeypatch):
     """The GPU's program on a CPU with tiny shapes: what it would do first of all must not be to fail."""
     from bench import gpu
+
+    gradient = torch_engine.gradient
+
+    def of_swept_tokens(a, tile, tokens, *rest):
+        assert (tokens.swept[1] >= 1).all(), "a sum relative to its own maximum"
+        gradient(a, tile, tokens, *rest)
+
+    monkeypatch.setattr(torch_engine, "gradient", of_swept_tokens)
 
     base = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--quick"]
     gpu.main([*base, "--seconds", "0"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import make_case, pack
-from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference, linear_epsilon_dpo, linear_pair_stats
+from epsdpo_kernels import EpsilonDPOLoss, call, engines, epsilon_dpo_reference, linear_epsilon_dpo, linear_pair_stats
 
 BAD_SCALARS = [
     ({"beta": 0.0}, "beta: got 0.0, takes a positive finite number"),
@@ -99,3 +99,33 @@ def test_reference_and_module_check_too():
         EpsilonDPOLoss(beta_update="mean")
     with pytest.raises(ValueError, match="beta: got -1"):
         EpsilonDPOLoss(beta=-1)
+
+
+@pytest.mark.parametrize("capability, usable", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 1), True)])
+def test_gpus_that_triton_has_no_kernels_for(capability, usable, monkeypatch):
+    """ "auto" leaves them to torch, "triton" is refused; float64 is torch's everywhere."""
+    pytest.importorskip("triton")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    with FakeTensorMode():
+        hidden, wide = (torch.empty(2, 3, 4, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float64))
+    names = [engines.tile_operations("auto", x).__name__.rpartition(".")[2] for x in (hidden, wide, hidden.cpu())]
+    assert names == ["triton_engine" if usable else "torch_engine", "torch_engine", "torch_engine"]
+    if usable:
+        assert engines.tile_operations("triton", hidden).__name__.endswith("triton_engine")
+    else:
+        message = (
+            f"engine: got 'triton' on a GPU of compute capability {capability[0]}.{capability[1]}, below 8.0, takes"
+        )
+        with pytest.raises(ValueError, match=message):
+            engines.tile_operations("triton", hidden)
+
+
+def test_integers_are_bound_as_floats():
+    """Which they are to a kernel, too: an integer would be one that is compiled once more."""
+    args, _ = make_case().arguments()
+    policy, reference = call.heads((args[1], None), (args[4], None), (2, 3), (30, "policy"))
+    settings = call.bind_settings(1, 0, 0, None, None, args[0])
+    numbers = (policy.scale, policy.softcap, reference.scale, reference.softcap, settings.epsilon)
+    assert numbers == (2, 30, 3, 30, 0) and {type(n) for n in numbers} == {float}

@@ -4,7 +4,7 @@ import torch
 
 from cases import Case, make_case
 from epsdpo_kernels import epsilon_dpo_reference, linear_epsilon_dpo
-from epsdpo_kernels.plan import lay_out
+from epsdpo_kernels.plan import Rows, lay_out, rows_per_tile, tile_budget
 
 EPSILON = 0.01
 
@@ -101,11 +101,11 @@ def test_layout_partitions_the_scored_tokens():
     labels = case.labels.flatten()
     bounds = torch.arange(0, 91, 9)
     counts = (case.labels != -100).sum(1).tolist()
-    for max_rows in (1, 2, 7, 20, 1000):
-        layout = lay_out(labels, bounds, counts, max_rows)
+    for rows in (Rows(1, 1, 1), Rows(2, 2, 1), Rows(7, 3, 4), Rows(20, 12, 1), Rows(7, 1, 2), Rows(1000, 600, 4)):
+        layout = lay_out(labels, bounds, counts, rows)
         tiles = [t for s in layout.series for t in s.tiles]
         assert [i for t in tiles for i in range(t.start, t.stop)] == list(range(sum(counts)))
-        assert max(t.stop - t.start for t in tiles) == layout.rows <= max_rows
+        assert max(t.stop - t.start for t in tiles) == layout.rows <= rows.whole
         assert [i for s in layout.series for i in s.pairs] == list(range(5))
         assert layout.bounds.tolist() == layout.edges
         for i in range(5):
@@ -115,3 +115,25 @@ def test_layout_partitions_the_scored_tokens():
                 assert torch.equal(layout.order[start:stop], expected)
         for s in layout.series:
             assert len(s.tiles) == 1 or len(s.pairs) == 1
+            if len(s.tiles) > 1:
+                assert max(t.stop - t.start for t in s.tiles) <= rows.part
+            assert max(map(len, s.groups)) <= rows.waiting
+        groups = [g for s in layout.series for g in s.groups]
+        assert max(g[-1].stop - g[0].start for g in groups) == layout.group_rows
+        assert layout.group_rows <= max(rows.whole, rows.part * rows.waiting)
+
+
+def test_tiles_and_their_gradients_fit_the_budget():
+    """Of the heads in bench, bf16 on a GPU: what fits, and how many rows one product with a gradient has."""
+    found = {}
+    heads = {"llama3": (128256, 4096), "gemma2": (256000, 3584), "smollm2": (49152, 576)}
+    for name, (vocabulary, hidden) in heads.items():
+        budget = tile_budget(vocabulary, hidden)
+        assert budget == min(max(256 << 20, 4 * vocabulary * hidden), 1 << 30)
+        rows = rows_per_tile(vocabulary, budget, itemsize=4, gradient=2, wait=True)
+        for tile, gradients in ((rows.whole, rows.whole), (rows.part, rows.part * rows.waiting)):
+            assert 0.99 * budget < vocabulary * (8 * tile + 2 * gradients) <= budget
+        found[name] = rows.part * rows.waiting
+        assert rows_per_tile(vocabulary, budget, itemsize=4, wait=True) == (budget // (8 * vocabulary),) * 2 + (1,)
+        assert rows_per_tile(vocabulary, budget, itemsize=4, gradient=2).waiting == 1
+    assert found == {"llama3": 2092, "gemma2": 1048, "smollm2": 1364}

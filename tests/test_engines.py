@@ -69,7 +69,7 @@ def test_torch_engine(problem):
 
 @pytest.mark.parametrize("logit_free", [False, True], ids=["products", "logit-free"])
 def test_triton_engine(logit_free, monkeypatch):
-    monkeypatch.setattr(engines, "TRAIN_LOGIT_FREE", logit_free)
+    monkeypatch.setattr(engines, "LOGIT_FREE", logit_free)
 
     @examples(25)
     @given(problems())

@@ -15,13 +15,33 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @pytest.fixture(params=[False, True], ids=["products", "logit-free"])
 def route(request, monkeypatch):
-    """Both routes of training."""
-    monkeypatch.setattr(engines, "TRAIN_LOGIT_FREE", request.param)
+    """Both routes, of scoring and of training."""
+    monkeypatch.setattr(engines, "LOGIT_FREE", request.param)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.fixture
+def world_of_one():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("allow", [True, False], ids=["tf32", "ieee"])
+def test_decisions_of_fp32_heads_do_not_follow_tf32(allow, route, monkeypatch):
+    """By either route the same logits to fp32, where torch may multiply with fewer digits."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allow)
+    case = make_case(60, length=12, width=256, vocabulary=1031, drift=0.01)
+    truth = epsilon_dpo_reference(*on_gpu(case, torch.float64, ())[0])
+    got = linear_epsilon_dpo(*on_gpu(case, torch.float32, ())[0], engine="triton")
+    assert relative_error(got.relaxed_shift, truth.relaxed_shift) < 1e-3
+    assert (got.step != truth.step).sum() <= 1
 
 
 def on_gpu(case, dtype, grad=("hidden", "weight", "bias")):
@@ -67,7 +87,7 @@ def test_parity(name, case, options, dtype, route):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scoring_parity(dtype):
+def test_scoring_parity(dtype, route):
     for _, case, options in shapes():
         truth = epsilon_dpo_reference(
             *on_gpu(case, torch.float64, ())[0], **on_gpu(case, torch.float64, ())[1],
@@ -105,8 +125,8 @@ def long_pair(vocabulary=131072, length=16384, width=2048):
     return hidden, weight, labels, hidden + 0.05 * normal(2, length, width), weight.clone()
 
 
-def test_memory_of_a_long_pair():
-    """2 × 16k tokens, V 131072: beyond dX, dW and the inputs, two tiles and no logits (2 × 16 GiB each in fp32)."""
+def test_memory_of_a_long_pair(route):
+    """2 × 16k tokens, V 131072: beyond dX, dW and the inputs, the tiles and no logits (2 × 16 GiB each in fp32)."""
     args = long_pair()
     budget = 1 << 30
     for grad in (True, False):
@@ -120,9 +140,9 @@ def test_memory_of_a_long_pair():
         peak = torch.cuda.max_memory_allocated() - before
         assert torch.isfinite(out.loss)
         accumulators = 4 * (args[0].numel() + args[1].numel()) if grad else 0
-        # Scoring gathers the scored hidden states of both models; training does so by the tile.
-        states = 0 if grad else 2 * 2 * args[0].numel()
-        assert peak < accumulators + states + (budget if grad else 0) + (128 << 20)
+        # Without logits, scoring gathers the hidden states of both models; all else does so by the tile.
+        tiles = budget if grad or not route else 2 * 2 * args[0].numel()
+        assert peak < accumulators + tiles + (128 << 20)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -146,13 +166,15 @@ def test_compiled_is_eager(bias, route):
 
 @pytest.mark.parametrize("keep", [True, False], ids=["training", "scoring"])
 @pytest.mark.parametrize("budget", [None, 100 * 2048 * 8], ids=["pairs", "long pair"])
-def test_one_host_read_and_no_other(keep, budget, route, monkeypatch):
+@pytest.mark.parametrize("sliced", [False, True], ids=["", "vocab_group"])
+def test_one_host_read_and_no_other(keep, budget, sliced, route, monkeypatch, world_of_one):
     """The lengths are read before any work; forward and backward wait for nothing."""
     case = make_case(4, length=80, width=128, vocabulary=2048, bias=True)
     args, biases, inputs = on_gpu(case, torch.bfloat16, ("hidden", "weight", "bias") if keep else ())
+    options = {"engine": "triton", "max_tile_bytes": budget, "vocab_group": world_of_one if sliced else None}
 
     def call():
-        out = linear_epsilon_dpo(*args, **biases, engine="triton", max_tile_bytes=budget)
+        out = linear_epsilon_dpo(*args, **biases, **options)
         if keep:
             torch.autograd.grad(out.loss, inputs)
 

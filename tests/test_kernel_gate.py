@@ -1,9 +1,11 @@
-"""The compile gate says yes to the package's blocks and no to what would spill or not fit."""
+"""The compile gate says yes to the package's blocks and no to what would spill, not fit, or take longer."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,11 @@ pytest.importorskip("triton")
 GATE = Path(__file__).with_name("kernel_gate.py")
 
 
-def gate(out: Path, *options: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
+def gate(out: Path, *options: str, script: Path = GATE) -> tuple[subprocess.CompletedProcess, list[dict]]:
     """A process of its own: what this one interprets cannot be compiled here."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, GATE, "--out", out, *options], capture_output=True, text=True, env=environment
+        [sys.executable, script, "--out", out, *options], capture_output=True, text=True, env=environment
     )
     (table,) = out.glob("*.json")
     return result, json.loads(table.read_text())
@@ -32,9 +34,26 @@ def test_every_kernel_of_the_table_passes(tmp_path):
         for dtype in line["dtype"].split(", ")
         for variant in line["variant"].split(", ")
     }
-    assert len(covered) == 5 * 5 * 3 * 3
+    kernels = ("sweep", "gradient", "project", "project_store", "project_shared")
+    nvidia = ("sm_80", "sm_90", "sm_100", "sm_120")
+    everything = product(kernels, (*nvidia, "gfx942"), ("bf16", "fp16", "fp32"), ("plain", "softcap", "bias"))
+    assert set(everything) <= covered
+    assert set(product(kernels, nvidia, ("bf16", "fp32"), ("odd V",))) <= covered
+    assert set(product(set(kernels) - {"gradient"}, nvidia, ("bf16", "fp32"), ("no epsilon",))) <= covered
+    assert set(product(kernels[2:], nvidia, ("bf16", "fp32"), ("odd H",))) <= covered
+    assert set(product(kernels[2:4], nvidia, ("bf16+fp32", "fp32+bf16"), ("plain",))) <= covered
     for line in table:
         assert line["verdict"] == "ok" and line["stack"] <= 64 and line["registers"] > 0
+        if line["arch"] == "sm_90" and line["dtype"].startswith("bf16"):
+            most = MOST[line["kernel"].partition("_")[0], line["variant"] == "softcap"]
+            assert line["instructions"] <= most * (1.15 if line["variant"] in ("bias", "odd H") else 1), line
+
+
+# Warp instructions for 32 pairs of logits that the main loop of a kernel may take; biases add two loads and a sum each.
+MOST = {
+    ("sweep", False): 45, ("sweep", True): 100, ("gradient", False): 11.5, ("gradient", True): 46,
+    ("project", False): 75, ("project", True): 110,
+}  # fmt: skip
 
 
 def test_blocks_that_are_too_large_fail(tmp_path):
@@ -46,3 +65,27 @@ def test_blocks_that_are_too_large_fail(tmp_path):
     result, (line,) = gate(tmp_path, "--blocks", "128,128,128,8,6", *options)
     assert result.returncode == 1
     assert "shared" in line["verdict"]
+
+
+MUTATIONS = {
+    "a guarded exponential": ("triton_sums.py", "tl.exp2(x * LOG2_E)", "tl.exp(x)"),
+    "divisions": ("triton_sums.py", "_tanh(logits * inverse)", "_tanh(logits * tl.cast(scale, tl.float32) / softcap)"),
+    "lanes of several threads": ("triton_engine.py", "WIDTH = tl.constexpr(4)", "WIDTH = tl.constexpr(64)"),
+}
+
+
+@pytest.mark.parametrize("file, right, wrong", MUTATIONS.values(), ids=MUTATIONS)
+def test_more_instructions_fail(file, right, wrong, tmp_path):
+    """A copy of the project that computes the same in more instructions than are committed."""
+    root = GATE.parent.parent
+    for folder in ("epsdpo_kernels", "bench"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    for path in (GATE, GATE.with_name("machine_code.py")):
+        shutil.copy(path, tmp_path / "tests")
+    source = tmp_path / "epsdpo_kernels" / "engines" / file
+    assert source.read_text().count(right) == 1
+    source.write_text(source.read_text().replace(right, wrong))
+    options = ("--kernel", "sweep", "--arch", "sm_90", "--dtype", "bf16", "--variant", "softcap")
+    result, (line,) = gate(tmp_path / "out", *options, script=tmp_path / "tests" / GATE.name)
+    assert result.returncode == 1 and "instructions, where" in line["verdict"], line

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import make_case, pack, plant_first, relative_error, worst_error
-from epsdpo_kernels import epsilon_dpo_reference, head, linear_epsilon_dpo
+from epsdpo_kernels import epsilon_dpo_reference, head, linear_epsilon_dpo, linear_pair_stats
 from epsdpo_kernels.engines import torch_engine
 
 GRADS = ("hidden", "weight", "bias")
@@ -276,3 +276,73 @@ def test_plain_dpo_where_the_reference_alone_forbids_a_word():
     for function in (linear_epsilon_dpo, epsilon_dpo_reference):
         out = function(*args, **biases, epsilon=0.0)
         assert out.losses.isfinite().all() and out.chosen_kl.isinf().all() and not out.step.any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes what masks then drop
+@pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_gradients_of_several_tiles_wait_for_one_product(engine, function, monkeypatch):
+    """As 16-bit gradients do on a GPU; here they are widened for their product."""
+    case = make_case(2, length=40, vocabulary=103, bias=True, masked=False)
+
+    def gradients(dtype, **options):
+        args, biases = case.arguments(dtype, GRADS)
+        out = function(*args, **biases, **options)
+        loss = out.loss if function is linear_epsilon_dpo else out.chosen_logps.sin().sum()
+        return torch.autograd.grad(loss, (args[0], args[1], biases["bias"]))
+
+    truth = gradients(torch.float64, engine="torch")
+    backward, products = head.Head.backward, []
+
+    def widened(self, g, x, rows, into, accumulate):
+        assert g.dtype == torch.float16
+        products.append(len(g))
+        backward(self, g.float(), x, rows, into, accumulate)
+
+    monkeypatch.setattr(head.Head, "gradient_dtype", torch.float16)
+    monkeypatch.setattr(head.Head, "backward", widened)
+    # Tiles of 3 of a pair's 80 rows, four of which share a product.
+    got = gradients(torch.float32, engine=engine, max_tile_bytes=3 * 103 * (2 * 4 + 4 * 2))
+    assert sum(products) == 160 and max(products) == 12 and len(products) == 2 * 7
+    for g, t in zip(got, truth, strict=True):
+        assert relative_error(g, t) < 1e-3
+
+
+SETTINGS = {
+    "nothing": lambda: None,
+    "legacy": lambda: torch.set_float32_matmul_precision("high"),
+    "legacy, bf16": lambda: torch.set_float32_matmul_precision("medium"),
+    "legacy, cuda": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "newer": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+}
+
+
+def precisions():
+    """What torch says of fp32 products, by both of its interfaces."""
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        overall = "the interfaces disagree"
+    return overall, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("allow", SETTINGS.values(), ids=SETTINGS.keys())
+def test_logits_of_an_fp32_head_are_never_tf32(allow, monkeypatch):
+    """On a GPU that need not be there: what the product finds set, and what is set afterwards."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **options: seen.append(precisions()) or mm(*args, **options))
+    before = precisions()
+    try:
+        allow()
+        allowed = precisions()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            x, weight, out = (torch.empty(size, device="cuda") for size in ((3, 4), (7, 4), (3, 7)))
+            head.Head(weight, None, 1.0, None).project(x, out)
+        assert seen == [("highest", "ieee", "ieee")]
+        assert precisions() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before[1:]

@@ -7,48 +7,71 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..head import Head
 from . import torch_engine
 
 ENGINES = ("auto", "torch", "triton")
-# Whether Triton trains through its logit-free kernel, or through library products and a sweep. Scoring always takes the
-# former.
-TRAIN_LOGIT_FREE = False
+# The oldest generation of NVIDIA's that Triton's kernels are compiled for.
+LEAST_CAPABILITY = 8
+# Whether Triton goes through its logit-free kernel, or through library products and a sweep: None leaves it to the
+# table in triton_blocks. Tests and benchmarks say True or False.
+LOGIT_FREE: bool | None = None
 
 
-def resolve(name: str, hidden: Tensor) -> str:
-    """The engine's own name, with "auto" resolved for the device and dtype of ``hidden``.
-
-    Raises:
-        ValueError, TypeError: there is no such engine, or it does not take this dtype.
-    """
+def check(name: str, dtype: torch.dtype) -> None:
+    """Raises ValueError or TypeError where there is no such engine, or it does not take this dtype."""
     if name not in ENGINES:
         raise ValueError(f"engine: got {name!r}, takes one of {ENGINES}")
-    if name == "auto":
-        # On AMD a barrier does not wait for loads and stores under way, which two of the kernels count on.
-        return "triton" if hidden.is_cuda and hidden.dtype != torch.float64 and not torch.version.hip else "torch"
-    if name == "triton" and hidden.dtype == torch.float64:
+    if name == "triton" and dtype == torch.float64:
         raise TypeError("hidden: got torch.float64, which the engine 'triton' has not; takes engine 'torch'")
-    return name
 
 
-def tile_operations(name: str, device: torch.device) -> ModuleType:
-    """The module of an engine's ``sweep`` and ``gradient``; Triton's kernels are imported when first asked for.
+def tile_operations(name: str, hidden: Tensor) -> ModuleType:
+    """The module of an engine's ``sweep`` and ``gradient``; "auto" is Triton's where that runs.
 
     Raises:
         ValueError: the engine does not run on this device.
     """
-    if name == "torch":
+    if name == "torch" or name == "auto" and not (hidden.is_cuda and hidden.dtype != torch.float64):
         return torch_engine
-    from . import triton_blocks, triton_engine
+    lacks = _lacks(hidden.device)
+    if lacks and name == "auto":
+        return torch_engine
+    if lacks:
+        raise ValueError(f"engine: got 'triton' {lacks}, takes 'torch' or 'auto' there")
+    from . import triton_engine  # only when first asked for
 
-    if device.type != "cuda" and not triton_blocks.INTERPRETED:
-        raise ValueError(f"engine: got 'triton' for tensors on {device}, takes 'torch' or 'auto' there")
-    if torch.version.hip:
-        # Compiled for gfx942, a barrier comes before the stores it should order have arrived.
-        raise ValueError("engine: got 'triton' on an AMD GPU, where its barriers do not order memory; takes 'torch'")
     return triton_engine
 
 
-def logit_free(name: str, keep: bool) -> bool:
-    """Whether a call goes through the kernel that needs no logits; ``keep`` says that a gradient will be asked for."""
-    return name == "triton" and (TRAIN_LOGIT_FREE or not keep)
+def _lacks(device: torch.device) -> str | None:
+    """Why Triton's kernels do not run on a device, or None."""
+    if device.type != "cuda":
+        from . import triton_blocks
+
+        return None if triton_blocks.INTERPRETED else f"for tensors on {device}"
+    if torch.version.hip:
+        # Compiled for gfx942, a barrier comes before the stores it should order have arrived.
+        return "on an AMD GPU, where its barriers do not order memory"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < LEAST_CAPABILITY:
+        return f"on a GPU of compute capability {major}.{minor}, below {LEAST_CAPABILITY}.0"
+    return None
+
+
+def logit_free(engine: ModuleType, policy: Head, rows: int, keep: bool) -> bool:
+    """Whether a call goes through the kernel that needs no logits.
+
+    Args:
+        rows: of a tile, as many as memory allows.
+        keep: whether a gradient will be asked for, which takes the policy's logits.
+    """
+    if engine is torch_engine:
+        return False
+    if LOGIT_FREE is not None:
+        return LOGIT_FREE
+    from . import triton_blocks
+
+    weight = policy.weight
+    arch = triton_blocks.architecture(weight.device)
+    return not keep and triton_blocks.logit_free(arch, weight.element_size(), weight.shape[1], policy.softcap, rows)

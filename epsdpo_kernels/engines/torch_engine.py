@@ -130,23 +130,19 @@ class _Moments:
         return torch.where(within, cosh_1 + sinh, self.exact[0]), torch.where(within, cosh_1 - sinh, self.exact[1])
 
 
-def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy: Head) -> Tensor:
-    """Overwrites the policy's tile by coefficient·(softmax(a) − onehot(label)), carried back through softcap and scale.
+def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy: Head, out: Tensor) -> None:
+    """Writes coefficient·(softmax(a) − onehot(label)), carried back through softcap and scale.
 
     Args:
-        a: (rows, V) the policy's x·Wᵀ, as the sweep saw it, overwritten.
+        a: (rows, V) the policy's x·Wᵀ, as the sweep saw it; not to be read afterwards.
         tile: the tokens that the rows are.
         coefficient: (rows,) what multiplies p − onehot, sign included.
-
-    Returns:
-        (rows, V) the gradient of x·Wᵀ + bias in the policy's ``gradient_dtype``, in a's own memory.
+        out: (rows, V) takes the gradient of x·Wᵀ + bias: a itself, or a tile in the policy's ``gradient_dtype``.
     """
     swept, labels = Swept(*tokens.swept[:, tile]), tokens.labels[tile, None]
     top, softcap = swept.max[:, None], policy.softcap
     factor = (coefficient / swept.sum * policy.scale)[:, None]
     minus = torch.where(labels < 0, 0, coefficient[:, None] * policy.scale)
-    # 16-bit gradients lie in the front half of their row.
-    out = a if policy.gradient_dtype == a.dtype else a.view(policy.gradient_dtype)[:, : a.shape[1]]
     chunks = _chunks(a)
     for start in chunks:
         part = slice(start, start + chunks.step)
@@ -156,6 +152,5 @@ def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy
         g.scatter_add_(1, labels[part].clamp_min(0), -minus[part])
         if slope is not None:
             g.mul_(slope)
-        if out is not a:
-            out[part] = g.to(out.dtype)
-    return out
+        if out.dtype != a.dtype:
+            out[part] = g

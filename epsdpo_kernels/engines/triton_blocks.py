@@ -14,7 +14,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 class Row(NamedTuple):
     """Of the kernels that take one row of logits a program."""
 
-    words: int  # of the vocabulary at a time
+    lanes: int  # threads of a program
+    depth: int  # loads of 16 bytes that a thread of the sweep has under way of each model's logits
+    words: int  # of the gradient at a time
     tokens: int  # at a time, when a pair is reduced
     warps: int
 
@@ -27,27 +29,36 @@ class Product(NamedTuple):
     hidden: int
     warps: int
     stages: int
+    # How a matrix unit hands a row's words to its threads: to so many in turn, so many neighbours at a time.
+    share: int = 4
+    width: int = 2
 
 
-ROW = {"interpreter": Row(128, 16, 1), "gpu": Row(4096, 512, 8)}
+ROW = {"interpreter": Row(16, 2, 128, 16, 1), "gpu": Row(256, 2, 4096, 256, 8)}
 
-# By architecture and bytes of an element: (largest hidden size, blocks), the last for all others. On sm_90
-# 128 × 128 would read less for each product, and spills nothing with Triton 3.9, but 136 to 288 bytes with 3.6.
-PRODUCT: dict[str, dict[int, tuple[tuple[int | None, Product], ...]]] = {
-    "interpreter": {2: ((None, Product(16, 64, 32, 1, 1)),), 4: ((None, Product(16, 64, 32, 1, 1)),)},
-    "sm_80": {2: ((None, Product(64, 64, 32, 8, 3)),), 4: ((None, Product(64, 64, 32, 8, 3)),)},
-    "sm_90": {2: ((None, Product(64, 128, 64, 8, 3)),), 4: ((None, Product(32, 64, 32, 8, 2)),)},
-    "sm_100": {2: ((None, Product(128, 64, 64, 8, 3)),), 4: ((None, Product(32, 64, 32, 8, 2)),)},
-    "sm_120": {2: ((None, Product(64, 64, 64, 8, 2)),), 4: ((None, Product(32, 64, 32, 8, 2)),)},
-    "gfx942": {2: ((None, Product(64, 128, 64, 8, 2)),), 4: ((None, Product(64, 64, 32, 8, 2)),)},
-}  # fmt: skip
+# By architecture and bytes of an element. In fp32 there are no matrix units that keep all digits.
+FP32 = Product(32, 64, 16, 8, 2)
+PRODUCT = {
+    "interpreter": {2: Product(16, 64, 32, 1, 1), 4: Product(16, 64, 32, 1, 1)},
+    "sm_80": {2: Product(64, 64, 32, 8, 3), 4: FP32},
+    "sm_90": {2: Product(128, 64, 64, 8, 3), 4: FP32},
+    "sm_100": {2: Product(128, 64, 64, 8, 3, share=1, width=64), 4: FP32},
+    "sm_120": {2: Product(64, 64, 64, 8, 2), 4: FP32},
+    "gfx942": {2: Product(64, 128, 64, 8, 2), 4: Product(64, 64, 32, 8, 2)},
+}
 
 # Splits of the vocabulary over programs. One number for all calls: a pair's sums must not depend, not even in their
 # last bit, on how many rows are swept with it.
 SPLITS = {"interpreter": 3, "gpu": 32}
-# Row blocks that go through a split of the head side by side. At H 4096 in 16 bits the hidden states of 16 blocks of 64
+# Row blocks that go through a split of the head side by side. At H 4096 in 16 bits the hidden states of 8 blocks of 128
 # rows, both models', are 16 MB, a third of an H100's L2; a block of the head then leaves memory once for 1024 rows.
-GROUP = 16
+GROUP = 8
+
+# Up to which hidden size, in 16 bits and without a softcap, head and sweep in one are predicted to score faster than
+# library products and a sweep (docs/roofline.md); and below how many rows a tile reading the head takes so long that
+# they do anyway.
+SCORE_LOGIT_FREE = {"sm_80": 256, "sm_90": 320, "sm_100": 192, "sm_120": 640}
+FEW_ROWS = 256
 
 # Architectures whose copy engine loads blocks through tensor descriptors.
 DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
@@ -71,8 +82,15 @@ def row(arch: str) -> Row:
     return ROW.get(arch, ROW["gpu"])
 
 
-def product(arch: str, itemsize: int, hidden: int) -> Product:
-    return next(blocks for largest, blocks in PRODUCT[arch][itemsize] if largest is None or hidden <= largest)
+def product(arch: str, itemsize: int, descriptors: bool) -> Product:
+    """The blocks for elements of so many bytes, the larger where the models differ.
+
+    Where the copy engine cannot load them, neither does the matrix unit take them from it: a thread loads its elements
+    one by one, and has registers for no more than sm_80's blocks.
+    """
+    if arch in DESCRIPTORS and not descriptors:
+        arch = "sm_80"
+    return PRODUCT[arch][itemsize]
 
 
 def splits(arch: str) -> int:
@@ -84,3 +102,12 @@ def descriptors(arch: str, matrices: list[Tensor]) -> bool:
     return arch in DESCRIPTORS and all(
         m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices
     )
+
+
+def logit_free(arch: str, itemsize: int, hidden: int, softcap: float | None, rows: int) -> bool:
+    """Whether scoring goes through head and sweep in one, where memory allows tiles of so many rows.
+
+    In fp32 it never does: a library's products without matrix units are faster by more than the logits' traffic.
+    """
+    small = hidden <= SCORE_LOGIT_FREE.get(arch, 0) and softcap is None
+    return itemsize == 2 and (small or rows < FEW_ROWS)

@@ -14,9 +14,47 @@ from ..head import Head
 from ..statistics import Tokens
 from . import triton_blocks
 from .triton_project import project_and_sweep
-from .triton_sums import _arrive, _block_sums, _logits, _merge, _no_words, _store_sums
+from .triton_sums import (
+    LARGEST_U,
+    _add_words,
+    _arrive,
+    _exact_growth,
+    _exp,
+    _join,
+    _load_words,
+    _logits,
+    _no_words,
+    _slope,
+    _store_sums,
+    transforms,
+)
 
 __all__ = ["gradient", "project_and_sweep", "sweep"]
+
+# Words of a load of 16 bytes.
+WIDTH = tl.constexpr(4)
+
+
+@triton.jit
+def _load_block(
+    ptr,  # a row of x·Wᵀ
+    bias_ptr,
+    start,
+    vocabulary,
+    scale,
+    softcap,
+    EDGE: tl.constexpr,  # whether the vocabulary may end in this block
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """(DEPTH, LANES, WIDTH) logits of consecutive words; what a thread loads it keeps."""
+    columns = tl.max_contiguous(start + tl.arange(0, DEPTH * LANES * WIDTH), WIDTH)
+    if EDGE:
+        valid = columns < vocabulary
+    else:
+        valid = None
+    logits = _logits(_load_words(ptr, columns, valid), bias_ptr, columns, valid, scale, softcap)
+    return tl.reshape(logits, [DEPTH, LANES, WIDTH])
 
 
 @triton.jit(do_not_specialize=["first", "swept_stride", "pairs"])
@@ -27,7 +65,7 @@ def _sweep_kernel(
     b_stride,
     bias_ptr,  # (V,) or None
     ref_bias_ptr,
-    scale,
+    scale,  # None where it is 1
     softcap,  # None where there is none
     ref_scale,
     ref_softcap,
@@ -44,7 +82,8 @@ def _sweep_kernel(
     pairs,  # B
     vocabulary,  # V
     PERTURB: tl.constexpr,
-    WORDS: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -52,22 +91,39 @@ def _sweep_kernel(
     one = tl.arange(0, 1)
     a_ptr += row * a_stride
     b_ptr += row * b_stride
-    sums = _no_words(1)
-    for start in range(0, vocabulary, WORDS):
-        columns = start + tl.arange(0, WORDS)[None, :]
-        valid = columns < vocabulary
-        a = tl.load(a_ptr + columns, mask=valid, other=0)
-        b = tl.load(b_ptr + columns, mask=valid, other=0)
-        a = _logits(a, bias_ptr, columns, valid, scale, softcap)
-        b = _logits(b, ref_bias_ptr, columns, valid, ref_scale, ref_softcap)
-        MASKED: tl.constexpr = bias_ptr is not None or ref_bias_ptr is not None
-        sums = _merge(sums, _block_sums(a, b, valid, epsilon, MASKED, PERTURB))
+    WORDS: tl.constexpr = DEPTH * LANES * WIDTH
+    MASKED: tl.constexpr = bias_ptr is not None or ref_bias_ptr is not None
+    whole = vocabulary // WORDS * WORDS
+    sums = _no_words(LANES)
+    largest = tl.zeros([LANES], tl.float32)
+    for start in range(0, whole, WORDS):
+        a = _load_block(a_ptr, bias_ptr, start, vocabulary, scale, softcap, False, DEPTH, LANES)
+        b = _load_block(b_ptr, ref_bias_ptr, start, vocabulary, ref_scale, ref_softcap, False, DEPTH, LANES)
+        added = _add_words(sums, a, b, epsilon, MASKED, PERTURB, False)
+        sums, largest = added[:8], tl.maximum(largest, added[8])
+    if whole < vocabulary:
+        a = _load_block(a_ptr, bias_ptr, whole, vocabulary, scale, softcap, True, DEPTH, LANES)
+        b = _load_block(b_ptr, ref_bias_ptr, whole, vocabulary, ref_scale, ref_softcap, True, DEPTH, LANES)
+        added = _add_words(sums, a, b, epsilon, MASKED, PERTURB, False)
+        sums, largest = added[:8], tl.maximum(largest, added[8])
+    if PERTURB:
+        if tl.max(largest) > LARGEST_U:
+            # A row with a word beyond the polynomials, which hardly any has, is gone through once more.
+            relaxed = tl.zeros([LANES], tl.float32)
+            tightened = tl.zeros([LANES], tl.float32)
+            for start in range(0, vocabulary, WORDS):
+                a = _load_block(a_ptr, bias_ptr, start, vocabulary, scale, softcap, True, DEPTH, LANES)
+                b = _load_block(b_ptr, ref_bias_ptr, start, vocabulary, ref_scale, ref_softcap, True, DEPTH, LANES)
+                grown, shrunk = _exact_growth(a, b, sums[0], epsilon, MASKED)
+                relaxed += grown
+                tightened += shrunk
+            sums = sums[:5] + (relaxed, tightened) + sums[7:]
     label = tl.load(labels_ptr + token + one)
     here = label >= 0  # not in another slice of the vocabulary
     a = _logits(tl.load(a_ptr + label, mask=here, other=0), bias_ptr, label, here, scale, softcap)
     b = _logits(tl.load(b_ptr + label, mask=here, other=0), ref_bias_ptr, label, here, ref_scale, ref_softcap)
     a, b = tl.where(here, a, -float("inf")), tl.where(here, b, -float("inf"))
-    _store_sums(swept_ptr + token + one, swept_stride, one < 1, sums, a, b)
+    _store_sums(swept_ptr + token + one, swept_stride, one < 1, _join(sums, 1), a, b)
     _arrive(
         token, token + 1, completion_ptr, bounds_ptr, arrived_ptr, swept_ptr, swept_stride, sums_ptr, step_ptr, pairs,
         epsilon, TOKENS,
@@ -85,21 +141,46 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
     blocks = triton_blocks.row(triton_blocks.architecture(a.device))
     with torch.cuda.device_of(a):
         _sweep_kernel[(a.shape[0],)](
-            a, b, a.stride(0), b.stride(0), policy.bias, reference.bias, policy.scale, policy.softcap, reference.scale,
-            reference.softcap, epsilon, tile.start, tokens.labels, tokens.completion, tokens.bounds, tokens.arrived,
-            tokens.swept, tokens.swept.stride(0), tokens.sums, tokens.step, len(tokens.step), a.shape[1],
-            PERTURB=epsilon != 0, WORDS=blocks.words, TOKENS=blocks.tokens, num_warps=blocks.warps, num_stages=1,
+            a, b, a.stride(0), b.stride(0), policy.bias, reference.bias, *transforms(policy), *transforms(reference),
+            epsilon, tile.start, tokens.labels, tokens.completion, tokens.bounds, tokens.arrived, tokens.swept,
+            tokens.swept.stride(0), tokens.sums, tokens.step, len(tokens.step), a.shape[1], PERTURB=epsilon != 0,
+            LANES=blocks.lanes, DEPTH=blocks.depth, TOKENS=blocks.tokens, num_warps=blocks.warps, num_stages=1,
         )  # fmt: skip
+
+
+@triton.jit
+def _store_gradient(
+    out_ptr,
+    a_ptr,
+    bias_ptr,
+    start,
+    vocabulary,
+    scale,
+    softcap,
+    top,
+    factor,
+    EDGE: tl.constexpr,  # whether the vocabulary may end in this block
+    WORDS: tl.constexpr,
+):
+    """factor·e^(logit − top), carried back through softcap, of WORDS consecutive words."""
+    columns = start + tl.arange(0, WORDS)
+    if EDGE:
+        valid = columns < vocabulary
+    else:
+        valid = None
+    logits = _logits(_load_words(a_ptr, columns, valid), bias_ptr, columns, valid, scale, softcap)
+    g = (_exp(logits - top) * factor * _slope(logits, softcap)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + columns, g, mask=valid)
 
 
 @triton.jit(do_not_specialize=["first", "swept_stride"])
 def _gradient_kernel(
-    a_ptr,  # (rows, V) the policy's x·Wᵀ, overwritten
-    out_ptr,  # (rows, V) in the same memory: the same tile, or 16-bit elements in the front half of each row
+    a_ptr,  # (rows, V) the policy's x·Wᵀ
+    out_ptr,  # (rows, V), which may be a
     a_stride,
     out_stride,
     bias_ptr,  # (V,) or None
-    scale,
+    scale,  # None where it is 1
     softcap,  # None where there is none
     coefficient_ptr,  # (rows,)
     first,  # the token that row 0 is
@@ -113,43 +194,39 @@ def _gradient_kernel(
     token = first + row
     a_ptr += row * a_stride
     out_ptr += row * out_stride
-    label = tl.load(labels_ptr + token)
-    top, total = tl.load(swept_ptr + token), tl.load(swept_ptr + swept_stride + token)
-    minus = tl.load(coefficient_ptr + row) * tl.cast(scale, tl.float32)
+    swept_ptr += token
+    top, total = tl.load(swept_ptr), tl.load(swept_ptr + swept_stride)
+    minus = tl.load(coefficient_ptr + row)
+    if scale is not None:
+        minus *= tl.cast(scale, tl.float32)
     factor = minus / total
-    for start in range(0, vocabulary, WORDS):
-        columns = start + tl.arange(0, WORDS)
-        valid = columns < vocabulary
-        logits = _logits(tl.load(a_ptr + columns, mask=valid, other=0), bias_ptr, columns, valid, scale, softcap)
-        g = tl.exp(logits - top) * factor - tl.where(columns == label, minus, 0)
-        if softcap is not None:
-            t = logits / tl.cast(softcap, tl.float32)
-            g *= 1 - t * t
-        # 16-bit stores of words start … start + WORDS − 1 cover what words below (start + WORDS)/2 were read from: in
-        # the first block the block itself, in all others blocks before it. The barrier puts every thread's loads of
-        # this block and of those before it ahead of any thread's stores; later blocks' words lie beyond them.
+    whole = vocabulary // WORDS * WORDS
+    for start in range(0, whole, WORDS):
+        _store_gradient(out_ptr, a_ptr, bias_ptr, start, vocabulary, scale, softcap, top, factor, False, WORDS)
+    if whole < vocabulary:
+        _store_gradient(out_ptr, a_ptr, bias_ptr, whole, vocabulary, scale, softcap, top, factor, True, WORDS)
+    label = tl.load(labels_ptr + token)
+    if label >= 0:  # not in another slice of the vocabulary
+        # The label's word once more, with its onehot. Whoever stored it above has done so before the barrier.
+        logit = tl.load(swept_ptr + 8 * swept_stride)
+        g = (_exp(logit - top) * factor - minus) * _slope(logit, softcap)
         tl.debug_barrier()
-        tl.store(out_ptr + columns, g.to(out_ptr.dtype.element_ty), mask=valid)
+        tl.store(out_ptr + label, g.to(out_ptr.dtype.element_ty))
 
 
-def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy: Head) -> Tensor:
-    """Overwrites the policy's tile by coefficient·(softmax(a) − onehot(label)), carried back through softcap and scale.
+def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy: Head, out: Tensor) -> None:
+    """Writes coefficient·(softmax(a) − onehot(label)), carried back through softcap and scale.
 
     Args:
-        a: (rows, V) fp32, the policy's x·Wᵀ, as the sweep saw it, overwritten.
+        a: (rows, V) fp32, the policy's x·Wᵀ, as the sweep saw it; not to be read afterwards.
         tile: the tokens that the rows are.
         coefficient: (rows,) what multiplies p − onehot, sign included.
-
-    Returns:
-        (rows, V) the gradient of x·Wᵀ + bias in the policy's ``gradient_dtype``, in a's own memory.
+        out: (rows, V) takes the gradient of x·Wᵀ + bias: a itself, or a tile in the policy's ``gradient_dtype``.
     """
-    dtype = policy.gradient_dtype
-    out = a if dtype == a.dtype else a.view(dtype)[:, : a.shape[1]]
     blocks = triton_blocks.row(triton_blocks.architecture(a.device))
     with torch.cuda.device_of(a):
         _gradient_kernel[(a.shape[0],)](
-            a, out, a.stride(0), out.stride(0), policy.bias, policy.scale, policy.softcap, coefficient, tile.start,
+            a, out, a.stride(0), out.stride(0), policy.bias, *transforms(policy), coefficient, tile.start,
             tokens.labels, tokens.swept, tokens.swept.stride(0), a.shape[1], WORDS=blocks.words,
             num_warps=blocks.warps, num_stages=1,
         )  # fmt: skip
-    return out

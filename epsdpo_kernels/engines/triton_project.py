@@ -7,9 +7,6 @@ and the last row block of a pair reduces and decides it.
 
 from __future__ import annotations
 
-import dataclasses
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +16,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..head import Head
 from ..statistics import SWEPT, Tokens
 from . import triton_blocks
-from .triton_blocks import Product
-from .triton_sums import _arrive, _block_sums, _load, _load_sums, _logits, _merge, _no_words, _store_sums
+from .triton_sums import (
+    _add_words,
+    _arrive,
+    _by_row,
+    _join,
+    _lane_max,
+    _load,
+    _load_sums,
+    _logits,
+    _merge,
+    _no_words,
+    _store_sums,
+    transforms,
+)
 
 
 @triton.jit
@@ -85,18 +94,15 @@ def _products_of_shared_head(
 
 
 @triton.jit
-def _halves(block, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """(ROWS, WORDS) as two of half as many words; every thread keeps what it has."""
-    return tl.split(tl.permute(tl.reshape(block, [ROWS, 2, WORDS // 2]), [0, 2, 1]))
+def _by_lane(block, SHARE: tl.constexpr, WIDTH: tl.constexpr):
+    """(ROWS, WORDS) of a product in the shape that _add_words takes; a row's SHARE lanes are neighbours.
 
-
-@triton.jit
-def _quarters(block, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """(ROWS, WORDS) as four of a quarter of the words, in their order."""
-    left, right = _halves(block, ROWS, WORDS)
-    first, second = _halves(left, ROWS, WORDS // 2)
-    third, fourth = _halves(right, ROWS, WORDS // 2)
-    return first, second, third, fourth
+    The words of a row go to its lanes in turn, WIDTH at a time: so does the matrix unit hand them to its threads.
+    """
+    ROWS: tl.constexpr = block.shape[0]
+    DEPTH: tl.constexpr = block.shape[1] // (SHARE * WIDTH)
+    block = tl.permute(tl.reshape(block, [ROWS, DEPTH, SHARE, WIDTH]), [1, 0, 2, 3])
+    return tl.reshape(block, [DEPTH, ROWS * SHARE, WIDTH])
 
 
 @triton.jit(do_not_specialize=["first", "rows", "swept_stride", "pairs"])
@@ -111,7 +117,7 @@ def _project_kernel(
     ref_hidden,  # H_ref
     bias_ptr,  # (V,) or None
     ref_bias_ptr,
-    scale,
+    scale,  # None where it is 1
     softcap,  # None where there is none
     ref_scale,
     ref_softcap,
@@ -138,6 +144,8 @@ def _project_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     HIDDEN: tl.constexpr,
+    SHARE: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     # The row blocks of a group run side by side through one split after the other: their hidden states stay in L2, and
@@ -155,9 +163,9 @@ def _project_kernel(
     share = tl.cdiv(tl.cdiv(vocabulary, WORDS), SPLITS) * WORDS
     MASKED: tl.constexpr = bias_ptr is not None or ref_bias_ptr is not None
 
-    sums = _no_words(ROWS)
-    # A label is in one block of words, and −inf in the others.
-    of_label = tl.full([ROWS], -float("inf"), tl.float32)
+    sums = _no_words(ROWS * SHARE)
+    # A label is in one lane of its row, and −inf in the others.
+    of_label = tl.full([ROWS * SHARE], -float("inf"), tl.float32)
     ref_of_label = of_label
     for word in range(split * share, tl.minimum(split * share + share, vocabulary), WORDS):
         if SHARED:
@@ -169,20 +177,19 @@ def _project_kernel(
             b = _product(
                 ref_x, ref_weight, top_row, word, rows, vocabulary, ref_hidden, DESCRIPTORS, ROWS, WORDS, HIDDEN
             )
+        columns = word + tl.arange(0, WORDS)[None, :]
+        valid = columns < vocabulary
         if a_ptr is not None:
-            columns = word + tl.arange(0, WORDS)[None, :]
-            tl.store(a_ptr + row[:, None] * a_stride + columns, a, mask=inside[:, None] & (columns < vocabulary))
-        # A quarter of the block after the other: what the sums hold of a word fits the registers beside two
-        # accumulators only so.
-        quarters, ref_quarters = _quarters(a, ROWS, WORDS), _quarters(b, ROWS, WORDS)
-        for i in tl.static_range(4):
-            columns = word + i * (WORDS // 4) + tl.arange(0, WORDS // 4)[None, :]
-            valid = columns < vocabulary
-            a = _logits(quarters[i], bias_ptr, columns, valid, scale, softcap)
-            b = _logits(ref_quarters[i], ref_bias_ptr, columns, valid, ref_scale, ref_softcap)
-            of_label = tl.maximum(of_label, tl.max(tl.where(columns == label, a, -float("inf")), 1))
-            ref_of_label = tl.maximum(ref_of_label, tl.max(tl.where(columns == label, b, -float("inf")), 1))
-            sums = _merge(sums, _block_sums(a, b, valid, epsilon, MASKED, PERTURB))
+            tl.store(a_ptr + row[:, None] * a_stride + columns, a, mask=inside[:, None] & valid)
+        a = _logits(a, bias_ptr, columns, valid, scale, softcap)
+        b = _logits(b, ref_bias_ptr, columns, valid, ref_scale, ref_softcap)
+        here = columns == label
+        of_label = tl.maximum(of_label, _lane_max(_by_lane(tl.where(here, a, -float("inf")), SHARE, WIDTH)))
+        ref_of_label = tl.maximum(ref_of_label, _lane_max(_by_lane(tl.where(here, b, -float("inf")), SHARE, WIDTH)))
+        a, b = _by_lane(a, SHARE, WIDTH), _by_lane(b, SHARE, WIDTH)
+        sums = _add_words(sums, a, b, epsilon, MASKED, PERTURB, True)[:8]
+    sums = _join(sums, ROWS)
+    of_label, ref_of_label = tl.max(_by_row(of_label, ROWS), 1), tl.max(_by_row(ref_of_label, ROWS), 1)
 
     # Offsets into the parts may pass 2³¹ as well: row is int64.
     part_ptr += row
@@ -224,16 +231,6 @@ def project_and_sweep(
         tile: the tokens that the rows are.
         a: (rows, V) fp32, takes the policy's x·Wᵀ, for :func:`triton_engine.gradient`.
     """
-    arch = triton_blocks.architecture(x.device)
-    arguments = x, ref_x, tile, tokens, policy, reference, epsilon, a, arch
-    itemsize = max(x.element_size(), ref_x.element_size())
-    blocks = triton_blocks.product(arch, itemsize, max(x.shape[1], ref_x.shape[1]))
-    if os.environ.get("EPSDPO_AUTOTUNE") == "1" and not triton_blocks.INTERPRETED:
-        blocks = _tuned(*arguments)
-    _launch(*arguments, blocks)
-
-
-def _launch(x, ref_x, tile, tokens, policy, reference, epsilon, a, arch, blocks: Product) -> None:
     weight, ref_weight = policy.weight, reference.weight
     assert all(m.is_contiguous() for m in (x, weight, ref_x, ref_weight)), "the caller makes them so, once a call"
     shared = weight.data_ptr() == ref_weight.data_ptr() and weight.shape == ref_weight.shape
@@ -241,7 +238,9 @@ def _launch(x, ref_x, tile, tokens, policy, reference, epsilon, a, arch, blocks:
     if triton_blocks.INTERPRETED:  # where products of bf16 come out wrong
         matrices = [m.float() if m.dtype == torch.bfloat16 else m for m in matrices]
     (rows, hidden), ref_hidden = x.shape, ref_x.shape[1]
+    arch = triton_blocks.architecture(x.device)
     descriptors = triton_blocks.descriptors(arch, matrices)
+    blocks = triton_blocks.product(arch, max(x.element_size(), ref_x.element_size()), descriptors)
     if descriptors:
         sizes = (blocks.rows, blocks.words, blocks.rows, blocks.words)
         matrices = [
@@ -252,30 +251,11 @@ def _launch(x, ref_x, tile, tokens, policy, reference, epsilon, a, arch, blocks:
     finished = torch.zeros(row_blocks, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
         _project_kernel[(row_blocks * splits,)](
-            *matrices, rows, weight.shape[0], hidden, ref_hidden, policy.bias, reference.bias, policy.scale,
-            policy.softcap, reference.scale, reference.softcap, epsilon, a, 0 if a is None else a.stride(0), parts,
-            finished, tile.start, tokens.labels, tokens.completion, tokens.bounds, tokens.arrived, tokens.swept,
-            tokens.swept.stride(0), tokens.sums, tokens.step, len(tokens.step), PERTURB=epsilon != 0, SHARED=shared,
-            DESCRIPTORS=descriptors, SPLITS=splits, GROUP=triton_blocks.GROUP, ROWS=blocks.rows, WORDS=blocks.words,
-            HIDDEN=blocks.hidden, TOKENS=triton_blocks.row(arch).tokens, num_warps=blocks.warps,
+            *matrices, rows, weight.shape[0], hidden, ref_hidden, policy.bias, reference.bias, *transforms(policy),
+            *transforms(reference), epsilon, a, 0 if a is None else a.stride(0), parts, finished, tile.start,
+            tokens.labels, tokens.completion, tokens.bounds, tokens.arrived, tokens.swept, tokens.swept.stride(0),
+            tokens.sums, tokens.step, len(tokens.step), PERTURB=epsilon != 0, SHARED=shared, DESCRIPTORS=descriptors,
+            SPLITS=splits, GROUP=triton_blocks.GROUP, ROWS=blocks.rows, WORDS=blocks.words, HIDDEN=blocks.hidden,
+            SHARE=blocks.share, WIDTH=blocks.width, TOKENS=triton_blocks.row(arch).tokens, num_warps=blocks.warps,
             num_stages=blocks.stages,
         )  # fmt: skip
-
-
-_best: dict[tuple, Product] = {}
-
-
-def _tuned(x, ref_x, tile, tokens, policy, reference, epsilon, a, arch) -> Product:
-    """The fastest of the architecture's blocks for these shapes, measured once, on copies of what the kernel writes."""
-    key = arch, x.dtype, ref_x.dtype, policy.weight.shape, reference.weight.shape, a is None
-    if key not in _best:
-        writes = {name: getattr(tokens, name).clone() for name in ("swept", "sums", "step", "arrived")}
-        copy = dataclasses.replace(tokens, **writes)
-        candidates = {blocks for _, blocks in triton_blocks.PRODUCT[arch][max(x.element_size(), ref_x.element_size())]}
-        _best[key] = min(
-            sorted(candidates),
-            key=lambda blocks: triton.testing.do_bench(
-                lambda: _launch(x, ref_x, tile, copy, policy, reference, epsilon, a, arch, blocks)
-            ),
-        )
-    return _best[key]

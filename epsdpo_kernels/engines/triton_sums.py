@@ -1,8 +1,11 @@
 """What the Triton kernels share: from x·Wᵀ to logits, from logits to a token's sums, from sums to a pair's step.
 
 A token's sums are those of ``statistics``, and tuples of them are in its rows' order: MAX, SUM, REF_MAX, REF_SUM,
-DIFFERENCE, RELAXED, TIGHTENED, CENTRED. A sweep is a chain of merges, of the words of a block into those before them,
-and later of one split of the vocabulary into another: both are one function.
+DIFFERENCE, RELAXED, TIGHTENED, CENTRED.
+
+While a kernel walks over the vocabulary, each thread keeps sums of the words that it sees itself: a *lane*. Blocks of
+logits are (DEPTH, LANES, WIDTH), a lane's words along the first and the last axis, so that adding a block to the sums
+takes no exchange between threads. Lanes are joined once, at the end of a row, and slices of the vocabulary are merged.
 """
 
 from __future__ import annotations
@@ -10,10 +13,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..head import Head
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# The largest |u| at which Taylor's polynomials are as good as fp32.
+LARGEST_U = tl.constexpr(1.0)
+# The maximum of no words, less than any logit, and what stands for a logit beyond the vocabulary. Unlike −inf they may
+# be subtracted from each other: there e is 0, and so is a − b.
+LEAST, BEYOND = tl.constexpr(-1e38), tl.constexpr(-2e38)
+
+
+def transforms(head: Head) -> tuple[float | None, float | None]:
+    """A head's scale and softcap as the kernels take them: None for a scale of 1, which costs nothing then."""
+    return (None if head.scale == 1 else head.scale), head.softcap
+
+
+@triton.jit
+def _exp(x):
+    """e^x. ``tl.exp`` takes four instructions more, to tell apart results below 1e-38."""
+    return tl.exp2(x * LOG2_E)
+
 
 @triton.jit
 def _sinh_cosh_1(u):
-    """sinh u and cosh u − 1 by their Taylor polynomials, which up to |u| = 1 are as good as fp32."""
+    """sinh u and cosh u − 1 by Taylor's polynomials: what they leave out is below 3e-8 of them up to LARGEST_U."""
     square = u * u
     sinh = u * (1 + square * (1 / 6 + square * (1 / 120 + square * (1 / 5040 + square * (1 / 362880)))))
     cosh_1 = square * (1 / 2 + square * (1 / 24 + square * (1 / 720 + square * (1 / 40320 + square * (1 / 3628800)))))
@@ -22,26 +45,29 @@ def _sinh_cosh_1(u):
 
 @triton.jit
 def _growth(e, x, u):
-    """e·(e^u − 1) and e·(e^−u − 1) for e = e^x, so that no digit is lost where u is small.
+    """e·(e^u − 1) and e·(e^−u − 1) for e = e^x and any u, so that no digit is lost where u is small.
 
     Where u is large, a factor e^u of its own would overflow at a word whose e is nothing: 0·∞.
     """
     sinh, cosh_1 = _sinh_cosh_1(u)
-    small = tl.abs(u) <= 1
-    # Chosen by word: a branch for whole blocks would save exponentials, and keep every intermediate in registers.
-    grown = tl.where(small, e * (cosh_1 + sinh), tl.exp(x + u) - e)
-    shrunk = tl.where(small, e * (cosh_1 - sinh), tl.exp(x - u) - e)
+    small = tl.abs(u) <= LARGEST_U
+    grown = tl.where(small, e * (cosh_1 + sinh), _exp(x + u) - e)
+    shrunk = tl.where(small, e * (cosh_1 - sinh), _exp(x - u) - e)
     return grown, shrunk
 
 
 @triton.jit
 def _tanh(x):
-    """From e^(−2|x|) − 1, which keeps the digits of a small x; libdevice has no place in the interpreter or on AMD."""
-    u = -2 * tl.abs(x)
-    sinh, cosh_1 = _sinh_cosh_1(u)
-    minus = tl.where(u >= -1, cosh_1 + sinh, tl.exp(u) - 1)
-    tanh = -minus / (2 + minus)
-    return tl.where(x < 0, -tanh, tanh)
+    """To 3e-7 of it: an odd polynomial (minimax up to 0.8), then 1 − 2/(1 + e^2|x|).
+
+    The root's square is the reciprocal: one instruction and a product, where a division takes eight. libdevice has no
+    place in the interpreter or on AMD.
+    """
+    square = x * x
+    tail = -0.333329 + square * (0.133228 + square * (-0.0531763 + square * (0.0191908 + square * -0.00441088)))
+    root = tl.rsqrt(1 + tl.exp2(tl.abs(x) * (2 * LOG2_E)))
+    beyond = 1 - 2 * (root * root)
+    return tl.where(tl.abs(x) < 0.8, x + x * (square * tail), tl.where(x < 0, -beyond, beyond))
 
 
 @triton.jit
@@ -54,85 +80,177 @@ def _log1p(x):
 
 
 @triton.jit
+def _load_words(ptr, columns, valid):
+    """What ``ptr`` has in these columns; ``valid`` is None where all of them are inside the vocabulary."""
+    if valid is None:
+        words = tl.load(ptr + columns)
+    else:
+        words = tl.load(ptr + columns, mask=valid, other=0)
+    return words
+
+
+@triton.jit
 def _logits(
     products,  # x·Wᵀ, of any shape that columns broadcast to
     bias_ptr,  # (V,) or None
     columns,
-    valid,  # columns < V
-    scale,
+    valid,  # columns < V, or None where all are
+    scale,  # None where it is 1
     softcap,  # None where there is none
 ):
-    """softcap·tanh(scale·(x·Wᵀ + bias) / softcap)."""
+    """softcap·tanh(scale·(x·Wᵀ + bias) / softcap), BEYOND where not valid."""
+    logits = products
     if bias_ptr is not None:
-        products += tl.load(bias_ptr + columns, mask=valid, other=0).to(tl.float32)
-    logits = products * tl.cast(scale, tl.float32)
+        logits += _load_words(bias_ptr, columns, valid).to(tl.float32)
     if softcap is not None:
+        # Multiplied by inverses that do not change from word to word.
         softcap = tl.cast(softcap, tl.float32)
-        logits = softcap * _tanh(logits / softcap)
+        inverse = 1 / softcap
+        if scale is not None:
+            inverse *= tl.cast(scale, tl.float32)
+        logits = softcap * _tanh(logits * inverse)
+    elif scale is not None:
+        logits *= tl.cast(scale, tl.float32)
+    if valid is not None:
+        logits = tl.where(valid, logits, BEYOND)
     return logits
 
 
 @triton.jit
-def _finite(top):
-    """A maximum that may be subtracted: a slice without a possible word has −inf, and −inf − −inf is no number."""
-    return tl.where(top == -float("inf"), 0, top)
-
-
-@triton.jit
-def _no_words(ROWS: tl.constexpr):
-    """The sums of an empty slice, which merge as nothing."""
-    zero = tl.zeros([ROWS], tl.float32)
-    return zero - float("inf"), zero, zero - float("inf"), zero, zero, zero, zero, zero
-
-
-@triton.jit
-def _block_sums(
-    a,
-    b,  # (ROWS, WORDS) logits
-    valid,  # (1, WORDS) false beyond the vocabulary
-    epsilon,
-    MASKED: tl.constexpr,  # a bias may be −inf: a word that the policy gives no probability counts for nothing
-    PERTURB: tl.constexpr,
-):
-    """The sums of a block of words, each relative to the block's own maxima: 8 × (ROWS,)."""
-    a, b = tl.where(valid, a, -float("inf")), tl.where(valid, b, -float("inf"))
-    top, ref_top = tl.max(a, 1), tl.max(b, 1)
-    centred, difference = a - _finite(top)[:, None], a - b
-    e = tl.exp(centred)
-    if MASKED:
-        counted = a != -float("inf")
+def _slope(logits, softcap):
+    """d softcap·tanh(z/softcap) / dz from its value."""
+    if softcap is None:
+        slope = 1.0
     else:
-        counted = valid
-    centred, difference = tl.where(counted, centred, 0), tl.where(counted, difference, 0)
-    ref_total = tl.sum(tl.exp(b - _finite(ref_top)[:, None]), 1)
-    relaxed = tl.zeros_like(ref_total)
-    tightened = tl.zeros_like(ref_total)
-    if PERTURB:
-        grown, shrunk = _growth(e, centred, difference * tl.cast(epsilon, tl.float32))
-        relaxed, tightened = tl.sum(grown, 1), tl.sum(shrunk, 1)
-    return top, tl.sum(e, 1), ref_top, ref_total, tl.sum(e * difference, 1), relaxed, tightened, tl.sum(e * centred, 1)
+        t = logits * (1 / tl.cast(softcap, tl.float32))
+        slope = 1 - t * t
+    return slope
+
+
+@triton.jit
+def _no_words(LANES: tl.constexpr):
+    """The sums of lanes that have seen no word, which merge as nothing."""
+    zero = tl.zeros([LANES], tl.float32)
+    return zero + LEAST, zero, zero + LEAST, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def _lane_sum(block):
+    """(DEPTH, LANES, WIDTH) -> (LANES,), within a thread."""
+    return tl.sum(tl.sum(block, 2), 0)
+
+
+@triton.jit
+def _lane_max(block):
+    return tl.max(tl.max(block, 2), 0)
+
+
+@triton.jit
+def _moved(sums, top, ref_top):
+    """The same sums, relative to other maxima."""
+    old_top, total, old_ref_top, ref_total, difference, relaxed, tightened, centred = sums
+    shift = old_top - top
+    r, ref_r = _exp(shift), _exp(old_ref_top - ref_top)
+    moved = (centred + shift * total) * r
+    return top, total * r, ref_top, ref_total * ref_r, difference * r, relaxed * r, tightened * r, moved
 
 
 @triton.jit
 def _merge(p, q):
     """The sums of two slices of a vocabulary together, as ``statistics.merge``."""
-    p_top, p_total, p_ref_top, p_ref_total, p_difference, p_relaxed, p_tightened, p_centred = p
-    q_top, q_total, q_ref_top, q_ref_total, q_difference, q_relaxed, q_tightened, q_centred = q
-    top, ref_top = tl.maximum(p_top, q_top), tl.maximum(p_ref_top, q_ref_top)
-    p_shift, q_shift = p_top - _finite(top), q_top - _finite(top)
-    r, s = tl.exp(p_shift), tl.exp(q_shift)
-    ref_r, ref_s = tl.exp(p_ref_top - _finite(ref_top)), tl.exp(q_ref_top - _finite(ref_top))
-    p_moved = tl.where(r > 0, p_centred + p_shift * p_total, 0)
-    q_moved = tl.where(s > 0, q_centred + q_shift * q_total, 0)
+    top, ref_top = tl.maximum(p[0], q[0]), tl.maximum(p[2], q[2])
+    p, q = _moved(p, top, ref_top), _moved(q, top, ref_top)
+    return top, p[1] + q[1], ref_top, p[3] + q[3], p[4] + q[4], p[5] + q[5], p[6] + q[6], p[7] + q[7]
+
+
+@triton.jit
+def _words(a, b, top, MASKED: tl.constexpr):
+    """x = a − max, e = e^x and d = a − b of a block.
+
+    Where a bias may be −inf (MASKED), a word that the policy gives no probability counts for nothing: e, x and d are 0.
+    """
+    x, d = a - top[None, :, None], a - b
+    e = _exp(x)
+    if MASKED:
+        x, d = tl.where(a == -float("inf"), 0, x), tl.where(a == -float("inf"), 0, d)
+    return x, e, d
+
+
+@triton.jit
+def _exact_growth(a, b, top, epsilon, MASKED: tl.constexpr):
+    """The lanes' Σ e·(e^u − 1) and Σ e·(e^−u − 1) of a block, whatever u = ε·d is: 2 × (LANES,)."""
+    x, e, d = _words(a, b, top, MASKED)
+    grown, shrunk = _growth(e, x, d * tl.cast(epsilon, tl.float32))
+    return _lane_sum(grown), _lane_sum(shrunk)
+
+
+@triton.jit
+def _add_words(
+    sums,
+    a,
+    b,  # (DEPTH, LANES, WIDTH) logits
+    epsilon,
+    MASKED: tl.constexpr,
+    PERTURB: tl.constexpr,
+    BY_BLOCK: tl.constexpr,  # whether lanes with a |u| beyond LARGEST_U are summed exactly here, or by the caller
+):
+    """The sums with a block of words added, and the lanes' largest |u| in it: 9 × (LANES,)."""
+    top, ref_top = tl.maximum(sums[0], _lane_max(a)), tl.maximum(sums[2], _lane_max(b))
+    _, total, _, ref_total, difference, relaxed, tightened, centred = _moved(sums, top, ref_top)
+    x, e, d = _words(a, b, top, MASKED)
+    total += _lane_sum(e)
+    ref_total += _lane_sum(_exp(b - ref_top[None, :, None]))
+    difference += _lane_sum(e * d)
+    centred += _lane_sum(e * x)
+    largest = tl.zeros_like(top)
+    if PERTURB:
+        u = d * tl.cast(epsilon, tl.float32)
+        sinh, cosh_1 = _sinh_cosh_1(u)
+        odd, even = _lane_sum(e * sinh), _lane_sum(e * cosh_1)
+        grown, shrunk = even + odd, even - odd
+        largest = _lane_max(tl.abs(u))
+        if BY_BLOCK:
+            # Whether or not a neighbour makes the program come here, a lane's own |u| chooses.
+            if tl.max(largest) > LARGEST_U:
+                exact = _exact_growth(a, b, top, epsilon, MASKED)
+                grown = tl.where(largest > LARGEST_U, exact[0], grown)
+                shrunk = tl.where(largest > LARGEST_U, exact[1], shrunk)
+        relaxed += grown
+        tightened += shrunk
+    return top, total, ref_top, ref_total, difference, relaxed, tightened, centred, largest
+
+
+@triton.jit
+def _by_row(lanes, ROWS: tl.constexpr):
+    """(LANES,) -> (ROWS, lanes of a row)."""
+    return tl.reshape(lanes, [ROWS, lanes.shape[0] // ROWS])
+
+
+@triton.jit
+def _join(sums, ROWS: tl.constexpr):
+    """The sums of rows from those of their lanes, which are neighbours: 8 × (LANES,) -> 8 × (ROWS,)."""
+    lanes_top, lanes_ref_top = _by_row(sums[0], ROWS), _by_row(sums[2], ROWS)
+    top, ref_top = tl.max(lanes_top, 1), tl.max(lanes_ref_top, 1)
+    lanes = (
+        lanes_top,
+        _by_row(sums[1], ROWS),
+        lanes_ref_top,
+        _by_row(sums[3], ROWS),
+        _by_row(sums[4], ROWS),
+        _by_row(sums[5], ROWS),
+        _by_row(sums[6], ROWS),
+        _by_row(sums[7], ROWS),
+    )
+    _, total, _, ref_total, difference, relaxed, tightened, centred = _moved(lanes, top[:, None], ref_top[:, None])
     return (
         top,
-        p_total * r + q_total * s,
+        tl.sum(total, 1),
         ref_top,
-        p_ref_total * ref_r + q_ref_total * ref_s,
-        p_difference * r + q_difference * s,
-        p_relaxed * r + q_relaxed * s,
-        p_tightened * r + q_tightened * s,
-        p_moved * r + q_moved * s,
+        tl.sum(ref_total, 1),
+        tl.sum(difference, 1),
+        tl.sum(relaxed, 1),
+        tl.sum(tightened, 1),
+        tl.sum(centred, 1),
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..plan import rows_per_tile
+from ..plan import tile_budget
 from .transformers import causal_lm, head_inputs, lm_head
 
 # Numbers of a parameter's dtype that an optimizer keeps for each of them; others are not foreseen.
@@ -65,8 +65,8 @@ def expected_memory(
         layers = config.num_hidden_layers
         kept = kept / layers + layers * config.hidden_size * head.element_size()
     states = OPTIMIZER_STATES.get(optimizer)
-    rows = min(scored, rows_per_tile(head.shape[0], head.shape[1], 4, None))
-    loss = 4 * (2 * rows * head.shape[0] + scored * head.shape[1] + head.numel() * head.requires_grad)
+    tiles = min(8 * scored * head.shape[0], tile_budget(*head.shape))
+    loss = tiles + 4 * (scored * head.shape[1] + head.numel() * head.requires_grad)
     return Expected(
         sum(weights.values()) // shards, sum(trained.values()) // shards,
         None if states is None else states * sum(trained.values()) // shards, int(kept * tokens), loss,
