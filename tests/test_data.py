@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from epsdpo_kernels.record.sources import texts
-from pair_data import (
+pytest.importorskip("datasets", reason="the trainer's extra is not installed")
+
+from epsdpo_kernels.record.sources import texts  # noqa: E402
+from pair_data import (  # noqa: E402
     CHAT,
     PLAIN,
     TEMPLATE,
@@ -21,8 +23,8 @@ from pair_data import (
     user,
     write,
 )
-from train.data import Collator, Report, load_pairs
-from train.demo import pairs as demo_data
+from train.data import Collator, Report, load_pairs  # noqa: E402
+from train.demo import pairs as demo_data  # noqa: E402
 
 HH = Path(__file__).parents[2] / "shared/data/hh_harmless.jsonl.gz"
 

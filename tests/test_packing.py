@@ -214,7 +214,7 @@ def dense(query, key, value, lengths, window=None, softcap=None, sinks=None):
     return (scores.softmax(3)[..., : key.shape[2]] @ value).transpose(1, 2)
 
 
-def varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, *, scale, window_size, enable_gqa=True):
+def varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, *, scale, window_size, enable_gqa=False):
     """A plain twin of variable-length flash attention: causal to the lower right, (N, heads, D)."""
     out = []
     for i in range(len(cu_queries) - 1):
@@ -223,6 +223,7 @@ def varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, *, sca
             for t, bounds in ((query, cu_queries), (key, cu_keys), (value, cu_keys))
         )
         assert 0 < q.shape[1] <= max_queries and 0 < k.shape[1] <= max_keys
+        assert len(q) == len(k) or enable_gqa
         k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))
         distance = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
         seen = distance >= 0 if window_size[0] < 0 else (distance >= 0) & (distance <= window_size[0])
@@ -278,16 +279,19 @@ def test_attention_by_segment_is_attention_with_a_mask(lengths, name):
 
 @pytest.mark.parametrize("lengths", ROWS)
 @pytest.mark.parametrize("name", ["causal", "window", "wide window"])
-def test_the_flash_calls_arithmetic_by_a_plain_twin(lengths, name, monkeypatch):
+@pytest.mark.parametrize("grouped", [True, False], ids=["", "torch 2.11"])
+def test_the_flash_calls_arithmetic_by_a_plain_twin(lengths, name, grouped, monkeypatch):
     tensors = row(lengths)
     monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "GROUPED", grouped)
 
     def wrapper(q, k, v, mask, length, *, softmax_scale, sliding_window, cu_seq_lens_q, cu_seq_lens_k, **kwargs):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)  # as transformers hands it on
         maxima = kwargs["max_length_q"], kwargs["max_length_k"]
         assert mask is None and kwargs["is_causal"] and length == q.shape[1]
         return varlen(
-            q[0], k[0], v[0], cu_seq_lens_q, cu_seq_lens_k, *maxima, scale=softmax_scale, window_size=window
+            q[0], k[0], v[0], cu_seq_lens_q, cu_seq_lens_k, *maxima, scale=softmax_scale, window_size=window,
+            enable_gqa=True,
         )[None]  # fmt: skip
 
     monkeypatch.setattr(attention, "_flash_attention_forward", wrapper)
@@ -301,7 +305,6 @@ def test_the_flash_calls_arithmetic_by_a_plain_twin(lengths, name, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.skipif(attention.varlen_attn is None, reason="torch has no variable-length attention before 2.10")
 def test_torchs_variable_length_attention_takes_the_call():
     """Shapes of forward and backward, on the meta device: its kernels need a GPU."""
     tensors = [t.detach().to("meta", torch.bfloat16).requires_grad_() for t in row(LENGTHS)]

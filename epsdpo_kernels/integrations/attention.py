@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -34,11 +36,8 @@ from transformers.utils import is_flash_attn_2_available
 from .packing import IGNORE, Packing, Segments, pack, to
 from .transformers import causal_lm, head_inputs
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None  # type: ignore[assignment]
-
+# torch 2.11 takes as many heads of keys and values as of queries.
+GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 PREFIX = "packed-"
 ran: set[str] = set()  # the functions that have run, for the log
 BLOCK = 128  # tokens, of FlexAttention's block masks
@@ -241,7 +240,7 @@ def backend(query: Tensor, value: Tensor, dropout: float, softcap: float | None,
         return "by_segment"
     flash = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and not torch.version.hip
     if flash and query.shape[-1] == value.shape[-1] and not dropout and softcap is None and s_aux is None:
-        if varlen_attn is not None and torch.cuda.get_device_capability(query.device) >= (8, 0):
+        if torch.cuda.get_device_capability(query.device) >= (8, 0):
             return "torch_varlen"
     if flash and is_flash_attn_2_available() and s_aux is None:
         return "flash_varlen"
@@ -253,10 +252,13 @@ def torch_varlen(module, query, key, value, segments, *, scaling, sliding_window
     """One call of torch.nn.attention.varlen.varlen_attn, (1, N, heads, D)."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     window = -1 if sliding_window is None else sliding_window - 1  # keys before a query's own
+    k, v, groups = k[segments.keys], v[segments.keys], q.shape[1] // k.shape[1]
+    grouped: dict[str, Any] = {"enable_gqa": groups > 1} if GROUPED else {}
+    if groups > 1 and not GROUPED:
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
     out: Any = varlen_attn(
-        q.contiguous(), k[segments.keys], v[segments.keys], segments.cu_queries, segments.cu_keys,
-        segments.max_queries, segments.max_keys, scale=scaling, window_size=(window, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        q.contiguous(), k, v, segments.cu_queries, segments.cu_keys, segments.max_queries, segments.max_keys,
+        scale=scaling, window_size=(window, 0), **grouped,
     )  # fmt: skip
     return out[None]
 
