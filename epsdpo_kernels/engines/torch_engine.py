@@ -53,7 +53,8 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
     masked = policy.bias is not None or reference.bias is not None
     moments = _Moments(a, epsilon) if a.device.type == "cpu" and a.dtype == torch.float32 and epsilon else None
     chunks = _chunks(a)
-    scratch = a.new_empty(2, min(chunks.step, a.shape[0]), a.shape[1])
+    # Laid out as the tiles are: a sum over rows that lie otherwise rounds otherwise, and equal models must have KL 0.
+    scratch = a.new_empty(2, min(chunks.step, a.shape[0]), a.stride(0))[..., : a.shape[1]]
     for start in chunks:
         part = slice(start, start + chunks.step)
         a_, b_, o = _logits(a[part], policy), _logits(b[part], reference), Swept(*(row[part] for row in out))
