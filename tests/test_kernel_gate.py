@@ -44,7 +44,8 @@ def test_every_kernel_of_the_table_passes(tmp_path):
     assert set(product(kernels[2:4], nvidia, ("bf16+fp32", "fp32+bf16"), ("plain",))) <= covered
     for line in table:
         assert line["verdict"] == "ok" and line["stack"] <= 64 and line["registers"] > 0
-        if line["arch"] == "sm_90" and line["dtype"].startswith("bf16"):
+        # A head in fp32 beside one in bf16 has turns of another length; the committed counts hold those.
+        if line["arch"] == "sm_90" and line["dtype"].startswith("bf16") and "+" not in line["dtype"]:
             most = MOST[line["kernel"].partition("_")[0], line["variant"] == "softcap"]
             assert line["instructions"] <= most * (1.15 if line["variant"] in ("bias", "odd H") else 1), line
 
