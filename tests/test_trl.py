@@ -1,12 +1,9 @@
 """EpsilonDPOTrainer against a loop written out, against TRL's own DPO, and what it refuses."""
 
 import copy
-import dataclasses
-import inspect
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +25,6 @@ from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
 from epsdpo_kernels.integrations.checks import NotFiniteError  # noqa: E402
 from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
 from epsdpo_kernels.integrations.trl import (  # noqa: E402
-    REFUSED,
     EpsilonDPOConfig,
     EpsilonDPOTrainer,
     _has_completions,
@@ -439,31 +435,6 @@ def test_refused_settings(tiny, tmp_path, more, said):
 
 
 MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
-
-
-def verdicts(heading: str) -> dict[str, str]:
-    """The table under a heading of docs/migrating.md: what becomes of each name in its first column."""
-    (table,) = re.findall(rf"^#+ {heading}\n.*?^\| --- .*?\n(.*?)^(?!\|)", MIGRATING, re.M | re.S)
-    rows = [line.split(" | ") for line in table.splitlines()]
-    named = [(name, verdict) for names, verdict, *_ in rows for name in re.findall(r"`(\w+)`", names)]
-    assert len(dict(named)) == len(named), "a name stands in two rows"
-    return dict(named)
-
-
-def test_every_field_of_the_config_has_its_verdict():
-    found = verdicts("Every field of `DPOConfig`")
-    assert found.keys() == {field.name for field in dataclasses.fields(trl.DPOConfig)}
-    assert set(found.values()) <= {"honoured", "refused", "honoured in part", "irrelevant"}
-    refused = {name for name, verdict in found.items() if verdict == "refused"}
-    assert refused == set(REFUSED)
-    tested = inspect.getsource(sys.modules[__name__]).split("def test_refused_settings")[0]
-    assert all(f'({{"{name}": ' in tested for name in refused)
-
-
-def test_every_argument_of_the_trainer_has_its_verdict():
-    found = verdicts("The arguments of `DPOTrainer`")
-    assert found.keys() == set(inspect.signature(trl.DPOTrainer.__init__).parameters) - {"self"}
-    assert set(found.values()) <= {"honoured", "honoured in part"}
 
 
 def test_refused_models(tiny, tmp_path):
