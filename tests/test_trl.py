@@ -434,9 +434,6 @@ def test_refused_settings(tiny, tmp_path, more, said):
         make(tiny, tmp_path, **more)
 
 
-MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
-
-
 def test_refused_models(tiny, tmp_path):
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="peft_config: got PromptTuningConfig"):
