@@ -234,7 +234,7 @@ def tables(done: dict[Run, dict[str, Any]], runs: list[Run], idle: bool) -> str:
         cells = [f"{mean(per_pair(found, name)).value:.{digits}f}" for name, _, digits in MEASURES]
         shares = [f"{mean([step[f'beta/{name}'] for step in steps]).value:.0%}" for name in ("relaxed", "tightened")]
         # What a resumed run took is not in its last part's time.
-        seconds = f"{found['seconds']:.1f}" if idle and not made["resumed"] else "–"
+        seconds = f"{found['seconds']:.3g}" if idle and not made["resumed"] else "–"
         peak = f"{'≤ ' if made['bound_only'] else ''}{made['bytes'] / 2**30:.2f}"
         beta = f"{steps[-1]['beta/running']:.4f}"
         singly.append([run.method, f"{run.beta:g}", str(run.seed), *cells, beta, *shares, seconds, peak])
