@@ -47,6 +47,11 @@ def in_process(monkeypatch):
             raise compare.subprocess.CalledProcessError(1, command) from error
 
     monkeypatch.setattr(compare.subprocess, "run", run)
+    # As in the processes, for sums over another number of threads round otherwise.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def cells(text: str, title: str) -> list[list[str]]:
