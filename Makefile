@@ -18,6 +18,7 @@ test: $(VENV)/.test  ## the whole test suite
 
 # The ends of what pyproject.toml allows, and what a machine with a GPU was seen to have. torch comes from PyPI with CUDA's
 # libraries: 8 GB each.
+QUICK := pair checks module autograd models packing hub layout parallel data messages record methods cache train trl
 test-oldest: PACKAGES = --resolution lowest-direct -e '.[dev]'
 test-newest: PACKAGES = --upgrade -e '.[dev]'
 test-gpu-set: PACKAGES = torch==2.11.0 triton==3.6.0 transformers==5.17.0 accelerate peft pytest hypothesis -e .
@@ -26,7 +27,7 @@ test-oldest test-newest test-gpu-set: test-%: | $(VENV)/bin/python  ## the quick
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(VENV)/$*
 	$(BIN)/uv pip install --quiet --python $(VENV)/$* $(PACKAGES)
 	$(BIN)/uv pip list --python $(VENV)/$*
-	$(VENV)/$*/bin/python -m pytest -q $(QUICK_TESTS)
+	$(VENV)/$*/bin/python -m pytest -q $(QUICK:%=tests/test_%.py)
 
 sweep: $(VENV)/.test  ## the loss on a tiny model of every causal class in transformers: right, or refused with a reason
 	$(BIN)/python -m tests.model_sweep

@@ -62,7 +62,8 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """x·Wᵀ of two fp32 matrices.
 
     On a CPU by oneDNN, through the op that Inductor compiles a linear layer to: torch.mm and torch.nn.functional.linear
-    go to MKL, which uses half of the vector width of processors that Intel did not make.
+    go to MKL, which uses half of the vector width of processors that Intel did not make. The op is private until one
+    of those lets the caller choose.
     """
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

@@ -22,14 +22,7 @@ def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-# It reads lengths back to the host, which no CUDA graph can hold.
-@torch.library.custom_op(
-    op_name("single_pass"),
-    mutates_args=(),
-    schema=f"({SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-def single_pass(*flat: Any) -> tuple[Tensor, ...]:
+def single_pass_body(*flat: Any) -> tuple[Tensor, ...]:
     """Loss and gradients of a call in one forward; backward only scales what is there.
 
     Args:
@@ -46,6 +39,16 @@ def single_pass(*flat: Any) -> tuple[Tensor, ...]:
         results, unit = plan.single_pass(run, settings, into)
         loss = plan.PairResults(*results).losses.sum() / max(inputs.pairs, 1)
         return loss, results, *(results.new_empty(0) if g is None else g for g in into), unit
+
+
+# It reads lengths back to the host, which no CUDA graph can hold.
+single_pass = torch.library.custom_op(
+    op_name("single_pass"),
+    single_pass_body,
+    mutates_args=(),
+    schema=f"({SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 
 
 @single_pass.register_fake
@@ -73,7 +76,7 @@ def _scale_gradients(ctx, grad_loss, *_):
     *buffers, unit = ctx.saved_tensors
     # The factor comes in before the cast, so that a loss scaler finds what it needs.
     factor = grad_loss * unit
-    # A graph that is not kept gives its buffers away: no second dX and dW.
+    # A graph that is not kept gives its buffers away: no second dX and dW. No public call tells; ctx would have to.
     kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
     gradients: list[Tensor | None] = []
     for g, needed in zip(buffers, ctx.needs, strict=True):

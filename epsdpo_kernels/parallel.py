@@ -25,6 +25,7 @@ ELSEWHERE = -1
 
 
 def _group(name: str) -> Any:
+    # Private until torch.distributed finds a group by its name: an op takes no ProcessGroup.
     return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 

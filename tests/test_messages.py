@@ -5,11 +5,12 @@ import json
 import os
 from types import SimpleNamespace
 
-import datasets
 import pytest
 
-from epsdpo_kernels.record.sources import NoPair, pair_of, texts
-from pair_data import (
+datasets = pytest.importorskip("datasets", reason="the trainer's extra is not installed")
+
+from epsdpo_kernels.record.sources import NoPair, pair_of, texts  # noqa: E402
+from pair_data import (  # noqa: E402
     CHAT,
     PLAIN,
     TEMPLATE,
@@ -23,7 +24,7 @@ from pair_data import (
     user,
     write,
 )
-from train.data import load_pairs
+from train.data import load_pairs  # noqa: E402
 
 # As the templates of models that call tools: it writes all fields, and content that is null or a list of texts.
 FULL = (

@@ -22,6 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 import trl_runs  # noqa: E402
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
+from epsdpo_kernels.integrations import seams  # noqa: E402
 from epsdpo_kernels.integrations.checks import NotFiniteError  # noqa: E402
 from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
 from epsdpo_kernels.integrations.trl import (  # noqa: E402
@@ -666,10 +667,33 @@ def test_the_card_cites_the_method(tiny, tmp_path):
     assert "epsilon-dpo" in card.split("---")[1]
 
 
-def test_another_version_of_trl_is_named():
-    code = "import trl; trl.__version__ = '1.17.0'; import epsdpo_kernels.integrations.trl"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "ImportError: trl: got 1.17.0, takes 1.16.*" in done.stderr
+def test_a_trl_without_a_seam_is_refused_by_its_name(monkeypatch):
+    seams.check_trl()
+
+    class Another(trl.DPOTrainer):
+        def __init__(self, model, ref_model=None, args=None, peft_config=None):
+            self.ref_model, self.aux_loss_enabled, self._metrics, self._total_train_tokens = None, False, {}, 0
+            self.router_aux_loss_coef, self._is_vision_dataset, self.name = 0.0, False, "reference"
+
+        def compute_loss(self, model, inputs, return_outputs=False):
+            return None
+
+        _save_checkpoint = None
+
+    def rejected_first(pad_token_id):
+        return lambda rows: {
+            "input_ids": torch.tensor([[1, 3], [1, 2]]), "attention_mask": torch.ones(2, 2, dtype=torch.long),
+        }  # fmt: skip
+
+    monkeypatch.setattr(seams, "DPOTrainer", Another)
+    monkeypatch.setattr(seams.dpo_trainer, "DataCollatorForPreference", rejected_first)
+    assert list(seams.missing_seams()) == [
+        "DPOTrainer.compute_loss(num_items_in_batch)", "DPOTrainer._save_checkpoint",
+        "'ref', the name of the copy of a pre-trained adapter", "input_ids of DataCollatorForPreference",
+        "completion_mask of DataCollatorForPreference",
+    ]  # fmt: skip
+    with pytest.raises(ImportError, match=rf"trl: got {trl.__version__}, which lacks .*_save_checkpoint, 'ref'"):
+        seams.check_trl()
 
 
 EXAMPLE = """

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -54,6 +53,7 @@ from .checks import (
 )
 from .packing import part
 from .recording import PAIR_ID, ROW, RecordedTRL
+from .seams import check_trl
 from .transformers import (
     AfterStep,
     HeadInputs,
@@ -69,12 +69,7 @@ from .transformers import (
     without_adapter,
 )
 
-TESTED = "1.16"
-if trl.__version__.split(".")[:2] != TESTED.split("."):
-    raise ImportError(
-        f"trl: got {trl.__version__}, takes {TESTED}.*, the version that this module is tested with: "
-        f"pip install 'trl=={TESTED}.*'"
-    )
+check_trl()
 
 LOSS_STATE = "epsilon_dpo.safetensors"
 REFERENCE_STATE = "reference.safetensors"
