@@ -192,6 +192,18 @@ def test_the_copy_of_a_head_is_read_where_it_trains():
     check_head(model)
 
 
+def test_an_adapter_that_changes_its_base_is_refused():
+    """The model without it is then not the one that training starts from."""
+    start = states(llama(), training=False)
+    model = adapted(llama(), init_lora_weights="pissa")
+    torch.testing.assert_close(states(model, training=False), start, rtol=1e-4, atol=1e-4)
+    with as_reference(model):
+        assert ((states(model, training=False) - start).norm() / start.norm()).item() > 0.01
+    with pytest.raises(ValueError, match="peft_config: got init_lora_weights='pissa' .adapter default., which changes"):
+        check_reference(model, None)
+    check_reference(model, llama())
+
+
 def test_a_policy_of_which_nothing_trains_is_refused():
     with pytest.raises(ValueError, match="model: got LlamaForCausalLM of which nothing trains"):
         check_reference(llama().requires_grad_(False), llama())
@@ -394,7 +406,7 @@ def test_nothing_moves_at_a_learning_rate_of_0(tiny, tmp_path, on):
     assert start.config.attn_pdrop == trainer.model.config.attn_pdrop == 0.1
 
 
-@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "loss.safetensors"])
 def test_a_checkpoint_that_is_not_whole_is_refused(tiny, tmp_path, missing):
     arguments = flags(tiny, tmp_path, save_strategy="steps", save_steps=4)
     main(arguments)
@@ -403,6 +415,13 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tiny, tmp_path, missing):
         ValueError, match=f"resume_from_checkpoint: got .*checkpoint-8 without {missing}, takes a whole"
     ):
         main([*arguments, "--resume_from_checkpoint=last"])
+
+
+def test_a_checkpoint_of_another_method_is_refused(tiny, tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 4, "resume_from_checkpoint": "last"}
+    main(flags(tiny, tmp_path, **more, method="beta-dpo"))
+    with pytest.raises(ValueError, match="got .*checkpoint-8 of another method"):
+        main(flags(tiny, tmp_path, **more))
 
 
 def test_a_checkpoint_of_weights_alone_is_refused(tiny, tmp_path):

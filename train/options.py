@@ -110,6 +110,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         False,
         "the check would read the rounding of a policy that is cast and of a reference that isn't",
     ),
+    "debug": ([], "its hooks read all that a forward gives as numbers, and whether a pair was vetoed is none"),
     "do_predict": (False, "there is nothing to predict; give eval_dataset"),
     "enable_jit_checkpoint": (False, "its checkpoint can fall between a step's β and its weights; give save_steps"),
     "fp16_full_eval": (
@@ -153,7 +154,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         for name, (taken, why) in REFUSED.items():
-            if (value := getattr(self, name)) != taken:
+            if (value := getattr(self, name, taken)) != taken:
                 raise ValueError(f"{name}: got {value!r}, takes {taken!r}: {why}")
         if self.train_sampling_strategy not in SAMPLING:
             raise ValueError(

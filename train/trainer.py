@@ -248,7 +248,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        check_checkpoint(Path(resume_from_checkpoint), self)
+        own = [LOSS_STATE, REFERENCE_STATE] if self.moving_reference else [LOSS_STATE]
+        check_checkpoint(Path(resume_from_checkpoint), self, *own)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_state(Path(resume_from_checkpoint))
 
@@ -258,7 +259,10 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
 
     def _load_state(self, checkpoint: Path) -> None:
         """β, and the reference where it moves: the model at that step goes with them."""
-        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE))
+        state = load_file(checkpoint / LOSS_STATE)
+        if state.keys() != self.loss_fn.state_dict().keys():
+            raise ValueError(f"resume_from_checkpoint: got {checkpoint} of another method, takes one of the same")
+        self.loss_fn.load_state_dict(state)
         if self.moving_reference:
             self.moving_reference.load(checkpoint / REFERENCE_STATE)
 

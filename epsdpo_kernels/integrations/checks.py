@@ -18,6 +18,8 @@ from .transformers import HeadInputs, as_reference, causal_lm, check_head, evalu
 
 # Names of what a forward does at random in training: dropout of values, layers and paths, noise on a router's inputs.
 RANDOM = re.compile("drop|jitter")
+# Initialisations of LoRA that take what the adapter begins with out of the base, which alone is another model then.
+FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> None:
@@ -93,8 +95,8 @@ def check_reference(
         inputs: what gives the second model's hidden states and head where :func:`head_inputs` itself does not.
 
     Raises:
-        TypeError, ValueError: its head cannot be fused, its vocabulary is another, or it shares weights that train; or
-            nothing of the policy trains.
+        TypeError, ValueError: its head cannot be fused, its vocabulary is another, it shares weights that train, or it
+            is not what training starts from; or nothing of the policy trains.
     """
     if not any(p.requires_grad for p in policy.parameters()):
         raise ValueError(
@@ -102,6 +104,7 @@ def check_reference(
             "peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True)"
         )
     if reference is None:
+        _check_initialisation(policy)
         with as_reference(policy):
             check_head(policy, autocast, argument="ref_model")
         shared = _trained_in_reference(policy, autocast)
@@ -116,6 +119,16 @@ def check_reference(
             f"ref_model: training would move the reference, which shares {names} with the policy. Train adapters alone "
             "(bias='none', no other weight with requires_grad), or give as ref_model a model of its own"
         )
+
+
+def _check_initialisation(model: Any) -> None:
+    for name, config in model.peft_config.items():
+        init = getattr(config, "init_lora_weights", None)
+        if isinstance(init, str) and init.lower().startswith(FROM_BASE):
+            raise ValueError(
+                f"peft_config: got init_lora_weights={init!r} (adapter {name}), which changes the base: without the "
+                "adapter it is not the model that training starts from. Give ref_model, a model of its own"
+            )
 
 
 def check_vocabulary(policy: nn.Module, size: int) -> None:
@@ -163,10 +176,13 @@ def check_launch(trainer: Any) -> None:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
 
 
-def check_checkpoint(folder: Path, trainer: Any) -> None:
-    """Raises ValueError where a checkpoint lacks what ``transformers.Trainer`` would go on without, and not say so."""
+def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:
+    """Raises ValueError where a checkpoint lacks what ``transformers.Trainer`` would go on without, and not say so.
+
+    ``own`` are files beside transformers' that it has to have.
+    """
     rank, world = trainer.args.process_index, trainer.args.world_size
-    names = ["scheduler.pt", f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
+    names = [*own, "scheduler.pt", f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
     if not trainer.is_deepspeed_enabled:  # which has formats of its own, and says what it misses
         names.append("optimizer*")
     if trainer.accelerator.scaler is not None:
