@@ -1,9 +1,13 @@
 """EpsilonDPOTrainer against a loop written out, against TRL's own DPO, and what it refuses."""
 
 import copy
+import dataclasses
+import inspect
+import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +30,7 @@ from epsdpo_kernels.integrations import seams  # noqa: E402
 from epsdpo_kernels.integrations.checks import NotFiniteError  # noqa: E402
 from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
 from epsdpo_kernels.integrations.trl import (  # noqa: E402
+    REFUSED,
     EpsilonDPOConfig,
     EpsilonDPOTrainer,
     _has_completions,
@@ -408,31 +413,61 @@ def test_compute_metrics_gets_logits(tiny, tmp_path):
     torch.testing.assert_close(torch.as_tensor(seen[0]), logits)
 
 
-@pytest.mark.parametrize(
-    "more, said",
-    [
-        ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs: got True.*--cache_reference"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size: got True, takes False: pairs of a step"),
-        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: got True, takes False"),
-        ({"bf16_full_eval": True}, "bf16_full_eval: got True, takes False: the check would read the rounding"),
-        ({"fp16_full_eval": True}, "fp16_full_eval: got True"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, takes 0.0.*set label_smoothing"),
-        ({"debug": "underflow_overflow"}, "debug: got .*, takes ..: its hooks"),
-        ({"loss_type": ["ipo"]}, "loss_type: got .'ipo'."),
-        ({"loss_type": ["sigmoid", "sft"]}, "loss_type"),
-        ({"loss_weights": [0.5]}, "loss_weights"),
-        ({"ld_alpha": 0.5}, "ld_alpha: got 0.5, takes None"),
-        ({"f_divergence_type": "forward_kl"}, "f_divergence_type: got 'forward_kl'"),
-        ({"use_weighting": True}, "use_weighting"),
-        ({"epsilon": 1.5}, "epsilon: got 1.5"),
-        ({"beta": -1.0}, "beta"),
-        ({"label_smoothing": 0.5}, "label_smoothing"),
-        ({"beta_update": "often"}, "beta_update: got 'often'"),
-    ],
-)
+SETTINGS = [
+    ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs: got True.*--cache_reference"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size: got True, takes False: pairs of a step"),
+    ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: got True, takes False"),
+    ({"bf16_full_eval": True}, "bf16_full_eval: got True, takes False: the check would read the rounding"),
+    ({"fp16_full_eval": True}, "fp16_full_eval: got True"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, takes 0.0.*set label_smoothing"),
+    ({"debug": "underflow_overflow"}, "debug: got .*, takes ..: its hooks"),
+    ({"loss_type": ["ipo"]}, "loss_type: got .'ipo'."),
+    ({"loss_type": ["sigmoid", "sft"]}, "loss_type"),
+    ({"loss_weights": [0.5]}, "loss_weights"),
+    ({"ld_alpha": 0.5}, "ld_alpha: got 0.5, takes None"),
+    ({"f_divergence_type": "forward_kl"}, "f_divergence_type: got 'forward_kl'"),
+    ({"use_weighting": True}, "use_weighting"),
+    ({"epsilon": 1.5}, "epsilon: got 1.5"),
+    ({"beta": -1.0}, "beta"),
+    ({"label_smoothing": 0.5}, "label_smoothing"),
+    ({"beta_update": "often"}, "beta_update: got 'often'"),
+]
+
+
+@pytest.mark.parametrize("more, said", SETTINGS)
 def test_refused_settings(tiny, tmp_path, more, said):
     with pytest.raises(ValueError, match=said):
         make(tiny, tmp_path, **more)
+
+
+MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+
+
+def verdicts(heading: str) -> dict[str, str]:
+    """The table below a line of docs/migrating.md: what becomes of each name in its first column."""
+    lines = MIGRATING.split(heading)[1].split("| --- ", 1)[1].splitlines()[1:]
+    rows = [line.split(" | ") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    named = [(name, verdict) for names, verdict, *_ in rows for name in re.findall(r"`(\w+)`", names)]
+    assert len(dict(named)) == len(named), "a name stands in two rows"
+    return dict(named)
+
+
+def test_every_field_of_the_config_has_its_verdict():
+    found = verdicts("### Every field of `DPOConfig`")
+    fields = {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    assert found.keys() == fields
+    assert set(found.values()) <= {"honoured", "refused", "honoured in part", "irrelevant"}
+    refused = {name for name, verdict in found.items() if verdict == "refused"}
+    assert refused == set(REFUSED)
+    assert refused <= {name for more, _ in SETTINGS for name in more}
+    added = {field.name for field in dataclasses.fields(EpsilonDPOConfig)} - fields
+    assert verdicts("| `EpsilonDPOConfig` adds | |").keys() == added
+
+
+def test_every_argument_of_the_trainer_has_its_verdict():
+    found = verdicts("### The arguments of `DPOTrainer`")
+    assert found.keys() == set(inspect.signature(trl.DPOTrainer.__init__).parameters) - {"self"}
+    assert set(found.values()) <= {"honoured", "honoured in part"}
 
 
 def test_refused_models(tiny, tmp_path):
@@ -522,22 +557,10 @@ def test_refused_batches(tiny, tmp_path):
         trainer.compute_loss(trainer.model, batch)
 
 
-class Masked:
-    """A collator that leaves nothing to score in the micro-batches of these numbers."""
-
-    def __init__(self, *numbers: int):
-        self.numbers, self.count, self.collator = numbers, 0, DataCollatorForPreference(0, 16)
-
-    def __call__(self, examples):
-        batch, number = self.collator(examples), self.count
-        self.count += 1
-        return batch | {"completion_mask": batch["completion_mask"] * (number not in self.numbers)}
-
-
 @pytest.mark.parametrize("masked", [(1, 6), (0, 1, 2, 3), (7,)])
 def test_what_has_nothing_to_score_counts_for_nothing(tiny, tmp_path, masked):
     """Micro-batches of a window, a whole window: as if the pairs were not there."""
-    collator = Masked(*masked)
+    collator = trl_runs.Masked(masked)
     trainer = make(tiny, tmp_path, count=24, data_collator=collator, max_steps=3)
     trainer.train()
     policy, ref = trl_runs.model(tiny), trl_runs.model(tiny)

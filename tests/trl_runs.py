@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import transformers
 from datasets import Dataset
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 
 def pairs(folder: Path, count: int | None = None) -> Dataset:
@@ -28,3 +30,16 @@ def options(run: Path, **more) -> dict:
         "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True,
         "gradient_checkpointing": False, "weight_decay": 0.0,
     } | more  # fmt: skip
+
+
+class Masked:
+    """TRL's collator, but in the micro-batches of these numbers, counted over all ranks, there is nothing to score."""
+
+    def __init__(self, numbers: Collection[int], rank: int = 0, ranks: int = 1):
+        self.numbers, self.rank, self.ranks = numbers, rank, ranks
+        self.count, self.collator = 0, DataCollatorForPreference(0, 16)
+
+    def __call__(self, examples):
+        batch, number = self.collator(examples), self.count * self.ranks + self.rank
+        self.count += 1
+        return batch | {"completion_mask": batch["completion_mask"] * (number not in self.numbers)}

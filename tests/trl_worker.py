@@ -32,9 +32,11 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     if job["options"].get("fsdp"):
         shard_on_cpu(EpsilonDPOTrainer)
+    args = EpsilonDPOConfig(**job["options"])
     trainer = EpsilonDPOTrainer(
         model=trl_runs.model(Path(job["tiny"])),
-        args=EpsilonDPOConfig(**job["options"]),
+        args=args,
+        data_collator=trl_runs.Masked(job["masked"], args.process_index, args.world_size) if job["masked"] else None,
         train_dataset=data(job, job["pairs"]),
         eval_dataset=data(job, 7),
         processing_class=transformers.AutoTokenizer.from_pretrained(job["tiny"]),
