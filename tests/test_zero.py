@@ -71,3 +71,21 @@ def test_zero_is_one_process(tiny, tmp_path, stage, is_tied, more):
     assert_same_run(tmp_path / "two", tmp_path / "one", -(-trained // (3 * accumulated)))
     assert log_of(tmp_path / "two")[-1]["beta/running"] != pytest.approx(0.1, rel=1e-3)
     assert audit(tmp_path / "two").ok, str(audit(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("stage, lora", [(2, False), (3, False), (3, True)])
+def test_trl_is_one_process(tiny, tmp_path, stage, lora):
+    """TRL prepares the reference, which it loads in pieces with ZeRO-3; a run that goes on from its checkpoint."""
+    pytest.importorskip("trl", reason="the extra 'trl' is not installed")
+    import test_trl_distributed as trl
+
+    options = zero(tmp_path, stage) | {"save_strategy": "steps", "save_steps": 3}
+    options["deepspeed"] = json.loads(options["deepspeed"].read_text())
+    trl.run(tmp_path / "two", tiny, 2, 43, lora, **options)
+    two = trl.run(tmp_path / "two", tiny, 2, 43, lora, resume=str(tmp_path / "two" / "run" / "checkpoint-3"), **options)
+    assert any("lm_head" in name for name in two[0]["sharded"]) == (stage == 3)
+    one = trl.run(tmp_path / "one", tiny, 1, 43, lora)
+    trl.same(two, one, resumed=True)
+    trl.same_record(tmp_path / "two" / "run", tmp_path / "one" / "run")
+    for name, p in one[1].items():
+        assert ((two[1][name] - p).norm() / p.norm()).item() < 1e-5, name

@@ -380,7 +380,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
 
     def _load_state(self, checkpoint: Path) -> None:
         """β, and the reference where it moves, as they were with a checkpoint's model."""
-        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE, device=str(self.args.device)))
+        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE))
         if self.args.sync_ref_model:
             load_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))
 
