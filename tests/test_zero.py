@@ -11,9 +11,7 @@ transformers = pytest.importorskip("transformers", reason="the trainer's extra i
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 pytest.importorskip("deepspeed", reason="the extra 'zero' is not installed: make test-zero")
 
-from safetensors.torch import load_file  # noqa: E402
 
-from epsdpo_kernels.record import read  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
 from runs import flags  # noqa: E402
 from test_distributed import assert_same_run, cut, launch, log_of  # noqa: E402
