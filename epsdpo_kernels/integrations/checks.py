@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, DistributedType
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -185,10 +185,10 @@ def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:
     """
     rank, world = trainer.args.process_index, trainer.args.world_size
     names = [*own, f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
-    # DeepSpeed has formats of its own, and says what it misses.
+    # DeepSpeed has formats of its own, in which a schedule that it was given is too, and says what it misses.
     if not trainer.is_deepspeed_enabled:
         names.append("optimizer*")
-    if not isinstance(trainer.lr_scheduler, DeepSpeedSchedulerWrapper):
+    if not trainer.is_deepspeed_enabled or trainer.deepspeed.lr_scheduler is None:
         names.append("scheduler.pt")
     if trainer.accelerator.scaler is not None:
         names.append("scaler.pt")

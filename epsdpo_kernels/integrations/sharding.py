@@ -1,8 +1,8 @@
 """Weights that FSDP2 or DeepSpeed's ZeRO-3 has split over ranks, whole where the loss or a check needs them.
 
 Both gather a module's weights around that module's own forward, and the loss runs no head's. What is held on to in
-DeepSpeed, all of it here: ``ds_id``, ``ds_shape`` and ``ds_tensor`` of a split parameter, its ``all_gather`` and
-``partition``, and that a module whose hooks gather has a ``ds_id`` too.
+DeepSpeed, all of it here: what a split parameter has (``ds_id``, ``ds_shape``, ``ds_numel``, ``ds_tensor``,
+``ds_process_group``, ``all_gather``, ``partition``), and that a module whose hooks gather has a ``ds_id`` too.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def local(parameter: Tensor) -> Tensor:
+def local(parameter: Any) -> Tensor:
     """What this rank holds of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
+    if not hasattr(parameter, "ds_id"):
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    part = parameter.ds_tensor
+    # The last part is filled up, with anything.
+    return part[: max(0, parameter.ds_numel - len(part) * torch.distributed.get_rank(parameter.ds_process_group))]
 
 
 def whole_head(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -141,10 +145,13 @@ def runnable(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def prepare_reference(model: nn.Module, accelerator: Any) -> None:
+def prepare_reference(model: nn.Module, accelerator: Any) -> Any:
     """Makes a model that does not train run as DeepSpeed runs the policy: in its dtype, and split where ZeRO-3 is on.
 
     Of the policy's configuration all is left out that belongs to training.
+
+    Returns:
+        The engine, to be kept as long as the model runs; the model itself is to be called.
     """
     import deepspeed
 
@@ -155,4 +162,4 @@ def prepare_reference(model: nn.Module, accelerator: Any) -> None:
     zero.pop("offload_optimizer", None)
     if zero["stage"] != 3:
         zero["stage"] = 0  # there is nothing else to split
-    deepspeed.initialize(model=model, config=config)
+    return deepspeed.initialize(model=model, config=config)[0]
