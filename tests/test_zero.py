@@ -107,11 +107,15 @@ def test_the_reference_is_rounded_as_the_policy(tiny, tmp_path):
     assert not start["decision"].any() and not start["chosen_kl"].any() and later["chosen_kl"].all()
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
-    """A gradient that is not: DeepSpeed has made the step when it is seen."""
-    more = zero(tmp_path, 3) | {"save_strategy": "steps", "save_steps": 1}
+@pytest.mark.parametrize("stage, bf16, said", [(3, False, "Nothing of this step"), (2, True, "DeepSpeed has applied")])
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny, tmp_path, stage, bf16, said):
+    """After DeepSpeed's step, which it leaves out or makes, and before a checkpoint of what came of it."""
+    how = zero(tmp_path, stage, bf16={"enabled": "auto", "check_grad_overflow": False})
+    more = how | {"bf16": bf16, "save_strategy": "steps", "save_steps": 1}
     (tmp_path / "flags.json").write_text(json.dumps(flags(tiny, tmp_path / "two", **more)))
     launch(2, "broken", tmp_path)
+    error = (tmp_path / "error.txt").read_text()
+    assert error.startswith("step 2: the losses are finite, and the norm of their gradient is inf. " + said)
     assert [folder.name for folder in (tmp_path / "two").glob("checkpoint-*")] == ["checkpoint-1"]
 
 

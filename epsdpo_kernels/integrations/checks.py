@@ -208,28 +208,21 @@ class NotFiniteError(FloatingPointError):
 def check_gradient(norm: Any, trainer: Any) -> None:
     """To be called with the gradient's norm before each optimizer step, which would make every weight NaN.
 
-    A loss scaler leaves such a step out by itself and goes on at a smaller scale. DeepSpeed has made the step, or left
-    it out, within backward: what it made of the weights is looked at.
+    A loss scaler leaves such a step out by itself and goes on at a smaller scale. DeepSpeed is past its step: it has
+    left it out, or without ``check_grad_overflow`` made it.
 
     Raises:
         NotFiniteError: on all ranks alike.
     """
-    step, folder = trainer.state.global_step + 1, trainer.args.output_dir
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        weights = (local(p) for p in trainer.model.parameters() if p.requires_grad)
-        bad = torch.stack([(~torch.isfinite(p).all()).to(trainer.args.device) for p in weights]).sum()
-        if trainer.accelerator.reduce(bad, "sum"):
-            raise NotFiniteError(
-                f"step {step}: the losses are finite, their gradient was not, and DeepSpeed has applied it: there are "
-                f"weights that are not finite. The last checkpoint is in {folder}"
-            )
-        return
-    if trainer.accelerator.scaler is not None:
+    deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    if trainer.accelerator.scaler is not None or (deepspeed and trainer.accelerator.mixed_precision == "fp16"):
         return
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
+        applied = deepspeed and not trainer.accelerator.optimizer_step_was_skipped
+        done = "DeepSpeed has applied it" if applied else "Nothing of this step was applied"
         raise NotFiniteError(
-            f"step {step}: the losses are finite, and the norm of their gradient is {norm}. Nothing of this step was "
-            f"applied; the last checkpoint is in {folder}. Weights in 16 bits overflow: keep them in float32, under "
-            "bf16=True"
+            f"step {trainer.state.global_step + 1}: the losses are finite, and the norm of their gradient is {norm}. "
+            f"{done}; the last checkpoint is in {trainer.args.output_dir}. Weights in 16 bits overflow: keep them in "
+            "float32, under bf16=True"
         )

@@ -1,8 +1,8 @@
 """Weights that FSDP2 or DeepSpeed's ZeRO-3 has split over ranks, whole where the loss or a check needs them.
 
 Both gather a module's weights around that module's own forward, and the loss runs no head's. What is held on to in
-DeepSpeed, all of it here: what a split parameter has (``ds_id``, ``ds_shape``, ``ds_numel``, ``ds_tensor``,
-``ds_process_group``, ``all_gather``, ``partition``), and that a module whose hooks gather has a ``ds_id`` too.
+DeepSpeed, all of it here: what a split parameter has (``ds_id``, ``ds_shape``, ``ds_tensor``, ``all_gather``,
+``partition``), and that a module whose hooks gather has a ``ds_id`` too.
 """
 
 from __future__ import annotations
@@ -33,13 +33,9 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def local(parameter: Any) -> Tensor:
+def local(parameter: Tensor) -> Tensor:
     """What this rank holds of a parameter."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    part = parameter.ds_tensor
-    # The last part is filled up, with anything.
-    return part[: max(0, parameter.ds_numel - len(part) * torch.distributed.get_rank(parameter.ds_process_group))]
+    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
 
 
 def whole_head(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
