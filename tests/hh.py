@@ -66,7 +66,7 @@ def prepare(folder: Path) -> None:
 
 def train(folder: Path, resume: bool) -> None:
     from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
-    from train.trainer import PairSampler, last_checkpoint
+    from train.trainer import PairSampler
 
     # The batches of python -m train.
     data = datasets.load_dataset(
@@ -80,8 +80,7 @@ def train(folder: Path, resume: bool) -> None:
         model=trl_runs.model(folder), args=args, train_dataset=data,
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
     )  # fmt: skip
-    # transformers' own choice may be one that the kill cut short.
-    trainer.train(resume_from_checkpoint=str(last_checkpoint(folder / "run")) if resume else None)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
 
 

@@ -183,11 +183,14 @@ def test_begun_anew_in_the_same_folder(tiny, tmp_path):
     """As people run a script again: nothing is lost, and nothing of the first run counts for the second."""
     train(tiny, tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
     first = frame(tmp_path)
+    (tmp_path / "checkpoint-9").mkdir()  # of another trainer
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9}')
     with pytest.warns(UserWarning, match="held the record of another run, which is now in .*earlier-1"):
         trainer = train(tiny, tmp_path, max_steps=2, epsilon=0.1)
     found = audit(tmp_path)
     assert found.ok and found.steps == 2 and [name for name, _ in found.limits] == ["states_of_others"], str(found)
-    assert "checkpoint-4" in str(found)
+    assert "checkpoint-9" in str(found)
+    assert (tmp_path / "earlier-1" / "checkpoint-4").is_dir()  # which the audit of that run reads
     earlier = audit(tmp_path / "earlier-1")
     assert earlier.ok and earlier.facts["options"]["epsilon"] == EPSILON and frame(tmp_path / "earlier-1").equals(first)
     # Training a second time with the same trainer is a run of its own too.

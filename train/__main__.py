@@ -12,6 +12,13 @@ import datasets
 import torch
 import transformers
 
+from epsdpo_kernels.integrations.checkpoints import (
+    check_settings,
+    checkpoint_of,
+    checkpoint_step,
+    last_checkpoint,
+    run_settings,
+)
 from epsdpo_kernels.integrations.checks import check_vocabulary
 from epsdpo_kernels.integrations.transformers import Reference, check_head
 from epsdpo_kernels.record import Record, parts, set_aside
@@ -21,14 +28,13 @@ from .cache import CachedReference, FirstStep
 from .methods import make_loss
 from .models import add_lora, load_model, make_policy, make_reference
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
-from .trainer import (
-    EvaluateWithStep,
-    NotFiniteError,
-    PairTrainer,
-    checkpoint_step,
-    evaluated,
-    last_checkpoint,
-)
+from .trainer import LOSS_STATE, EvaluateWithStep, NotFiniteError, PairTrainer, evaluated
+
+# Options that a run may change when it goes on from a checkpoint; data count by their pairs.
+FREE = (
+    "cache_reference", "dataset", "dataset_split", "eval_dataset", "eval_fraction", "eval_split", "label_column",
+    "max_tokens_per_batch", "packed",
+)  # fmt: skip
 
 
 def load_data(options: PairOptions, tokenizer, seed: int):
@@ -112,6 +118,10 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         beta_dpo={"alpha": options.beta_dpo_alpha, "keep": options.beta_dpo_keep},
         lsc_dpo={"z_star": options.lsc_z_star, "eta": options.lsc_eta, "tau_start": options.lsc_tau_start},
     )  # fmt: skip
+    own = {name: value for name, value in vars(options).items() if name not in FREE}
+    settings = run_settings(args, {"dataset": pairs, "eval_dataset": held_out}, "pair_id", **own)
+    if resume:
+        check_settings(resume / LOSS_STATE, settings)
     done = checkpoint_step(resume) if resume else None
     # What began at the start was evaluated there.
     args.eval_on_start = args.eval_on_start and not resume
@@ -124,7 +134,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     )  # fmt: skip
     trainer = PairTrainer(
         model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record, ref_model=ref_model,
-        packed=options.packed, max_tokens=options.max_tokens_per_batch,
+        packed=options.packed, max_tokens=options.max_tokens_per_batch, settings=settings,
         train_dataset=pairs, eval_dataset=held_out,
         data_collator=data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
         processing_class=tokenizer,
@@ -165,20 +175,15 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
                 + ("" if complete else f", or --resume_from_checkpoint last to {anew}")
             )
         return None
-    if asked not in ("last", True, "true", "True"):
-        if checkpoint_step(asked) is None:
-            raise ValueError(
-                f"resume_from_checkpoint: got {asked}, which is no complete checkpoint: it has no readable "
-                "trainer_state.json. Takes the folder of one, or last"
-            )
-        if record and Path(asked).resolve().parent != run.resolve():
-            raise ValueError(
-                f"resume_from_checkpoint: got {asked} of another run than output_dir, {run}, whose record it would "
-                "cut; give another output_dir"
-            )
-        return Path(asked)
-    if last:
-        return last
+    word = asked in ("last", True, "true", "True")
+    checkpoint = checkpoint_of(None if word else asked, run)
+    if not word and (last or record) and Path(asked).resolve().parent != run.resolve():
+        raise ValueError(
+            f"resume_from_checkpoint: got {asked} of another run than output_dir, {run}, whose record it would "
+            "cut; give another output_dir"
+        )
+    if checkpoint:
+        return checkpoint
     if complete:
         raise ValueError(
             f"resume_from_checkpoint: got {asked}, but the run in {run} is complete and left no checkpoint; give "

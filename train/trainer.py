@@ -6,9 +6,8 @@ parameters and accelerate's autocast covers it. The trainer sees pairs as rows o
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.integrations.integration_utils import default_logdir
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from epsdpo_kernels.integrations.batches import PackedBatches
+from epsdpo_kernels.integrations.checkpoints import as_metadata, set_later_aside
 from epsdpo_kernels.integrations.checks import NotFiniteError, check_checkpoint, check_gradient, check_launch
 from epsdpo_kernels.integrations.packing import part
 from epsdpo_kernels.integrations.recording import Recorded
@@ -93,6 +93,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         ref_model: the model that ``reference`` runs, where that is not the policy.
         packed: whether pairs go through the models as packed rows, where these can.
         max_tokens: of a micro-batch; one of more is cut.
+        settings: what a run that goes on from a checkpoint has to keep; its checkpoints say so.
 
     Raises:
         ValueError: ``args.fsdp`` is asked for where accelerate does not shard.
@@ -101,7 +102,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
 
     def __init__(
         self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record: Record | None = None,
-        ref_model=None, packed: bool = True, max_tokens: int | None = None, **kwargs,
+        ref_model=None, packed: bool = True, max_tokens: int | None = None,
+        settings: Mapping[str, Any] | None = None, **kwargs,
     ):  # fmt: skip
         run_loss_in_forward(model, reference, loss_fn)
         for name in ("train_dataset", "eval_dataset"):
@@ -121,7 +123,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         weighs_pairs_itself(self)
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
-        self.record = record
+        self.record, self.settings = record, settings or {}
+        self.add_callback(LaterAside())
         self.add_callback(AfterStep(lambda step: self.loss_fn.update_beta()))
         if moving_reference:
             self.add_callback(AfterStep(moving_reference.after_step))
@@ -245,7 +248,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.loss_fn.state_dict(), folder / LOSS_STATE)
+            save_file(self.loss_fn.state_dict(), folder / LOSS_STATE, as_metadata(self.settings))
             if self.moving_reference:
                 self.moving_reference.save(folder / REFERENCE_STATE)
         super()._save_checkpoint(model, trial)
@@ -273,6 +276,15 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             self.moving_reference.load(checkpoint / REFERENCE_STATE)
 
 
+class LaterAside(TrainerCallback):
+    """When training begins: checkpoints past its step are of a run that was given up."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        with args.main_process_first(local=args.save_on_each_node, desc="setting checkpoints aside"):
+            if args.should_save:
+                set_later_aside(args.output_dir, state.global_step, LOSS_STATE)
+
+
 class EvaluateWithStep(TrainerCallback):
     """Evaluates an epoch's last step, where epochs are evaluated, and the run's last one, with the step itself.
 
@@ -290,18 +302,3 @@ class EvaluateWithStep(TrainerCallback):
 def evaluated(state: TrainerState) -> bool:
     """Whether the log has an evaluation after the steps that are done."""
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
-
-
-def checkpoint_step(folder: str | os.PathLike) -> int | None:
-    """Optimizer steps in a complete checkpoint; None where a kill cut it short, or it is something else."""
-    try:
-        return json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def last_checkpoint(run: str | os.PathLike) -> Path | None:
-    """The newest complete checkpoint of a run; one that a kill cut short is passed over."""
-    steps = {folder: checkpoint_step(folder) for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    whole = {step: folder for folder, step in steps.items() if step is not None}
-    return whole[max(whole)] if whole else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import TrainerCallback
 from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
 from ..record.recorder import TRAIN, numbers
+from .checkpoints import checkpoint_of, set_later_aside
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
 # rows first, so that whoever takes rows out of a batch takes these too.
@@ -72,10 +72,15 @@ class RecordedTRL(Recorded):
     _given = True  # whether its data are others than the trainer was made with
     _epoch = -1  # begun last
     _due = 0  # the row that a stream has to have reached for its next pair on this rank
-    _resumed: Any = None  # what train() was told to go on from
+    _resumed: Path | None = None  # the checkpoint that train() goes on from
+    _own_file = ""
 
-    def keep_identities(self) -> None:
-        """To be called once, when the trainer has everything: its batches say which pairs they hold."""
+    def keep_identities(self, own: str) -> None:
+        """To be called once, when the trainer has everything: its batches say which pairs they hold.
+
+        ``own`` is the file by which its checkpoints are known.
+        """
+        self._own_file = own
         self.data_collator = WithIdentity(self.data_collator)
         self.add_callback(_Moments(self))  # type: ignore[attr-defined]
 
@@ -94,8 +99,13 @@ class RecordedTRL(Recorded):
         }
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        self._resumed = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._resumed = None
+        if resume_from_checkpoint not in (None, False):
+            asked, run = resume_from_checkpoint, self.args.output_dir
+            self._resumed = checkpoint_of(None if asked is True else asked, run)
+            if self._resumed is None:
+                raise ValueError(f"resume_from_checkpoint: got {asked}, but {run} has no complete checkpoint")
+        return super().train(self._resumed and str(self._resumed), *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         self._given = not (eval_dataset is None or isinstance(eval_dataset, str))
@@ -131,18 +141,22 @@ class RecordedTRL(Recorded):
 
     def _begin(self, step: int) -> None:
         """The record of a training that begins after ``step``; one that only holds evaluations before it goes on."""
-        run, elsewhere = Path(self.args.output_dir).resolve(), False
-        if isinstance(self._resumed, str | os.PathLike):
-            elsewhere = Path(self._resumed).resolve().parent != run
+        run = Path(self.args.output_dir).resolve()
+        elsewhere = self._resumed is not None and self._resumed.resolve().parent != run
+        aside = None
+        with self.args.main_process_first(local=self.args.save_on_each_node, desc="setting checkpoints aside"):
+            if self.args.should_save:
+                aside = set_later_aside(run, 0 if elsewhere else step, self._own_file)
         if self._facts is None or step == 0 and self.record and not self.record.trained:
             return
         if self.record:
             self.record.close()
-        self._open(step if step and not elsewhere else None, begins_after=step if elsewhere else 0)
+        self._open(step if step and not elsewhere else None, begins_after=step if elsewhere else 0, aside=aside)
 
-    def _open(self, resume_step: int | None, begins_after: int = 0) -> None:
+    def _open(self, resume_step: int | None, begins_after: int = 0, aside: Path | None = None) -> None:
+        """``aside`` is where checkpoints of the run before have gone, and its record is to go."""
         with self.args.main_process_first(local=self.args.save_on_each_node, desc="the record"):
-            if resume_step is None and self.args.should_save and (aside := set_aside(self.args.output_dir)):
+            if resume_step is None and self.args.should_save and (aside := set_aside(self.args.output_dir, aside)):
                 warnings.warn(
                     f"output_dir: {self.args.output_dir} held the record of another run, which is now in {aside}",
                     stacklevel=2,

@@ -42,6 +42,7 @@ from trl import DPOConfig, DPOTrainer
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
 from .batches import PackedBatches
+from .checkpoints import as_metadata, check_settings, run_settings
 from .checks import (
     NotFiniteError,
     check_checkpoint,
@@ -188,7 +189,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         self.add_callback(AfterStep(self._move_beta))
         models = [self.model] if self.ref_model is None else [self.model, self._plain(self.ref_model)]
         self.set_layout(models, config.packed, config.max_tokens_per_batch)
-        self.keep_identities()
+        self.keep_identities(LOSS_STATE)
+        self._settings = self._run_settings()
         if config.record:
             self.start_recording(self._options())
 
@@ -198,6 +200,18 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             "model": self.model.config._name_or_path, "max_length": self.args.max_length,
             "sync_ref_model": self.args.sync_ref_model,
         }  # fmt: skip
+
+    def _run_settings(self) -> dict[str, Any]:
+        reference = self.model if self.ref_model is None else self._plain(self.ref_model)
+        names = (
+            "beta", "label_smoothing", "max_length", "truncation_mode", "disable_dropout", "sync_ref_model",
+            "ref_model_mixup_alpha", "ref_model_sync_steps",
+        )  # fmt: skip
+        return run_settings(
+            self.args, {"train_dataset": self.train_dataset}, PAIR_ID, epsilon=self.loss_fn.epsilon,
+            beta_update=self.loss_fn.beta_update, model=self.model.config._name_or_path,
+            ref_model=reference.config._name_or_path, **{name: getattr(self.args, name) for name in names},
+        )  # fmt: skip
 
     def _move_beta(self, step: int) -> None:
         self.loss_fn.update_beta()
@@ -355,7 +369,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.loss_fn.state_dict(), folder / LOSS_STATE)
+            save_file(self.loss_fn.state_dict(), folder / LOSS_STATE, as_metadata(self._settings))
             if self.args.sync_ref_model:
                 save_model(self._plain(self.ref_model), str(folder / REFERENCE_STATE))
         super()._save_checkpoint(model, trial)
@@ -370,6 +384,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
                 f"resume_from_checkpoint: got {folder} without {LOSS_STATE}, takes a checkpoint of EpsilonDPOTrainer: "
                 "the running β would be lost. To start ε-DPO from another trainer's model, give it as model"
             )
+        check_settings(folder / LOSS_STATE, self._settings)
         check_checkpoint(folder, self)
         super()._load_optimizer_and_scheduler(checkpoint)
         self._load_state(folder)

@@ -289,7 +289,8 @@ last, with `closed` once the run has said that it is over. Every rank keeps its 
 another. [What this proves, and what not](report.md#what-is-proved-and-what-is-not).
 
 `RUN/run.json` holds the run's settings and how many pairs there are. A TRL run that begins anew in a folder finds the
-record of the last one there: it goes to `RUN/earlier-1/`, where it can be audited too.
+record of the last one there: it goes to `RUN/earlier-1/` with its checkpoints, where it can be audited too. A run that
+goes on from another checkpoint than its last moves the later ones there.
 
 What is not known is null: the row and id of a pair where a data collator or a stream that several workers read lost
 them, or your loop didn't give them; the epoch where it wasn't given. Rows that fill up a rank's last batch are not

@@ -229,19 +229,25 @@ def _figures(out: EpsilonDPOOutput, tokens: Tensor, beta: Tensor, label_smoothin
     return found | {"vetoed": found["vetoed"] > 0}
 
 
-def set_aside(run: str | os.PathLike) -> Path | None:
-    """Moves a run's record into the first free folder ``earlier-N`` of the run, with a copy of its run.json.
+def set_aside(run: str | os.PathLike, aside: Path | None = None) -> Path | None:
+    """Moves a run's record, with a copy of its run.json, into a folder, by default the run's first free ``earlier-N``.
 
     There it can be audited, and the run can begin anew. None where there is no record.
     """
     run = Path(run)
     if not parts(run / "record"):
         return None
-    aside = next(path for n in range(1, 1 << 30) if not (path := run / f"earlier-{n}").exists())
-    aside.mkdir()
+    aside = aside or free_folder(run)
     if (run / "run.json").is_file():
         shutil.copy2(run / "run.json", aside)
     os.replace(run / "record", aside / "record")
+    return aside
+
+
+def free_folder(run: Path) -> Path:
+    """The first ``earlier-N`` that a run does not have yet, made."""
+    aside = next(path for n in range(1, 1 << 30) if not (path := run / f"earlier-{n}").exists())
+    aside.mkdir()
     return aside
 
 

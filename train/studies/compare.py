@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from epsdpo_kernels import linear_pair_stats, record
+from epsdpo_kernels.integrations.checkpoints import last_checkpoint
 from epsdpo_kernels.integrations.transformers import head_inputs
 
 from .. import data
@@ -33,7 +34,6 @@ from ..__main__ import load_data
 from ..methods import METHODS
 from ..models import load_model
 from ..options import PairOptions
-from ..trainer import last_checkpoint
 from .common import LOOKS, Mean, grid, mean
 
 # A run's held-out figures, and what making it took.

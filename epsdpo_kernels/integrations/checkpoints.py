@@ -1,0 +1,134 @@
+"""A run's checkpoints: which is whole, whether a run may go on from it, and what becomes of those of a run before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..record.run import free_folder
+
+STATE = "trainer_state.json"
+# What of a run's arguments decides which pairs are in which step.
+ORDER = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "dataloader_drop_last", "seed",
+    "data_seed", "train_sampling_strategy",
+)  # fmt: skip
+SETTINGS = "settings"  # in the metadata of a checkpoint's β
+
+
+def checkpoint_step(folder: str | os.PathLike) -> int | None:
+    """Optimizer steps in a complete checkpoint; None where a kill cut it short, or it is something else."""
+    try:
+        return int(json.loads(Path(folder, STATE).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checkpoints(run: str | os.PathLike) -> dict[Path, int | None]:
+    return {folder: checkpoint_step(folder) for folder in sorted(Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))}
+
+
+def last_checkpoint(run: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of a run; one that a kill cut short is passed over."""
+    whole = {step: folder for folder, step in _checkpoints(run).items() if step is not None}
+    return whole[max(whole)] if whole else None
+
+
+def checkpoint_of(asked: str | os.PathLike | None, run: str | os.PathLike) -> Path | None:
+    """The complete checkpoint that is asked for by its folder, or with None the last one of a run, None without any.
+
+    Warns of those that are passed over.
+
+    Raises:
+        ValueError: the folder is no complete checkpoint.
+    """
+    if asked is not None:
+        if checkpoint_step(asked) is None:
+            raise ValueError(
+                f"resume_from_checkpoint: got {asked}, which is no complete checkpoint: it has no readable {STATE}. "
+                "Takes the folder of one, or the word for a run's last one (python -m train: last, TRL: True)"
+            )
+        return Path(asked)
+    if cut := [folder.name for folder, step in _checkpoints(run).items() if step is None]:
+        warnings.warn(
+            f"resume_from_checkpoint: {', '.join(cut)} in {run}, cut short by a kill, passed over", stacklevel=2
+        )
+    return last_checkpoint(run)
+
+
+def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> dict[str, Any]:
+    """What a run has to keep when it goes on from a checkpoint: its loss, its pairs, and their order.
+
+    Args:
+        args: transformers' arguments.
+        data: data sets by name; None, and what has no column of ids, is left out.
+        ids: the column of them that holds the pairs' ids.
+        own: everything else.
+    """
+    found = own | {name: getattr(args, name, None) for name in ORDER}
+    known = {name: one for name, one in data.items() if ids in (getattr(one, "column_names", None) or ())}
+    found |= {name: _digest(one, ids) for name, one in known.items()}
+    return json.loads(json.dumps(found, default=str))
+
+
+def _digest(dataset: Any, column: str) -> str:
+    """Of a data set's pairs in their order."""
+    found = hashlib.blake2b(digest_size=8)
+    for table in dataset.select_columns([column]).with_format("arrow").iter(4096):
+        found.update(json.dumps(table[column].to_pylist()).encode())
+    return f"{len(dataset)} pairs, {found.hexdigest()}"
+
+
+def as_metadata(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as metadata of the file that holds a checkpoint's β."""
+    return {SETTINGS: json.dumps(settings)}
+
+
+def check_settings(state: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError where the checkpoint with this file was made by a run of other settings, naming them."""
+    if not state.is_file():
+        return  # what is missing is said elsewhere
+    with safe_open(state, "pt") as file:
+        theirs = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+    other = [name for name in settings if name in theirs and settings[name] != theirs[name]]
+    if other:
+        differences = "; ".join(f"{name} was {theirs[name]!r}, is {settings[name]!r}" for name in other)
+        raise ValueError(
+            f"resume_from_checkpoint: got {state.parent} of a run with other settings ({differences}), takes one with "
+            "the same: what is on record before it and after it would not be one run. To start a new run from its "
+            "weights, give it as model"
+        )
+
+
+def set_later_aside(run: str | os.PathLike, step: int, own: str) -> Path | None:
+    """Moves what a run's folder holds of steps past ``step``, where it begins now, into its first free ``earlier-N``.
+
+    Those are of a run that was given up, and a resume would take them for the newest. None where there are none.
+
+    Args:
+        own: the file by which a checkpoint is known to be ours.
+    """
+    run = Path(run)
+    later = [
+        folder
+        for folder, done in _checkpoints(run).items()
+        if done is not None and done > step and (folder / own).is_file()
+    ]
+    if not later:
+        return None
+    if (checkpoint_step(run) or 0) > step:
+        later.append(run / STATE)
+    aside = free_folder(run)
+    for path in later:
+        os.replace(path, aside / path.name)
+    names = ", ".join(path.name for path in later)
+    warnings.warn(f"output_dir: {run} held {names} of steps past {step}, which are now in {aside}", stacklevel=2)
+    return aside
