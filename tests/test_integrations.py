@@ -1,5 +1,6 @@
 """What both trainers see to before a run, on each of them: dropout, the reference, adapters, whole checkpoints."""
 
+import copy
 import shutil
 
 import pytest
@@ -92,6 +93,82 @@ def test_dropout_is_turned_off(kind):
     # What a checkpoint's configuration says changes only where the forward reads it.
     config = model.config.to_dict()
     assert config.get("attn_pdrop", 0.1) == 0.1 and config.get("attention_dropout") in (None, 0.0, 0.3)
+
+
+TARGETS = LORA["target_modules"]
+NOISY_ADAPTERS = {
+    "lora": lambda: peft.LoraConfig(**LORA, lora_dropout=0.5),
+    "dora": lambda: peft.LoraConfig(**LORA, lora_dropout=0.5, use_dora=True),
+    "loha, ranks": lambda: peft.LoHaConfig(r=4, target_modules=TARGETS, rank_dropout=0.5),
+    "loha, modules": lambda: peft.LoHaConfig(r=4, target_modules=TARGETS, module_dropout=0.5),
+    "lokr, modules": lambda: peft.LoKrConfig(r=4, target_modules=TARGETS, module_dropout=0.5),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=TARGETS, boft_dropout=0.5),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=TARGETS, vera_dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("kind", NOISY_ADAPTERS)
+def test_dropout_of_an_adapter_that_does_nothing_yet_is_turned_off(kind):
+    """Its noise is seen once it has trained."""
+    model = peft.get_peft_model(llama(), NOISY_ADAPTERS[kind]())
+    noisy, start = copy.deepcopy(model), {name: p.clone() for name, p in model.named_parameters()}
+    turn_off_dropout(model)
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+    for one in (model, noisy):
+        perturb(one)
+    expected = states(model, training=False)
+    assert any(not torch.allclose(states(noisy, training=True), expected) for _ in range(8))
+    for _ in range(8):
+        torch.testing.assert_close(states(model, training=True), expected)
+
+
+def test_an_adapter_that_samples_in_training_is_refused():
+    model = peft.get_peft_model(llama(), peft.PveraConfig(r=4, target_modules=TARGETS))
+    start = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="the forward of LlamaForCausalLM in training is not that of evaluation"):
+        turn_off_dropout(model)
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("token", [6, 22])  # the few tokens that a model is measured with have the first
+def test_an_adapter_that_would_not_train_is_refused(token):
+    """Activated LoRA, which acts where PEFT's own forward has found its tokens."""
+    model = adapted(llama(), alora_invocation_tokens=[token])
+    with pytest.raises(ValueError, match="model: got an adapter whose weights get no gradient, on 4 layers, .*q_proj"):
+        check_head(model)
+
+
+def test_an_adapter_that_pefts_own_forward_changes_is_refused():
+    """Also where that changes nothing yet."""
+    model = adapted(llama())
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    check_head(model)
+    model.base_model.register_forward_pre_hook(lambda *_: [layer.scale_layer(3.0) for layer in layers] and None)
+    model.base_model.register_forward_hook(lambda *_: [layer.unscale_layer(3.0) for layer in layers] and None)
+    with pytest.raises(ValueError, match="the logits of LlamaForCausalLM do not follow from its hidden states"):
+        check_head(model)
+
+
+TRAINING = {
+    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=[]),
+    "shira": lambda: peft.ShiraConfig(r=4, target_modules=TARGETS),
+    "tokens": lambda: peft.LoraConfig(**LORA, trainable_token_indices=[22]),
+    "layers that PEFT does not wrap": lambda: peft.AdaptionPromptConfig(
+        adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+    "an expert that no token comes to": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "unused"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_adapters_that_train_are_taken_as_they_are(kind):
+    model = llama()
+    model.model.layers[0].unused = torch.nn.Linear(32, 32)
+    model = peft.get_peft_model(model, TRAINING[kind]())
+    start = {name: p.clone() for name, p in model.named_parameters()}
+    check_head(model)
+    turn_off_dropout(model)
+    check_reference(model, None)
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
 
 
 def test_a_forward_that_stays_random_is_refused():
@@ -420,7 +497,9 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tiny, tmp_path, missing):
 def test_a_checkpoint_of_another_method_is_refused(tiny, tmp_path):
     more = {"save_strategy": "steps", "save_steps": 4, "resume_from_checkpoint": "last"}
     main(flags(tiny, tmp_path, **more, method="beta-dpo"))
-    with pytest.raises(ValueError, match="got .*checkpoint-8 of another method"):
+    with pytest.raises(
+        ValueError, match="got .*checkpoint-8 of a run with other settings .method was 'beta-dpo', is 'eps-dpo'"
+    ):
         main(flags(tiny, tmp_path, **more))
 
 
@@ -483,6 +562,13 @@ def test_trl_references_are_measured(tiny, tmp_path):
     assert of_trl(own)[0]["kl/chosen"] == 0
 
 
+def test_trl_an_adapter_that_would_not_train_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="model: got an adapter whose weights get no gradient"):
+        trl_trainer(
+            tiny, tmp_path, trl_runs.model(tiny), peft_config=peft.LoraConfig(**LORA, alora_invocation_tokens=[6])
+        )
+
+
 def test_trl_mixed_dtypes_train(tiny, tmp_path):
     """16-bit weights with norms in fp32, under bf16 autocast, beside all of them in fp32."""
     logs = []
@@ -524,6 +610,6 @@ def test_trl_an_adapter_that_transformers_has_loaded(tiny, tmp_path, sft, by):
 def test_trl_a_checkpoint_of_weights_alone_is_refused(tiny, tmp_path):
     more = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
     trl_trainer(tiny, tmp_path, trl_runs.model(tiny), **more).train()
-    with pytest.raises(ValueError, match="got .*checkpoint-1 without scheduler.pt, rng_state.pth, optimizer.pt"):
+    with pytest.raises(ValueError, match="got .*checkpoint-1 without rng_state.pth, optimizer.pt, scheduler.pt"):
         trainer = trl_trainer(tiny, tmp_path, trl_runs.model(tiny), **more)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

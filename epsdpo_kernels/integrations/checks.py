@@ -3,6 +3,7 @@ before every step: a gradient that is finite."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -15,7 +16,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .sharding import local, whole_shape
-from .transformers import HeadInputs, as_reference, causal_lm, check_head, evaluating, few_tokens, head_inputs, lm_head
+from .transformers import (
+    HeadInputs,
+    as_reference,
+    causal_lm,
+    check_head,
+    evaluating,
+    few_tokens,
+    head_inputs,
+    lm_head,
+    perturbed,
+)
 
 # Names of what a forward does at random in training: dropout of values, layers and paths, noise on a router's inputs.
 RANDOM = re.compile("drop|jitter")
@@ -27,7 +38,7 @@ def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> N
     """Makes the forward in training the forward in evaluation: the check of a pair would read the noise of any other.
 
     Sets to 0 the dropout of all layers, adapters' included, and of functions that take it from an attribute; in the
-    configuration only where a forward reads it from there.
+    configuration only where a forward reads it from there. Measured where an adapter does something.
 
     Args:
         model: a causal language model, within PEFT or not.
@@ -38,19 +49,21 @@ def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> N
     """
     inner = causal_lm(model)
     measured = inner.device.type != "meta"  # FSDP's memory-saving loading: only the first rank holds weights
-    before = _hidden(model, False, autocast) if measured else None
+    with perturbed(model) if measured else contextlib.nullcontext():
+        before = _hidden(model, False, autocast) if measured else None
 
-    def quiet() -> bool:
-        return all(_close(_hidden(model, training, autocast), before) for training in (False, True, True))
+        def quiet() -> bool:
+            return all(_close(_hidden(model, training, autocast), before) for training in (False, True, True))
 
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        _zero(module)
-    if not measured or not quiet():
-        _zero(inner.config)
-        _zero(inner.config.get_text_config())
-    if measured and not quiet():
+        for module in model.modules():
+            if isinstance(getattr(module, "p", None), float) and RANDOM.search(type(module).__name__.lower()):
+                module.p = 0.0
+            _zero(module)
+        if not measured or not quiet():
+            _zero(inner.config)
+            _zero(inner.config.get_text_config())
+        still = not measured or quiet()
+    if not still:
         raise ValueError(
             f"model: the forward of {type(inner).__name__} in training is not that of evaluation, also with all "
             "dropout at 0, and the check of a pair would read the difference. With dropout=True (TRL: "
@@ -60,8 +73,14 @@ def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> N
 
 def _zero(owner: Any) -> None:
     for name, value in list(vars(owner).items()):
-        if RANDOM.search(name) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if RANDOM.search(name) and _is_number(value):
             setattr(owner, name, type(value)(0))
+        elif RANDOM.search(name) and isinstance(value, dict):  # PEFT's, by adapter
+            value.update({key: type(one)(0) for key, one in value.items() if _is_number(one)})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
 from .packing import Packing, no_mask
-from .sharding import is_split, runnable, whole_head
+from .sharding import is_split, local, runnable, whole_head, whole_shape
 
 
 class HeadInputs(NamedTuple):
@@ -155,6 +156,7 @@ def check_head(
     """Compares what follows from :func:`head_inputs` with what the model's own forward gives, on a few tokens.
 
     What the head puts out is amplified on both sides: near 0 a softcap that nobody has read would hide in rounding.
+    Adapters that train are measured away from their start, at which most of them do nothing.
 
     Args:
         model: a causal language model, within PEFT or not. Nothing is measured where its weights are on "meta".
@@ -164,29 +166,36 @@ def check_head(
 
     Raises:
         TypeError, ValueError: they differ, so a fused loss would train something else than this model; or there is
-            nothing to compare, because its logits are not finite or its forward fails.
+            nothing to compare, because its logits are not finite or its forward fails; or an adapter would not train.
     """
     inner = causal_lm(model)
     if inner.device.type == "meta":  # FSDP's memory-saving loading: only the first rank holds weights
         return
     head, name = lm_head(inner, argument), type(inner).__name__
     try:
-        with evaluating(model, autocast), torch.no_grad():
+        with evaluating(model, autocast), perturbed(model), torch.no_grad():
             ids, mask = few_tokens(inner)
             ours = inputs(model, ids, mask)
             largest = ours._replace(logit_scale=1.0, softcap=None).logits().abs().max().item()
             factor = 2.0 ** round(math.log2(64 / largest)) if 0 < largest < math.inf else 1.0
             with head.register_forward_hook(lambda module, args, output: output * factor):
-                own = inner(input_ids=ids, attention_mask=mask, use_cache=False)
+                own = model(input_ids=ids, attention_mask=mask, use_cache=False)
             expected, found = (logits[mask.bool()].float() for logits in (own.logits, ours.logits(factor)))
             dtypes = {ours.hidden.dtype, ours.weight.dtype, own.logits.dtype, autocast or own.logits.dtype}
             eps = max(torch.finfo(dtype).eps for dtype in dtypes)
             router_losses = ours.router_loss, _own_router_loss(inner, own)
+        idle = _idle(model, autocast, inputs)
     except Exception as error:
         raise ValueError(
             f"{argument}: the head of {name} cannot be measured, because its forward fails with "
             f"{type(error).__name__}: {error}{_mixed_dtypes(inner, autocast)}"
         ) from error
+    if idle:
+        raise ValueError(
+            f"{argument}: got an adapter whose weights get no gradient, on {len(idle)} layers, {idle[0]} first. The "
+            "loss runs the backbone itself, without what PEFT's own forward tells an adapter, as that of "
+            "alora_invocation_tokens: take one that needs no telling"
+        )
     if not torch.isfinite(expected).all():
         broken = [n for n, p in inner.named_parameters() if not torch.isfinite(p).all()]
         why = f"its weights are not, {broken[0]} first" if broken else "take bfloat16 or float32"
@@ -209,6 +218,63 @@ def check_head(
             f"{argument}: the router loss of {name} is {by_model} by its own forward and {by_router} by its router's "
             "logits. Set output_router_logits to false to train without it"
         )
+
+
+def _idle(model: nn.Module, autocast: torch.dtype | None, inputs: Callable[..., HeadInputs]) -> list[str]:
+    """Names of the layers that run, with an adapter that trains and gets no gradient.
+
+    An embedding's may be one of tokens that are not among the few.
+    """
+    if not hasattr(model, "peft_config") or is_split(model):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, list[Tensor]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer.get_base_layer(), nn.Embedding):
+            found[name] = [p for p in layer.parameters() if p.requires_grad]
+    found = {name: weights for name, weights in found.items() if weights}
+    if not found:
+        return []
+    ran: set[str] = set()
+
+    def hook(module, args, output, name):
+        if all(one.numel() for one in args if isinstance(one, Tensor)):  # not an expert that no token has come to
+            ran.add(name)
+
+    hooks = [model.get_submodule(name).register_forward_hook(functools.partial(hook, name=name)) for name in found]
+    try:
+        with evaluating(model, autocast), perturbed(model), torch.enable_grad():
+            total = inputs(model, *few_tokens(causal_lm(model))).hidden.float().square().sum()
+            asked = [p for weights in found.values() for p in weights]
+            got = torch.autograd.grad(total, asked, allow_unused=True) if total.requires_grad else [None] * len(asked)
+    finally:
+        for one in hooks:
+            one.remove()
+    trained = {id(p) for p, gradient in zip(asked, got, strict=True) if gradient is not None and gradient.any()}
+    return [name for name, weights in found.items() if name in ran and not trained & set(map(id, weights))]
+
+
+@contextlib.contextmanager
+def perturbed(model: nn.Module) -> Iterator[None]:
+    """A model whose adapters that train are away from where they are; they are there again in the end.
+
+    Most begin as if they were not there. As many numbers as go into a sum, so small are the changes.
+    """
+    adapter = hasattr(model, "peft_config")
+    kept = [(local(p), whole_shape(p)) for p in model.parameters() if adapter and p.requires_grad]
+    before = [part.detach().clone() for part, _ in kept]
+    try:
+        with torch.no_grad():
+            for part, shape in kept:
+                generator = torch.Generator(part.device).manual_seed(0)  # that all ranks agree
+                noise = torch.randn(part.shape, generator=generator, device=part.device)
+                part.add_((noise * (shape[-1] ** -0.5 if len(shape) > 1 else 0.3)).to(part.dtype))
+        yield
+    finally:
+        with torch.no_grad():
+            for (part, _), own in zip(kept, before, strict=True):
+                part.copy_(own)
 
 
 def few_tokens(model: PreTrainedModel, length: int = 8) -> tuple[Tensor, Tensor]:
