@@ -1,5 +1,6 @@
 """What a batch's layout may not change: a step's pairs, its decisions, β. And what a run says of it."""
 
+import contextlib
 import copy
 import json
 
@@ -13,6 +14,7 @@ import trl_runs  # noqa: E402
 from epsdpo_kernels.integrations import batches  # noqa: E402
 from epsdpo_kernels.integrations.batches import DealtSampler, deal, pair_lengths  # noqa: E402
 from epsdpo_kernels.integrations.memory import expected_memory  # noqa: E402
+from epsdpo_kernels.integrations.transformers import head_inputs, positions  # noqa: E402
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
@@ -136,6 +138,90 @@ def test_a_run_says_what_it_does_and_needs(tiny, tmp_path, capsys):
     assert "rows: packed, attention by by_segment" in said
     assert "memory: about 0.00 GiB are needed (weights 0.00, gradients 0.00" in said
     assert "the longest micro-batch has at most" in said
+
+
+def test_a_forecast_that_fails_is_said_and_stops_nothing(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(batches, "expected_memory", lambda *_, **__: 1 / 0)
+    assert main(flags(tiny, tmp_path, max_steps=1)).state.global_step == 1
+    assert "memory: not foreseen (ZeroDivisionError: division by zero); the longest" in capsys.readouterr().out
+
+
+def test_sparse_weights_are_no_activations():
+    peft = pytest.importorskip("peft", reason="the trainer's extra is not installed")
+
+    def needed(model):
+        return expected_memory(model, None, tokens=1000, scored=400, optimizer="sgd").activations
+
+    plain = needed(build("Llama"))
+    sparse = needed(peft.get_peft_model(build("Llama"), peft.ShiraConfig(r=4, target_modules=["q_proj", "v_proj"])))
+    assert 0.5 * plain < sparse < 2 * plain
+
+
+def gpt2(tiny, folder, places=24, words=23):
+    """A model with a table of positions, and its tokenizer's folder."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=words, n_positions=places, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    rows = [{"prompt": "the sky is " * 5, "chosen": " yes" * n, "rejected": " no" * n} for n in (1, 3, 13)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def in_train(folder, run, max_length):
+    return main(flags(folder, run, max_length=max_length, max_prompt_length=max_length - 1, max_steps=1))
+
+
+def in_cache(folder, run, max_length):
+    more = {"max_length": max_length, "max_prompt_length": max_length - 1, "max_steps": 1}
+    return main(flags(folder, run, **more, cache_reference=run / "cache"))
+
+
+def in_trl(folder, run, max_length):
+    return trl_run(folder, run, max_steps=1, max_length=max_length)[0]
+
+
+@pytest.mark.parametrize("run", [in_train, in_cache, in_trl])
+def test_rows_that_a_model_has_no_place_for_are_refused(tiny, tmp_path, run):
+    folder = gpt2(tiny, tmp_path / "places")
+    with pytest.raises(
+        ValueError, match="dataset: got rows of (28|29|30) tokens, takes up to 24, the positions of GPT2LM"
+    ):
+        run(folder, tmp_path / "a", 64)
+    assert run(folder, tmp_path / "b", 24).state.global_step == 1
+    folder = gpt2(tiny, tmp_path / "words", words=20)
+    with pytest.raises(ValueError, match="dataset: got the token id 20, takes ids below 20, the vocabulary of GPT2LM"):
+        run(folder, tmp_path / "c", 24)
+
+
+def test_which_models_have_a_table_of_positions():
+    """Those that fail past its end, and no other."""
+    small = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    common = small | {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 24,
+    }
+    gpt = small | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+    configs = [
+        (transformers.GPT2Config(**gpt), True),
+        (transformers.GPTJConfig(**gpt, rotary_dim=8), True),
+        (transformers.CodeGenConfig(**gpt, rotary_dim=8), True),
+        (transformers.OPTConfig(**common, ffn_dim=48, word_embed_proj_dim=32), True),
+        (transformers.GPTNeoXConfig(**common, intermediate_size=48), False),
+        (transformers.BloomConfig(**small, hidden_size=32, n_layer=2, n_head=4), False),
+        (transformers.LlamaConfig(**common, intermediate_size=48), False),
+    ]
+    for config, table in configs:
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        assert positions(model) == (24 if table else None), type(model)
+        ids = torch.full((1, 25), 7)
+        with pytest.raises((IndexError, RuntimeError)) if table else contextlib.nullcontext():
+            head_inputs(model, ids, torch.ones_like(ids))
+        head_inputs(model, ids[:, 1:], torch.ones_like(ids[:, 1:]))
 
 
 def test_a_model_that_cannot_trains_on_padded_rows_and_says_so(tiny, tmp_path, capsys):

@@ -12,6 +12,7 @@ import datasets
 import torch
 import transformers
 
+from epsdpo_kernels.integrations.batches import check_fits
 from epsdpo_kernels.integrations.checkpoints import (
     check_settings,
     checkpoint_of,
@@ -68,6 +69,9 @@ def cached_reference(
         if args.process_index == 0:
             reference = load_model(options.ref_model, options.dtype)[0] if options.ref_model else model
             check_head(reference, args.autocast_dtype, argument="ref_model")
+            for name, one in (("dataset", pairs), ("eval_dataset", held_out)):
+                if one is not None:
+                    check_fits(one, reference, name)
             cache.write(
                 folder, reference.to(args.device), everything,
                 batch_size=args.per_device_eval_batch_size, progress_bar=not args.disable_tqdm,

@@ -19,7 +19,8 @@ from torch.utils.data import Sampler
 from . import attention
 from .memory import GIB, expected_memory
 from .packing import Packing, pack, part, to
-from .transformers import causal_lm
+from .sharding import whole_shape
+from .transformers import causal_lm, lm_head, positions
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -34,6 +35,7 @@ class PackedBatches:
     accelerator: Any
     args: Any
     train_dataset: Any
+    eval_dataset: Any
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
     packed: bool = False
@@ -54,7 +56,8 @@ class PackedBatches:
         """Chooses packed rows where they are wanted and all models can, and says what was chosen and why.
 
         Raises:
-            ValueError: max_tokens is not positive, or a batch may not be cut.
+            ValueError: max_tokens is not positive, or a batch may not be cut; or the data hold what a model has no
+                place for.
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens_per_batch: got {max_tokens}, takes a positive number of tokens")
@@ -63,6 +66,12 @@ class PackedBatches:
                 "max_tokens_per_batch: got a loss whose β is a batch's, which cutting would change; takes none"
             )
         self.max_tokens, self._models = max_tokens, list(models)
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
+            pairs = getattr(dataset, "pairs", dataset)
+            if hasattr(pairs, "with_format") and set(COLUMNS) <= set(pairs.column_names or ()):
+                for model in models:
+                    check_fits(pairs, model, name, getattr(self.args, "max_length", None))
         if not packed:
             return
         with self.accelerator.autocast():
@@ -98,12 +107,16 @@ class PackedBatches:
         total = int(longest.values.sum())
         if self.max_tokens:
             total = min(total, max(self.max_tokens, int(longest.values[0])))
-        with self.accelerator.autocast():
-            expected = expected_memory(
-                policy, reference[0] if reference else None, tokens=total,
-                scored=min(total, int(scored.topk(len(longest.values)).values.sum())), optimizer=str(self.args.optim),
-                shards=self.accelerator.num_processes if self.is_fsdp_enabled else 1,
-            )  # fmt: skip
+        shards = self.accelerator.num_processes if self.is_fsdp_enabled else 1
+        try:
+            with self.accelerator.autocast():
+                expected: Any = expected_memory(
+                    policy, reference[0] if reference else None, tokens=total,
+                    scored=min(total, int(scored.topk(len(longest.values)).values.sum())),
+                    optimizer=str(self.args.optim), shards=shards,
+                )  # fmt: skip
+        except Exception as error:  # it is only said; the run may well do what its measurement cannot
+            expected = f"memory: not foreseen ({type(error).__name__}: {error})"
         text = f"{expected}; the longest micro-batch has at most {total:,} tokens"
         if self.accelerator.device.type == "cuda":
             free, there = torch.cuda.mem_get_info(self.accelerator.device)
@@ -239,6 +252,36 @@ def deal(pairs: list[int], tokens: Callable[[int], int], batch_size: int) -> lis
     short = batches.pop() if rest else []
     batches.sort(key=lambda batch: sum(map(tokens, batch)), reverse=True)
     return [pair for batch in [*batches, short] for pair in batch]
+
+
+def check_fits(dataset: Any, model: nn.Module, name: str, max_length: int | None = None) -> None:
+    """Raises ValueError where pairs have ids or positions that a model has no place for.
+
+    Args:
+        dataset: a datasets.Dataset with token ids.
+        name: what errors call it.
+        max_length: to which rows are cut later, if they are.
+    """
+    inner = causal_lm(model)
+    if not len(dataset):
+        return
+    lengths, largest = pair_lengths(dataset), -1
+    for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(4096):
+        found = (pc.max(pc.list_flatten(table[column])).as_py() for column in COLUMNS)
+        largest = max([largest, *(one for one in found if one is not None)])
+    words = whole_shape(lm_head(inner).weight)[0]
+    if largest >= words:
+        raise ValueError(
+            f"{name}: got the token id {largest}, takes ids below {words}, the vocabulary of {type(inner).__name__}. "
+            "Resize its embeddings to its tokenizer, or take the tokenizer that it was trained with"
+        )
+    longest = int((lengths[:, 0] + lengths[:, 1:].amax(1)).max())
+    longest, places = min(longest, max_length or longest), positions(inner)
+    if places is not None and longest > places:
+        raise ValueError(
+            f"{name}: got rows of {longest} tokens, takes up to {places}, the positions of {type(inner).__name__}. Set "
+            f"max_length to {places}, or take a model of more"
+        )
 
 
 def pair_lengths(dataset: Any) -> Tensor:

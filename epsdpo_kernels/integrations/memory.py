@@ -81,6 +81,8 @@ def _kept_by_token(model: nn.Module) -> float:
         found: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
+            if tensor.layout is not torch.strided:  # an adapter's sparse weights, which do not grow with tokens
+                return tensor
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 found[storage.data_ptr()] = storage.nbytes()

@@ -277,8 +277,25 @@ def perturbed(model: nn.Module) -> Iterator[None]:
                 part.copy_(own)
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has a table of; None where it works them out, and may go on."""
+    count = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if count is None:
+        return None
+    words = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    # Some keep two rows more, for padding; sines may be a buffer.
+    learned = any(module.num_embeddings in (count, count + 2) for module in tables)
+    fixed = any(buffer.dim() == 2 and len(buffer) == count for buffer in model.buffers())
+    return count if learned or fixed else None
+
+
 def few_tokens(model: PreTrainedModel, length: int = 8) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), (2, length) each, to measure a model with; the second row has padding."""
+    """(input_ids, attention_mask), (2, length) each, to measure a model with; the second row has padding.
+
+    Shorter where the model has fewer positions.
+    """
+    length = min(length, positions(model) or length)
     text = model.config.get_text_config()
     # An image's or a padding token asks for more than ids.
     special = [value for name, value in (vars(model.config) | vars(text)).items() if name.endswith("_token_id")]
