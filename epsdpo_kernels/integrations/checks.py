@@ -57,7 +57,7 @@ def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> N
 
         for module in model.modules():
             if isinstance(getattr(module, "p", None), float) and RANDOM.search(type(module).__name__.lower()):
-                module.p = 0.0
+                module.p = 0.0  # type: ignore[assignment]
             _zero(module)
         if not measured or not quiet():
             _zero(inner.config)
