@@ -230,10 +230,9 @@ def _idle(model: nn.Module, autocast: torch.dtype | None, inputs: Callable[..., 
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: dict[str, list[Tensor]] = {}
-    layer: Any
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer.get_base_layer(), nn.Embedding):
-            found[name] = [p for p in layer.parameters() if p.requires_grad]
+            found[name] = [p for p in model.get_submodule(name).parameters() if p.requires_grad]
     found = {name: weights for name, weights in found.items() if weights}
     if not found:
         return []
