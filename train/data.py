@@ -125,8 +125,9 @@ def load_pairs(
         and `rejected`, and each is read as what it is:
         - strings, with a string `prompt`: used as they are;
         - messages, with all fields that the tokenizer's chat template reads: `prompt`, `chosen` and `rejected` are each
-          messages or a string. A completion is all that follows the prompt. Without `prompt`, or where it is a string
-          that is in them, the last two are whole conversations, which share the prompt and go on with the assistant.
+          messages or a string. A completion is all that follows the prompt, which it may repeat: where both hold the
+          prompt, what is before it belongs to it. Without `prompt`, or where it is a string that is in their texts,
+          the last two are whole conversations, which share the prompt and go on with the assistant.
           `tools` and `chat_template_kwargs`, as such or in JSON, go to the template;
         - transcripts, "\\n\\nHuman: …\\n\\nAssistant: …", whose prompt ends with the last "\\n\\nAssistant:". The turns
           go through the chat template where the tokenizer has one, else the text is used as it is;

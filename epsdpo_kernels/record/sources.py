@@ -18,8 +18,11 @@ QUESTIONS = ("question", "instruction", "instructions", "input", "query", "probl
              "conversation", "conversations", "messages", "system", "system_prompt")  # fmt: skip
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 BROKEN, MALFORMED, DIFFERENT = "broken line", "malformed row", "different prompts"
+NOT_HELD = "a prompt that is not in its conversations"
 MEDIA_FOUND = "pictures or sounds, where only text is read; remove them"
 CONTENT = "content that is neither text nor a list of texts"
+# Roles that come before a conversation, not as an answer in it.
+INSTRUCTS = ("system", "developer")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # JSON can spell half a surrogate pair, which no tokenizer and no table takes.
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -185,23 +188,38 @@ def turns(transcript: str) -> list[Message]:
 def _conversations(record: Record) -> Pair:
     given = record.get("prompt")
     prompt = [] if given is None else _messages(given, "user")
-    chosen, rejected = (_after(prompt, _messages(record[side], "assistant")) for side in ("chosen", "rejected"))
-    if not prompt or isinstance(given, str) and _opens(chosen) and _opens(rejected):
-        # Whole conversations: what they share is the prompt, and what remains has to be the assistant's.
-        n = 0
-        while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
-            n += 1
-        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-        if not prompt and min(len(chosen), len(rejected)) < 2:
-            _refuse_guess(record)
-            raise NoPair(MALFORMED)
-        if not prompt or _opens(chosen) or _opens(rejected):
-            raise NoPair(DIFFERENT)
+    sides = [_messages(record[side], "assistant") for side in ("chosen", "rejected")]
+    ends = [_end_of(prompt, side) for side in sides]
+    others = [side[0]["role"] for side, end in zip(sides, ends, strict=True) if not end and _opens(side)]
+    if not prompt or isinstance(given, str) and len(others) == 2:
+        prompt, chosen, rejected = _shared(record, *sides)
         if isinstance(given, str) and given.strip() not in _spoken(prompt):
-            raise NoPair("a prompt that is not in its conversations")
+            raise NoPair(NOT_HELD)
+    else:
+        # One completion may go on with another's turn; two where an answer is due are other words for the prompt.
+        due = prompt[-1]["role"] not in ("assistant", *INSTRUCTS)
+        if due and len(others) == 2 or any(role in INSTRUCTS for role in others):
+            raise NoPair(NOT_HELD)
+        before, other = (side[: max(end - len(prompt), 0)] for side, end in zip(sides, ends, strict=True))
+        if before != other:
+            raise NoPair(DIFFERENT)
+        prompt, (chosen, rejected) = before + prompt, (side[end:] for side, end in zip(sides, ends, strict=True))
     if not all(side and side[-1]["role"] == "assistant" for side in (chosen, rejected)):
         raise NoPair(MALFORMED)
     return Pair(prompt, chosen, rejected, _tools(record), _template_kwargs(record))
+
+
+def _shared(record: Record, chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+    """Whole conversations: what they share is the prompt, and what remains has to be the assistant's."""
+    n = 0
+    while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
+        n += 1
+    if not n and min(len(chosen), len(rejected)) < 2:
+        _refuse_guess(record)
+        raise NoPair(MALFORMED)
+    if not n or _opens(chosen[n:]) or _opens(rejected[n:]):
+        raise NoPair(DIFFERENT)
+    return chosen[:n], chosen[n:], rejected[n:]
 
 
 def _opens(side: list[Message]) -> bool:
@@ -209,12 +227,14 @@ def _opens(side: list[Message]) -> bool:
     return bool(side) and side[0]["role"] != "assistant"
 
 
-def _after(prompt: list[Message], side: list[Message]) -> list[Message]:
-    """A side without the messages that it repeats of the prompt's end."""
-    for n in range(min(len(prompt), len(side)) if _opens(side) else 0, 0, -1):
-        if prompt[-n:] == side[:n]:
-            return side[n:]
-    return side
+def _end_of(prompt: list[Message], side: list[Message]) -> int:
+    """How many messages of a side are before the completion: those up to the prompt that it holds, or the prompt's end
+    that it begins with; 0 for none. Whitespace, and text that is a list of texts, make no difference.
+    """
+    said, told = ([message | {"content": text_of(message).split()} for message in part] for part in (prompt, side))
+    n = len(prompt) if prompt and _opens(side) else 0
+    whole = (end for end in range(n, len(side) + 1) if n and told[end - n : end] == said)
+    return next(whole, 0) or next((end for end in range(n - 1, 0, -1) if told[:end] == said[-end:]), 0)
 
 
 def _messages(value: Any, role: str) -> list[Message]:
