@@ -406,12 +406,38 @@ def test_messages_in_other_spellings_are_named(tmp_path):
     rows = [
         pair([user("hi")]),
         pair(shared, {"from": "gpt", "value": "yes"}, {"from": "gpt", "value": "no"}),
-        pair("hi", json.dumps([assistant("yes")]), str([assistant("no")])),
     ]
-    assert drops(tmp_path, *rows, tokenizer=CHAT) == {
-        "messages of from and value; name these role and content": [1],
-        "messages written as text; make them lists": [2],
+    assert drops(tmp_path, *rows, tokenizer=CHAT) == {"messages of from and value; name these role and content": [1]}
+
+
+def test_messages_written_as_text(tmp_path):
+    turned = {"content": 'say "it\'s"', "weight": None, "role": "assistant"}
+    calls = {"role": "assistant", "tool_calls": call(city="Oslo")}
+    shared = {"value": "yes", "from": "gpt"}
+    values = [[turned], [user("hi"), turned], turned, [calls], shared, {"messages": [user("hi")]}]
+    written = [spell(value) for value in values for spell in (str, json.dumps)]
+    written += [json.dumps([turned], indent=2), "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'user'}]"]
+    rows = [pair(**{name: text}) for text in written for name in ("prompt", "chosen", "rejected")]
+    rows += [pair(text, [assistant("yes")], [assistant("no")]) for text in written]
+    rows += [pair([user("hi")], "yes", text) for text in written]
+    # Answers that are JSON, or begin with it, are answers.
+    texts = (
+        '{"role": "cook", "age": 5}',
+        '[{"city": "Oslo", "value": 5}]',
+        str([turned]) + " is a message.",
+        '{"a": {}}',
+    )
+    answers = [pair(prompt, *sides) for prompt in ("Q", [user("Q")]) for sides in itertools.pairwise(texts)]
+    found = drops(tmp_path, *answers, *rows, tokenizer=CHAT)
+    assert len(rows) == 5 * 14 and load_pairs(tmp_path / "data.jsonl", CHAT)[1].dropped == {
+        "messages written as text; make them lists": 5 * 14
     }
+    assert found["messages written as text; make them lists"] == list(range(6, 26))
+
+
+@pytest.mark.parametrize("text", ["[{" + "'a': 'b', " * 20_000, '{"a": "' + "\\" * 100_000, "[{" + '"' * 100_000])
+def test_long_text_that_begins_like_messages(text):
+    assert pair_of(pair("Q", text + "}", "no")).chosen == text + "}"
 
 
 # Rows of several forms

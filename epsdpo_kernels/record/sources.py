@@ -26,7 +26,12 @@ INSTRUCTS = ("system", "developer")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # JSON can spell half a surrogate pair, which no tokenizer and no table takes.
 SURROGATE = re.compile("[\ud800-\udfff]")
-AS_JSON = re.compile(r"""\s*\[\s*\{\s*["'](role|from)["']""")
+# What a message written in JSON or as Python prints it begins with, any plain fields before its role, and what it says.
+QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+FIELD = rf"{QUOTED}\s*:\s*(?:{QUOTED}|[\w.+-]+)\s*,\s*"
+WRAPPED = r"""(?:\{\s*["'](?:messages|conversations?)["']\s*:\s*)?(?:\[\s*)?\{\s*"""
+ROLE = re.compile(rf"""{WRAPPED}(?:{FIELD})*["'](?:role|from)["']\s*:""", re.DOTALL)
+SAYS = re.compile(r"""["'](?:content|value|tool_calls)["']\s*:""")
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -117,6 +122,8 @@ def pair_of(record: Record | None) -> Pair:
     parts = [record.get(name) for name in ("prompt", "chosen", "rejected")]
     if not all(isinstance(side, str | list | dict) for side in parts[1:]):
         raise NoPair(MALFORMED)
+    if any(isinstance(part, str) and _is_written(part.strip()) for part in parts):
+        raise NoPair("messages written as text; make them lists")
     pair = _texts(record) if not any(isinstance(part, list | dict) for part in parts) else _conversations(record)
     if SURROGATE.search(pair.canonical()):
         raise NoPair(MALFORMED)
@@ -128,6 +135,11 @@ def pair_of(record: Record | None) -> Pair:
     if pair.chosen == pair.rejected:
         raise NoPair("identical pair")
     return pair
+
+
+def _is_written(text: str) -> bool:
+    """Whether a text is a message, or messages, in JSON or as Python prints them."""
+    return text.endswith(("}", "]")) and bool(ROLE.match(text) and SAYS.search(text))
 
 
 def _spoken(prompt: Text) -> str:
@@ -149,8 +161,6 @@ def _refuse_guess(record: Record) -> None:
 
 def _texts(record: Record) -> Pair:
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
-    if AS_JSON.match(chosen) and AS_JSON.match(rejected):
-        raise NoPair("messages written as text; make them lists")
     if _tools(record) or _template_kwargs(record):
         raise NoPair("tools or chat_template_kwargs beside texts; make the texts messages")
     if isinstance(prompt, str):
