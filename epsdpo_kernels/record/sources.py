@@ -163,13 +163,19 @@ def _texts(record: Record) -> Pair:
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
     if _tools(record) or _template_kwargs(record):
         raise NoPair("tools or chat_template_kwargs beside texts; make the texts messages")
-    if isinstance(prompt, str):
-        return Pair(prompt, chosen, rejected)
     if chosen.startswith(HUMAN) or rejected.startswith(HUMAN):
-        (prompt, chosen), (other, rejected) = map(_transcript, (chosen, rejected))
-        if prompt != other:
+        (before, chosen), (other, rejected) = map(_transcript, (chosen, rejected))
+        if before != other:
             raise NoPair(DIFFERENT)
-        return Pair(prompt, chosen, rejected, transcript=True)
+        if isinstance(prompt, str) and prompt.strip() not in before:
+            raise NoPair(NOT_HELD)
+        return Pair(before, chosen, rejected, transcript=True)
+    if isinstance(prompt, str):
+        if _repeated(prompt, chosen, rejected):
+            if not all(side.startswith(prompt) for side in (chosen, rejected)):
+                raise NoPair("completions that repeat the prompt after other text or space")
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        return Pair(prompt, chosen, rejected)
     # A column that others have in full is not one to do without.
     if "prompt" in record:
         raise NoPair(MALFORMED)
@@ -179,6 +185,16 @@ def _texts(record: Record) -> Pair:
     if not prompt and chosen != rejected:
         raise NoPair(DIFFERENT)
     return Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+
+
+def _repeated(prompt: str, chosen: str, rejected: str) -> bool:
+    """Whether both completions hold a prompt's text, as words of its own, behind the same beginning."""
+    text = prompt.strip()
+    if not text or text not in os.path.commonprefix((chosen, rejected)):
+        return False
+    words = re.compile(rf"(?:\b|(?<!\w)){re.escape(text)}(?:\b|(?!\w))")
+    one, other = words.search(chosen), words.search(rejected)
+    return one is not None and other is not None and chosen[: one.end()] == rejected[: other.end()]
 
 
 def _transcript(text: str) -> tuple[str, str]:
@@ -250,6 +266,8 @@ def _end_of(prompt: list[Message], side: list[Message]) -> int:
 def _messages(value: Any, role: str) -> list[Message]:
     """A text, a message or messages as messages, fields that are null left out."""
     if isinstance(value, str):
+        if value.startswith(HUMAN):
+            raise NoPair("a transcript beside messages; make it messages")
         return [{"role": role, "content": value}]
     if not isinstance(value, list | dict):
         raise NoPair(MALFORMED)
