@@ -275,6 +275,13 @@ def test_columns_carried_through(tmp_path):
         load_pairs(path, PLAIN, keep_columns=["score"])
 
 
+def test_columns_of_any_name_are_carried(tmp_path):
+    names = ("note", "line", "labels", "input_ids", "chosen_input_ids", "index", "source")
+    row = load_one(tmp_path, pair(**{name: name[0] for name in names}))
+    assert {name: row[name] for name in names} == {name: name[0] for name in names}
+    assert decoded(row) == ["Q: ", "yes<|end|>", "no<|end|>"]
+
+
 def test_report(tmp_path):
     rows = [pair("x" * n, "y" * n, "z") for n in range(1, 101)]
     _, report = load_pairs(write(tmp_path / "data.jsonl", *rows), PLAIN)

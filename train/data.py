@@ -179,9 +179,9 @@ def load_pairs(
         lengths = pc.list_value_length(found.data.column(name)).to_numpy()[kept]
         numbers = np.percentile(lengths, (50, 95, 100), method="higher").tolist()
         report.lengths[name.removesuffix("_ids")] = dict(zip(("p50", "p95", "max"), numbers, strict=True))
+    found = found.select_columns(list(COLUMNS))
     for name, values in labels.items():
         found = found.add_column(name, values)
-    found = found.select_columns([*COLUMNS, *labels])
     return found if kept.all() else found.select(np.flatnonzero(kept)), report
 
 
