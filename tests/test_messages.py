@@ -492,6 +492,14 @@ TEXT = {"chosen": "The answer is 4.", "rejected": "The answer is 5."}
         (pair("2+2?", video="a.mp4"), "pictures or sounds, where only text is read; remove them"),
         (pair(PROMPT, system="Be kind."), "a column system that is not in the prompt; make it the prompt's first"),
         (pair("2+2?", system_prompt="Be kind."), "a column system_prompt that is not in the prompt"),
+        (pair(PROMPT, system={"role": "system", "content": "Be kind."}), "a column system that is not in the prompt"),
+        (pair(PROMPT, system=[{"role": "system", "content": "Be kind."}]), "a column system that is not in the prompt"),
+        (pair(PROMPT, system=["Be kind."]), "a column system that is not in the prompt"),
+        (pair(PROMPT, **{"System Prompt": "Be kind."}), "a column System Prompt that is not in the prompt"),
+        (pair(PROMPT, system_message="Be kind."), "a column system_message that is not in the prompt"),
+        (TEXT | {"Instruction": "Add."}, "no column prompt beside Instruction; make one of them"),
+        (TEXT | {"Prompt": "Add."}, "no column prompt beside Prompt; make one of them"),
+        (pair(PROMPT, Image="a.png"), "pictures or sounds, where only text is read; remove them"),
         (TEXT | {"question": "2+2?", "system": "Be kind."}, "no column prompt beside question, system; make one"),
         (TEXT | {"instruction": "Add."}, "no column prompt beside instruction; make one of them"),
         ({side: [assistant(text)] for side, text in TEXT.items()} | {"messages": PROMPT}, "beside messages; make one"),
@@ -510,6 +518,7 @@ def test_columns_that_belong_to_the_prompt_are_not_passed_over(tmp_path, row, re
     [
         {"images": [], "image": None, "tools": "[]", "system": "", "chat_template_kwargs": {}},
         {"system": "2+2?"},  # it is in the prompt
+        {"System": [user("2+2?")], "system_prompt": [], "system_message": user(" 2+2?\n")},
         {"question": "2+2?", "messages": [*PROMPT, assistant("yes")]},  # beside a prompt they are only named
     ],
 )

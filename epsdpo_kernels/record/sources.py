@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 from .rows import Record, read_rows
 
-# The columns that a pair is read from; `system` is only looked for in the prompt.
-PARTS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "system", "system_prompt")
+# Columns whose text has to be in the prompt; in these and the two below, case, spaces and hyphens do not matter.
+SYSTEM = ("system", "system_prompt", "system_message")
+# The columns that a pair is read from; a system text is only looked for in the prompt.
+PARTS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *SYSTEM)
 # Columns that can be a prompt, and say so where there is no `prompt`.
-QUESTIONS = ("question", "instruction", "instructions", "input", "query", "problem", "context", "history", "dialogue",
-             "conversation", "conversations", "messages", "system", "system_prompt")  # fmt: skip
+QUESTIONS = ("prompt", "question", "instruction", "instructions", "input", "query", "problem", "context", "history",
+             "dialogue", "conversation", "conversations", "messages", *SYSTEM)  # fmt: skip
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 BROKEN, MALFORMED, DIFFERENT = "broken line", "malformed row", "different prompts"
 NOT_HELD = "a prompt that is not in its conversations"
@@ -117,7 +119,7 @@ def pair_of(record: Record | None) -> Pair:
     """
     if record is None:
         raise NoPair(BROKEN)
-    if any(record.get(name) for name in MEDIA):
+    if _named(record, MEDIA):
         raise NoPair(MEDIA_FOUND)
     parts = [record.get(name) for name in ("prompt", "chosen", "rejected")]
     if not all(isinstance(side, str | list | dict) for side in parts[1:]):
@@ -127,8 +129,8 @@ def pair_of(record: Record | None) -> Pair:
     pair = _texts(record) if not any(isinstance(part, list | dict) for part in parts) else _conversations(record)
     if SURROGATE.search(pair.canonical()):
         raise NoPair(MALFORMED)
-    for name in ("system", "system_prompt"):
-        if isinstance(text := record.get(name), str) and text.strip() not in _spoken(pair.prompt):
+    for name, value in _named(record, SYSTEM):
+        if isinstance(value, str | list | dict) and not all(text in _spoken(pair.prompt) for text in _said(value)):
             raise NoPair(f"a column {name} that is not in the prompt; make it the prompt's first message")
     if _is_empty(pair.chosen) or _is_empty(pair.rejected):
         raise NoPair("empty completion")
@@ -146,6 +148,17 @@ def _spoken(prompt: Text) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(map(text_of, prompt))
 
 
+def _named(record: Record, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The columns of those names that hold something."""
+    return [(name, value) for name, value in record.items() if value and re.sub(r"[ -]", "_", name.lower()) in names]
+
+
+def _said(value: Any) -> list[str]:
+    """The texts of a text, a message, or several of them."""
+    values = value if isinstance(value, list) else [value]
+    return [(each if isinstance(each, str) else text_of(_message(each))).strip() for each in values]
+
+
 def _is_empty(side: Text) -> bool:
     if isinstance(side, str):
         return not side.strip()
@@ -155,7 +168,7 @@ def _is_empty(side: Text) -> bool:
 
 def _refuse_guess(record: Record) -> None:
     """Raises NoPair where there is no prompt, but a column that can be one."""
-    if found := [name for name in QUESTIONS if record.get(name) and isinstance(record[name], str | list | dict)]:
+    if found := [name for name, value in _named(record, QUESTIONS) if isinstance(value, str | list | dict)]:
         raise NoPair(f"no column prompt beside {', '.join(found)}; make one of them")
 
 
