@@ -160,6 +160,20 @@ def test_no_form_fits(tmp_path):
         load_pairs(write(tmp_path / "b.jsonl", {"chosen": 1, "rejected": 2}), PLAIN)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        pair([user("hi")], *({"role": "model", "content": text} for text in ("yes", "no"))),
+        pair([user("hi")], tools={"name": "f"}),
+    ],
+)
+def test_messages_in_a_form_of_their_own(tmp_path, row):
+    with pytest.raises(
+        ValueError, match="messages of role and content, .* end with the role assistant; tools as a list"
+    ):
+        load_one(tmp_path, row, CHAT)
+
+
 def test_tokenizers_that_lack_something(tmp_path):
     path = write(tmp_path / "data.jsonl", pair([user("hi")]))
     with pytest.raises(ValueError, match="tokenizer: .* chat template"):

@@ -199,7 +199,10 @@ def _nothing_left(report: Report) -> str:
     if report.dropped[MALFORMED] < report.read:
         return f"no pair is left\n{report}"
     names = ", ".join(map(repr, report.columns["read"] + report.columns["unread"]))
-    takes = "chosen and rejected as strings or messages, and with a column prompt one in every row"
+    takes = (
+        "chosen and rejected as strings, or as messages of role and content, which end with the role assistant; tools "
+        "as a list of objects; and with a column prompt a string or messages in every row"
+    )
     return f"source: {report.source} has the columns {names}, takes {takes}\n{report}"
 
 

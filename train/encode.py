@@ -94,7 +94,7 @@ class Encoder:
             raise ValueError("tokenizer: got one without a chat template, takes one to write messages with")
         if pair.template_kwargs and RESERVED & pair.template_kwargs.keys():
             raise NoPair("chat_template_kwargs that no template sees")
-        parts = [*map(self._messages, pair[:3]), {"tools": pair.tools} | (pair.template_kwargs or {})]
+        parts: list[Any] = [*map(self._messages, pair[:3]), {"tools": pair.tools} | (pair.template_kwargs or {})]
         guarded = self._guard(parts)
         start, *wholes = written = self._written(*guarded)
         if guarded != parts and list(map(self._unguard, written)) != self._written(*parts):

@@ -228,6 +228,8 @@ def _conversations(record: Record) -> Pair:
     given = record.get("prompt")
     prompt = [] if given is None else _messages(given, "user")
     sides = [_messages(record[side], "assistant") for side in ("chosen", "rejected")]
+    if not all(side and side[-1]["role"] == "assistant" for side in sides):
+        raise NoPair(MALFORMED)
     ends = [_end_of(prompt, side) for side in sides]
     others = [side[0]["role"] for side, end in zip(sides, ends, strict=True) if not end and _opens(side)]
     if not prompt or isinstance(given, str) and len(others) == 2:
@@ -243,8 +245,6 @@ def _conversations(record: Record) -> Pair:
         if before != other:
             raise NoPair(DIFFERENT)
         prompt, (chosen, rejected) = before + prompt, (side[end:] for side, end in zip(sides, ends, strict=True))
-    if not all(side and side[-1]["role"] == "assistant" for side in (chosen, rejected)):
-        raise NoPair(MALFORMED)
     return Pair(prompt, chosen, rejected, _tools(record), _template_kwargs(record))
 
 
