@@ -471,9 +471,6 @@ def test_every_argument_of_the_trainer_has_its_verdict():
 
 
 def test_refused_models(tiny, tmp_path):
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="peft_config: got PromptTuningConfig"):
-        make(tiny, tmp_path, peft_config=prompt)
     with pytest.raises(ValueError, match="lm_head"):
         make(tiny, tmp_path, peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
     strange = trl_runs.model(tiny)
@@ -528,32 +525,10 @@ def test_refused_launches(how, said):
             _refuse_launch(launched(**how))
 
 
-def test_images_are_refused(tiny, tmp_path):
-    pil = pytest.importorskip("PIL.Image")
-    text = transformers.AutoConfig.from_pretrained(tiny)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
-    processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
-        transformers.AutoTokenizer.from_pretrained(tiny), patch_size=4,
-    )  # fmt: skip
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
-    rows = [row | {"images": [pil.new("RGB", (8, 8))]} for row in trl_runs.pairs(tiny, 2)]
-    args = EpsilonDPOConfig(**trl_runs.options(tmp_path, max_length=None))
-    with pytest.raises(ValueError, match="train_dataset: got images, takes text"):
-        EpsilonDPOTrainer(
-            model=transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava"), args=args,
-            processing_class=processor,
-            train_dataset=datasets.Dataset.from_list(rows),
-        )  # fmt: skip
-
-
 def test_refused_batches(tiny, tmp_path):
     trainer = make(tiny, tmp_path)
     batch = next(iter(trainer.get_train_dataloader())) | {"token_type_ids": torch.zeros(1)}
-    with pytest.raises(ValueError, match="token_type_ids"):
+    with pytest.raises(ValueError, match="got a batch with .'token_type_ids'., takes input_ids, attention_mask, comp"):
         trainer.compute_loss(trainer.model, batch)
 
 

@@ -32,7 +32,7 @@ def launch(processes: int, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def run(folder: Path, tiny: Path, processes: int, pairs: int, lora=False, stream=False, masked=(), **more):
+def run(folder: Path, tiny: Path, processes: int, pairs: int, lora=False, stream=False, masked=(), sees="", **more):
     folder.mkdir(exist_ok=True)
     options = trl_runs.options(folder / "run", gradient_accumulation_steps=2 // processes, max_steps=8, epsilon=0.05)
     job = {
@@ -42,6 +42,7 @@ def run(folder: Path, tiny: Path, processes: int, pairs: int, lora=False, stream
         "lora": lora,
         "stream": stream,
         "masked": masked,
+        "sees": sees,
     }
     (folder / "job.json").write_text(json.dumps(job))
     if processes == 1:
@@ -66,9 +67,9 @@ def same_record(two: Path, one: Path, limits=()) -> None:
         assert found.ok and [name for name, _ in found.limits] == expected, str(found)
 
 
-def same(two, one):
+def same(two, one, packed=True):
     (ours, our_weights), (theirs, their_weights) = two, one
-    assert ours["packed"] and theirs["packed"]
+    assert ours["packed"] == theirs["packed"] == packed
     train = [[e for e in facts["log"] if "loss" in e] for facts in (ours, theirs)]
     assert len(train[0]) == len(train[1]) > 0
     names = ("loss", "kl/beta", "kl/relaxed", "kl/kept", "kl/tightened", "kl/chosen", "rewards/margins", "num_tokens")
@@ -83,6 +84,8 @@ def same(two, one):
     assert train[0][-1]["kl/beta"] != pytest.approx(0.1, rel=1e-3)
     assert our_weights.keys() == their_weights.keys()
     for name, p in our_weights.items():
+        if name.endswith("k_proj.bias"):  # which all queries add alike: its gradient is rounding
+            continue
         torch.testing.assert_close(p, their_weights[name], rtol=1e-3, atol=3e-5, msg=name)
 
 
@@ -104,6 +107,22 @@ def test_a_stream_is_one_process(tiny, tmp_path):
     two = run(tmp_path / "two", tiny, 2, 43, stream=True)
     same(two, run(tmp_path / "one", tiny, 1, 43, train_sampling_strategy="sequential"))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream", "stream"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_are_one_process(tiny, tmp_path, stream):
+    """Of the 5 repeats that fill the last batches up, which cannot be cut out, nothing counts."""
+    pytest.importorskip("PIL")
+    more = {"max_length": None, "sees": "Llava", "train_sampling_strategy": "sequential"}
+    two = run(tmp_path / "2", tiny, 2, 19, stream=stream, **more)
+    one = run(tmp_path / "1", tiny, 1, 19, **more)
+    same(two, one, packed=False)
+    runs = (tmp_path / str(n) / "run" for n in (2, 1))
+    ours, theirs = (
+        read(run / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True) for run in runs
+    )
+    for name in ("split", "step", "row", "decision", "chosen_tokens"):
+        assert ours[name].tolist() == theirs[name].tolist(), name
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -17,13 +17,16 @@ from torch.distributed.tensor import DTensor
 
 import gloo
 import trl_runs
+import vision
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
 from fsdp_on_cpu import shard_on_cpu
 
 
 def data(job: dict, pairs: int):
-    """The job's first pairs, as a data set or a stream."""
+    """The job's first pairs, as a data set or a stream; about pictures where the job names a model that sees."""
     found = trl_runs.pairs(Path(job["tiny"]), pairs)
+    if job["sees"]:
+        found = vision.pairs(job["sees"], found, pairs)
     return found.to_iterable_dataset() if job["stream"] else found
 
 
@@ -33,13 +36,19 @@ def main(folder: Path) -> None:
     if job["options"].get("fsdp"):
         shard_on_cpu(EpsilonDPOTrainer)
     args = EpsilonDPOConfig(**job["options"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["tiny"])
+    models = [trl_runs.model(Path(job["tiny"])), None]
+    if job["sees"]:
+        tokenizer = vision.processor(job["sees"], job["tiny"])
+        image = tokenizer.tokenizer.convert_tokens_to_ids("<image>")
+        models = [vision.build(job["sees"], image) for _ in models]
     trainer = EpsilonDPOTrainer(
-        model=trl_runs.model(Path(job["tiny"])),
+        *models,
         args=args,
         data_collator=trl_runs.Masked(job["masked"], args.process_index, args.world_size) if job["masked"] else None,
         train_dataset=data(job, job["pairs"]),
         eval_dataset=data(job, 7),
-        processing_class=transformers.AutoTokenizer.from_pretrained(job["tiny"]),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if job["lora"] else None,
     )
     trainer.train()

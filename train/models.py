@@ -58,6 +58,12 @@ def _weights(name: str, dtype: str, words: int) -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     import peft
 
+    config = peft.PeftConfig.from_pretrained(name)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"model: got virtual tokens ({type(config).__name__}) in {name}, which PEFT loads for inference alone. "
+            "Adapters on layers, like LoRA, train on"
+        )
     model = _weights(base, dtype, words)
     if words > len(model.get_input_embeddings().weight):  # the adapter was trained with tokens of its own
         model.resize_token_embeddings(words)

@@ -22,12 +22,19 @@ from transformers.integrations.integration_utils import default_logdir
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from epsdpo_kernels.integrations.batches import PackedBatches
-from epsdpo_kernels.integrations.checks import NotFiniteError, check_checkpoint, check_gradient, check_launch
+from epsdpo_kernels.integrations.checks import (
+    NotFiniteError,
+    check_checkpoint,
+    check_gradient,
+    check_launch,
+    check_prompt_learning,
+)
 from epsdpo_kernels.integrations.packing import part
 from epsdpo_kernels.integrations.recording import Recorded
 from epsdpo_kernels.integrations.transformers import (
     AfterStep,
     Reference,
+    load_renamed,
     pair_metrics,
     run_loss_in_forward,
     weighs_pairs_itself,
@@ -108,6 +115,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
                 kwargs[name] = WithBlank(kwargs[name])
         super().__init__(model, args, **kwargs)
         check_launch(self)
+        check_prompt_learning(model, args)
         if args.fsdp and not self.accelerator.is_fsdp2:
             raise ValueError(
                 f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
@@ -259,6 +267,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
 
     def _load_state(self, checkpoint: Path) -> None:
         """β, and the reference where it moves: the model at that step goes with them."""
+        load_renamed(self.model, checkpoint)
         state = load_file(checkpoint / LOSS_STATE)
         if state.keys() != self.loss_fn.state_dict().keys():
             raise ValueError(f"resume_from_checkpoint: got {checkpoint} of another method, takes one of the same")

@@ -34,7 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from .packing import IGNORE, Packing, Segments, pack, to
-from .transformers import causal_lm, head_inputs
+from .transformers import causal_lm, has_virtual_tokens, head_inputs
 
 # torch 2.11 takes as many heads of keys and values as of queries.
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -55,6 +55,9 @@ def pack_rows(models: Iterable[nn.Module]) -> str | None:
     Returns:
         None where packed rows may be used, else the reason why not.
     """
+    models = list(models)
+    if any(map(has_virtual_tokens, models)):
+        return "prompt learning puts virtual tokens before every row's own"
     inner = [causal_lm(model) for model in models]
     before = [model.config._attn_implementation for model in inner]
     reason = None

@@ -49,8 +49,16 @@ class PackedBatches:
         """A pair of the batch's kind of which nothing is scored."""
         raise NotImplementedError
 
-    def set_layout(self, models: Sequence[nn.Module], packed: bool, max_tokens: int | None) -> None:
+    def set_layout(
+        self, models: Sequence[nn.Module], packed: bool, max_tokens: int | None, images: bool = False
+    ) -> None:
         """Chooses packed rows where they are wanted and all models can, and says what was chosen and why.
+
+        Args:
+            models: policy and reference, where that is a second one.
+            packed: whether packed rows are wanted.
+            max_tokens: of a micro-batch; one of more is cut.
+            images: whether batches have images, which belong to rows as each processor has it.
 
         Raises:
             ValueError: max_tokens is not positive, or a batch may not be cut.
@@ -61,11 +69,16 @@ class PackedBatches:
             raise ValueError(
                 "max_tokens_per_batch: got a loss whose β is a batch's, which cutting would change; takes none"
             )
+        if max_tokens is not None and images:
+            raise ValueError(
+                f"max_tokens_per_batch: got {max_tokens} with images, which are no rows that could be cut; takes none. "
+                "Set per_device_train_batch_size"
+            )
         self.max_tokens, self._models = max_tokens, list(models)
         if not packed:
             return
         with self.accelerator.autocast():
-            reason = attention.pack_rows(models)
+            reason = "a prompt's images are read in each of its rows" if images else attention.pack_rows(models)
         self.packed = reason is None
         self.accelerator.print(
             f"rows: packed, attention by {', '.join(sorted(attention.ran))}"

@@ -137,6 +137,11 @@ def part(batch: dict[str, Any], first: int, last: int) -> dict[str, Any]:
     }
 
 
+def of_pairs(rows: Tensor, pairs: Tensor) -> Tensor:
+    """The rows of some pairs, of rows (2B, …) chosen first; pairs (n,) int64."""
+    return torch.cat([half[pairs] for half in rows.chunk(2)])
+
+
 def _shared(chosen: Tensor, rejected: Tensor, chosen_targets: Tensor, rejected_targets: Tensor) -> int:
     """Tokens that two rows begin with alike, before the first token that is scored in either."""
     prompts = []

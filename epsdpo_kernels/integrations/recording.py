@@ -66,6 +66,7 @@ class RecordedTRL(Recorded):
     eval_dataset: Any
     _signature_columns: Any
     is_in_train: bool
+    _is_vision_dataset: bool
     _facts: dict[str, Any] | None = None  # of the run; None where nothing is to be recorded
     _files: list[str] | None = None  # that the training data were read from
     _evaluation = "eval"  # the split of the evaluation that is under way
@@ -78,6 +79,12 @@ class RecordedTRL(Recorded):
         """To be called once, when the trainer has everything: its batches say which pairs they hold."""
         self.data_collator = WithIdentity(self.data_collator)
         self.add_callback(_Moments(self))  # type: ignore[attr-defined]
+
+    def numbered(self, dataset: Any) -> Any:
+        """A data set with images, or several by name, or None, with its rows' numbers: TRL prepares nothing of them."""
+        if isinstance(dataset, dict):
+            return {name: self.numbered(one) for name, one in dataset.items()}
+        return None if dataset is None else identified(dataset, self.args, "eval", images=True)
 
     def start_recording(self, options: dict[str, Any]) -> None:
         """To be called after that, where there is to be a record; ``options`` are those that run.json is to hold."""
@@ -99,6 +106,8 @@ class RecordedTRL(Recorded):
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         self._given = not (eval_dataset is None or isinstance(eval_dataset, str))
+        if self._given and self._is_vision_dataset:
+            eval_dataset = self.numbered(eval_dataset)
         try:
             return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -244,17 +253,22 @@ class WithIdentity:
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         identity = [(one.get(ROW, NO_ROW), one.get(PAIR_ID, NO_ID)) for one in examples]
-        batch = self.collator([{k: v for k, v in one.items() if k not in (ROW, PAIR_ID)} for one in examples])
+        batch = dict(self.collator([{k: v for k, v in one.items() if k not in (ROW, PAIR_ID)} for one in examples]))
         ids = batch.get("input_ids")
         if ids is not None and len(ids) == 2 * len(examples):
             batch[ROW], batch[PAIR_ID] = torch.tensor(identity, dtype=torch.int64).T.repeat(1, 2)
         return batch
 
 
-def identified(dataset: Any, args: Any, name: str) -> Any:
-    """A data set as the user gave it, with each pair's row in it and its id by its texts."""
+def identified(dataset: Any, args: Any, name: str, images: bool = False) -> Any:
+    """A data set as the user gave it, with each pair's row in it and its id by its texts.
+
+    Pairs with ``images`` have no id, which would be that of the same words about another image.
+    """
     if ROW in next(iter(dataset)):
         return dataset
+    if images and isinstance(dataset, datasets.Dataset):  # without images read, and written once more
+        return dataset.add_column(ROW, list(range(len(dataset))))
     # datasets keeps results by the function's name: another reader would find the ids of this one.
     reader = hashlib.blake2b(Path(sources.__file__).read_bytes(), digest_size=8).hexdigest()
     if isinstance(dataset, datasets.Dataset):
