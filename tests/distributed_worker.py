@@ -18,6 +18,7 @@ from epsdpo_kernels.integrations.transformers import frozen_reference, run_loss_
 from fsdp_on_cpu import shard_on_cpu
 from train.__main__ import leave_process_group, main
 from train.trainer import PairTrainer
+from zero_on_cpu import zero_on_cpu
 
 
 def ddp(folder: Path) -> None:
@@ -31,6 +32,15 @@ def fsdp(folder: Path) -> None:
     shard_on_cpu(PairTrainer)
     trainer = main(json.loads((folder / "flags.json").read_text()))
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+
+
+def zero(folder: Path) -> None:
+    """The same in DeepSpeed's hands; ZeRO-3 splits every weight of policy and reference."""
+    zero_on_cpu()
+    trainer = main(json.loads((folder / "flags.json").read_text()))
+    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+    for model in trainer._models:
+        assert {hasattr(p, "ds_id") for p in model.parameters()} == {stage == 3}
 
 
 class InTiles(EpsilonDPOLoss):
@@ -100,7 +110,7 @@ def count_gathers() -> list[tuple[int, ...]]:
 
 
 if __name__ == "__main__":
-    {"ddp": ddp, "fsdp": fsdp, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "fsdp": fsdp, "zero": zero, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))
     if sys.argv[1] == "ddp":
         gloo.leave(leave_process_group)
     else:

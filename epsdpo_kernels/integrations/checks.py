@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedSchedulerWrapper, DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .sharding import local, whole_shape
 from .transformers import (
     HeadInputs,
     as_reference,
@@ -157,7 +158,7 @@ def check_reference(
         shared = _trained_in_reference(policy, autocast, batch)
     else:
         check_head(reference, autocast, argument="ref_model", inputs=inputs, batch=batch)
-        check_vocabulary(policy, len(lm_head(causal_lm(reference), "ref_model").weight))
+        check_vocabulary(policy, whole_shape(lm_head(causal_lm(reference), "ref_model").weight)[0])
         trained = {_storage(p) for p in policy.parameters() if p.requires_grad} - {0}
         shared = [name for name, p in reference.named_parameters() if _storage(p) in trained]
     if shared:
@@ -180,15 +181,14 @@ def _check_initialisation(model: Any) -> None:
 
 def check_vocabulary(policy: nn.Module, size: int) -> None:
     """Raises ValueError where a reference's vocabulary is not of the policy's size."""
-    own = len(lm_head(causal_lm(policy)).weight)
+    own = whole_shape(lm_head(causal_lm(policy)).weight)[0]
     if size != own:
         raise ValueError(f"ref_model: got a vocabulary of {size}, takes the policy's, {own}")
 
 
 def _storage(parameter: Tensor) -> int:
     """Where it is in memory; 0 on "meta", where it is nowhere."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.untyped_storage().data_ptr()
+    return local(parameter).untyped_storage().data_ptr()
 
 
 def _trained_in_reference(model: Any, autocast: torch.dtype | None, batch: dict[str, Any] | None) -> list[str]:
@@ -242,8 +242,10 @@ def check_launch(trainer: Any) -> None:
             "parallelism_config: got tensor, context or sequence parallelism, takes data parallelism and FSDP2: a "
             "pair's decision needs its whole completions and the whole vocabulary on one rank"
         )
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError("deepspeed: got ZeRO-3, which does not gather the head for a fused loss; use FSDP2 instead")
+    if trainer.is_deepspeed_enabled:
+        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        if (size := config.get("tensor_parallel", {}).get("autotp_size", 0)) > 1:
+            raise ValueError(f"deepspeed: got autotp_size={size}, takes ZeRO alone: the vocabulary has to be whole")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
 
@@ -260,9 +262,12 @@ def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:
             "tokens (PromptTuningConfig, PrefixTuningConfig without prefix_projection) is resumed"
         )
     rank, world = trainer.args.process_index, trainer.args.world_size
-    names = [*own, "scheduler.pt", f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
-    if not trainer.is_deepspeed_enabled:  # which has formats of its own, and says what it misses
+    names = [*own, f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
+    # DeepSpeed has formats of its own, and says what it misses.
+    if not trainer.is_deepspeed_enabled:
         names.append("optimizer*")
+    if not isinstance(trainer.lr_scheduler, DeepSpeedSchedulerWrapper):
+        names.append("scheduler.pt")
     if trainer.accelerator.scaler is not None:
         names.append("scaler.pt")
     missing = [name.replace("*", ".pt") for name in names if not any(folder.glob(name))]
@@ -282,17 +287,27 @@ def check_gradient(norm: Any, trainer: Any) -> None:
     """To be called with the gradient's norm before each optimizer step, which would make every weight NaN.
 
     A loss scaler leaves such a step out by itself and goes on at a smaller scale. DeepSpeed has made the step, or left
-    it out, within backward.
+    it out, within backward: what it made of the weights is looked at.
 
     Raises:
         NotFiniteError: on all ranks alike.
     """
-    if trainer.accelerator.scaler is not None or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    step, folder = trainer.state.global_step + 1, trainer.args.output_dir
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        weights = (local(p) for p in trainer.model.parameters() if p.requires_grad)
+        bad = torch.stack([(~torch.isfinite(p).all()).to(trainer.args.device) for p in weights]).sum()
+        if trainer.accelerator.reduce(bad, "sum"):
+            raise NotFiniteError(
+                f"step {step}: the losses are finite, their gradient was not, and DeepSpeed has applied it: there are "
+                f"weights that are not finite. The last checkpoint is in {folder}"
+            )
+        return
+    if trainer.accelerator.scaler is not None:
         return
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
         raise NotFiniteError(
-            f"step {trainer.state.global_step + 1}: the losses are finite, and the norm of their gradient is {norm}. "
-            f"Nothing of this step was applied; the last checkpoint is in {trainer.args.output_dir}. Weights in 16 "
-            "bits overflow: keep them in float32, under bf16=True"
+            f"step {step}: the losses are finite, and the norm of their gradient is {norm}. Nothing of this step was "
+            f"applied; the last checkpoint is in {folder}. Weights in 16 bits overflow: keep them in float32, under "
+            "bf16=True"
         )

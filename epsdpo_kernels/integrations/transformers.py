@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
 from .packing import Packing, no_mask, of_pairs
+from .sharding import another_forward, gathers_itself, is_split, runnable, whole_head
 
 
 class HeadInputs(NamedTuple):
@@ -90,22 +90,6 @@ def logit_transforms(model: PreTrainedModel) -> tuple[float, float | None]:
     return math.prod(given(MULTIPLIERS)) / divisor, next(iter(given(SOFTCAPS)), None)
 
 
-def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole of a parameter that FSDP2 has sharded; any other as it is.
-
-    FSDP gathers a head when the head's own forward is called, which a fused loss never does. One gather a call; the
-    gradient comes back as FSDP's do, sharded and averaged over the ranks.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    ranks = parameter.device_mesh.size()
-    cast: Any = parameter.to(dtype)
-    whole = cast.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / ranks)
-    return whole
-
-
 def has_virtual_tokens(model: Any) -> bool:
     """Whether it is a PEFT model of prompt learning (prompt, prefix, p-tuning) that is not switched off."""
     config = getattr(model, "active_peft_config", None)
@@ -119,14 +103,10 @@ def _run_backbone(wrapper: nn.Module, model: PreTrainedModel, **inputs: Any) -> 
     if not has_virtual_tokens(wrapper):
         return backbone(**inputs)
     # PEFT puts the tokens there in its own forward, which calls the model's: the backbone in its place.
-    patched = vars(model).get("forward")
-    model.forward = lambda **given: backbone(**{name: value for name, value in given.items() if value is not None})
-    try:
+    with another_forward(
+        model, lambda **given: backbone(**{name: value for name, value in given.items() if value is not None})
+    ):
         return type(wrapper).forward(wrapper, **inputs)
-    finally:
-        del model.forward
-        if patched is not None:
-            model.forward = patched
 
 
 def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Packing, **beside: Any) -> HeadInputs:
@@ -161,9 +141,8 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Pa
         mask = nn.functional.pad(attention_mask, (virtual, 0), value=1)
     if not torch.is_autocast_enabled(hidden.device.type):
         # Of models whose head has another dtype, those run without autocast that cast to it.
-        hidden = hidden.to(head.weight.dtype)
-    weight = gathered(head.weight, hidden.dtype)
-    bias = None if head.bias is None else gathered(head.bias, hidden.dtype)
+        hidden = hidden.to(next(head.parameters()).dtype)
+    hidden, weight, bias = whole_head(head, hidden)
     router_loss = _router_loss(inner, getattr(out, "router_logits", None), mask)
     return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
 
@@ -274,7 +253,8 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     training = model.training
     model.eval()
     try:
-        with torch.autocast(causal_lm(model).device.type, autocast) if autocast else contextlib.nullcontext():
+        cast = torch.autocast(causal_lm(model).device.type, autocast) if autocast else contextlib.nullcontext()
+        with cast, runnable(model):
             yield
     finally:
         model.train(training)
@@ -300,6 +280,23 @@ def frozen_reference(ref_model: nn.Module, inputs: Callable[..., HeadInputs] = h
         return inputs(ref_model, **batch)
 
     return reference
+
+
+def by_call(model: Any) -> Callable[..., HeadInputs]:
+    """:func:`head_inputs` of a model whose weights are whole in its own call alone; see :func:`gathers_itself`."""
+    plain_forward = model.forward
+
+    def forward(*args, head_only: bool = False, **inputs):
+        if not head_only:
+            return plain_forward(*args, **inputs)
+        out = head_inputs(model, **inputs)
+        if is_split(model):
+            return out
+        # FSDP frees what it gathered when this call returns.
+        return out._replace(weight=out.weight.clone(), bias=None if out.bias is None else out.bias.clone())
+
+    model.forward = forward
+    return lambda model, **inputs: model(**inputs, head_only=True)
 
 
 def without_adapter(model: Any) -> Reference:
@@ -385,14 +382,15 @@ def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Modu
     model.forward = forward
 
 
-def load_renamed(model: nn.Module | None, checkpoint: Path) -> None:
-    """Loads a checkpoint's weights where it has them under other names than the model.
+def load_renamed(trainer: Any, checkpoint: Path) -> None:
+    """Loads a checkpoint's weights into a trainer's model where they are there under other names.
 
     ``save_pretrained`` writes mixtures of experts and many vision models as they are published. transformers' trainer
     takes the names as they stand, and goes on with the weights at hand where there are others.
     """
-    if not isinstance(model, PreTrainedModel) or any(isinstance(p, DTensor) for p in model.parameters()):
-        return  # adapters are saved as they are, and FSDP has formats of its own
+    model = trainer.model
+    if not isinstance(model, PreTrainedModel) or gathers_itself(model) or trainer.is_deepspeed_enabled:
+        return  # adapters are saved as they are, and FSDP and DeepSpeed have formats of their own
     saved: set[str] = set()
     for path in checkpoint.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
