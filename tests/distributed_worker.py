@@ -16,6 +16,7 @@ import gloo
 from epsdpo_kernels import EpsilonDPOLoss
 from epsdpo_kernels.integrations.transformers import frozen_reference, run_loss_in_forward
 from fsdp_on_cpu import shard_on_cpu
+from tensor_on_cpu import split_on_cpu
 from train.__main__ import leave_process_group, main
 from train.trainer import PairTrainer
 from zero_on_cpu import zero_on_cpu
@@ -25,6 +26,14 @@ def ddp(folder: Path) -> None:
     """The trainer, with the flags that the folder holds."""
     trainer = main(json.loads((folder / "flags.json").read_text()))
     assert trainer.args.world_size == torch.distributed.get_world_size()
+
+
+def tensor(folder: Path) -> None:
+    """The same, its model's layers and vocabulary split by transformers."""
+    split_on_cpu()
+    trainer = main(json.loads((folder / "flags.json").read_text()))
+    head = trainer.model.get_output_embeddings().weight
+    assert isinstance(head, DTensor) and len(head.to_local()) < len(head)
 
 
 def fsdp(folder: Path) -> None:
@@ -110,7 +119,7 @@ def count_gathers() -> list[tuple[int, ...]]:
 
 
 if __name__ == "__main__":
-    {"ddp": ddp, "fsdp": fsdp, "zero": zero, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "fsdp": fsdp, "tensor": tensor, "zero": zero, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))
     if sys.argv[1] == "ddp":
         gloo.leave(leave_process_group)
     else:

@@ -34,7 +34,7 @@ def launch(processes: int, folder: Path) -> None:
 
 def run(
     folder: Path, tiny: Path, processes: int, pairs: int, lora=False, stream=False, masked=(), sees="",
-    resume=None, **more,
+    resume=None, tensor="", **more,
 ):  # fmt: skip
     folder.mkdir(exist_ok=True)
     options = trl_runs.options(folder / "run", gradient_accumulation_steps=2 // processes, max_steps=8, epsilon=0.05)
@@ -47,6 +47,7 @@ def run(
         "masked": masked,
         "sees": sees,
         "resume": resume,
+        "tensor": tensor,
     }
     (folder / "job.json").write_text(json.dumps(job))
     if processes == 1:
@@ -56,7 +57,7 @@ def run(
     return json.loads((folder / "result.json").read_text()), load_file(folder / "weights.safetensors")
 
 
-def same_record(two: Path, one: Path, limits=()) -> None:
+def same_record(two: Path, one: Path, limits=(), ranks=(0, 1)) -> None:
     """Every pair once, the repeats of a last batch not at all: what one process writes, but for who computed it."""
     ours, theirs = (
         read(run / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True) for run in (two, one)
@@ -65,7 +66,7 @@ def same_record(two: Path, one: Path, limits=()) -> None:
         assert ours[name].tolist() == theirs[name].tolist(), name
     for name in ("beta", "beta_used", "loss"):
         assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), rel=1e-5, abs=2e-6), name
-    assert set(ours["rank"]) == {0, 1} and set(ours["split"]) == {"train", "eval"}
+    assert set(ours["rank"]) == set(ranks) and set(ours["split"]) == {"train", "eval"}
     for run, expected in ((two, list(limits)), (one, [])):
         found = audit(run)
         assert found.ok and [name for name, _ in found.limits] == expected, str(found)
@@ -144,6 +145,33 @@ def test_nothing_of_a_last_batch_is_left_out(tiny, tmp_path):
     """Where what does not fill all ranks is dropped, and there are no repeats."""
     more = {"dataloader_drop_last": True, "max_steps": 7, "per_device_eval_batch_size": 3}
     same(*(run(tmp_path / str(n), tiny, n, 43, **more) for n in (2, 1)))
+
+
+def test_tensor_parallelism_is_one_process(tiny, tmp_path):
+    """Policy and reference in slices of 12 and 11 words; every rank has all pairs, and one records them."""
+    two = run(tmp_path / "two", tiny, 2, 43, tensor="both", gradient_accumulation_steps=2)
+    assert any("lm_head" in name for name in two[0]["sharded"])
+    same(two, run(tmp_path / "one", tiny, 1, 43))
+    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", ranks=(0,))
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"tensor": "policy"}, "ref_model: got a model that tensor parallelism has split beside one that is whole"),
+        ({"tensor": "both", "lora": True}, "peft_config: got an adapter with tp_size=2, takes none"),
+        ({"tensor": "both", "sync_ref_model": True}, "sync_ref_model: got True with FSDP, ZeRO-3 or tensor"),
+        ({"tensor": "both", "resume": "checkpoint-1"}, "resume_from_checkpoint: got .*checkpoint-1 with tensor"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values()))[:20] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_tensor_parallelism_does_not_go_with(tiny, tmp_path, how, said):
+    how = {"gradient_accumulation_steps": 2} | how
+    if resume := how.pop("resume", None):
+        run(tmp_path, tiny, 1, 43, save_strategy="steps", save_steps=1, max_steps=1)
+        how["resume"] = str(tmp_path / "run" / resume)
+    with pytest.raises(AssertionError, match=said):
+        run(tmp_path, tiny, 2, 43, **how)
 
 
 @pytest.mark.parametrize("lora", [False, True])

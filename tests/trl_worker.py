@@ -15,12 +15,14 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
 import gloo
 import trl_runs
 import vision
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
 from fsdp_on_cpu import shard_on_cpu
+from tensor_on_cpu import split_on_cpu
 from zero_on_cpu import zero_on_cpu
 
 
@@ -48,9 +50,14 @@ def main(folder: Path) -> None:
         shard_on_cpu(EpsilonDPOTrainer)
     if job["options"].get("deepspeed"):
         zero_on_cpu()
+    split = DistributedConfig(tp_size=2) if job["tensor"] else None
+    if job["tensor"]:
+        split_on_cpu()
+    if job["tensor"] == "both":  # TRL loads the reference as it does the policy
+        job["options"]["model_init_kwargs"] = {"distributed_config": split, "dtype": "float32"}
     args = EpsilonDPOConfig(**job["options"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["tiny"])
-    models = [trl_runs.model(Path(job["tiny"])), None]
+    models = [job["tiny"] if job["tensor"] == "both" else trl_runs.model(Path(job["tiny"]), split), None]
     if job["sees"]:
         tokenizer = vision.processor(job["sees"], job["tiny"])
         image = tokenizer.tokenizer.convert_tokens_to_ids("<image>")

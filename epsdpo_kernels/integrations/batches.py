@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from . import attention
+from .checks import check_resume
 from .memory import GIB, expected_memory
 from .packing import Packing, pack, part, to
 from .transformers import causal_lm
@@ -36,11 +37,31 @@ class PackedBatches:
     train_dataset: Any
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
+    get_tp_size: Callable[[], int]
     packed: bool = False
     by_batch: bool = False  # whether a pair's loss depends on the batch that it is in
     max_tokens: int | None = None
     _ran = (0, 0)  # tokens through the backbone since the last line of the log, and what padded rows would have been
     _clock: float | None = None
+
+    @property
+    def data_ranks(self) -> int:
+        """How many batches are there at a time: tensor parallelism's ranks have the same ones."""
+        return self.args.world_size // self.get_tp_size()
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them is this rank's."""
+        return self.args.process_index // self.get_tp_size()
+
+    @property
+    def first_of_row(self) -> bool:
+        """Whether this rank stands for those that have the same batches."""
+        return self.args.process_index % self.get_tp_size() == 0
+
+    def count_once(self, counts: Tensor) -> Tensor:
+        """The sum over all ranks of int64 counts of their batches, each batch once."""
+        return self.accelerator.reduce(counts, "sum") // self.get_tp_size()
 
     def labels_of(self, batch: dict[str, Tensor]) -> Tensor:
         """(2B, T) what each hidden state of the batch has to predict, −100 where nothing."""
@@ -88,9 +109,10 @@ class PackedBatches:
             flush=True,
         )
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        check_resume(self, resume_from_checkpoint)
         self._say_memory()
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _say_memory(self) -> None:
         """Prints what the run expects to need and, on CUDA, what is there."""
@@ -128,7 +150,7 @@ class PackedBatches:
         if not self.packed or self.by_batch or not set(COLUMNS) <= set(getattr(dataset, "column_names", COLUMNS)):
             return sampler
         tokens = pair_lengths(dataset).sum(1).tolist()
-        batches = self.args.world_size * self.args.gradient_accumulation_steps
+        batches = self.data_ranks * self.args.gradient_accumulation_steps
         return DealtSampler(sampler, tokens, self.args.train_batch_size, batches)
 
     def lay_out(self, batches: list[dict[str, Any]]) -> None:
@@ -166,8 +188,7 @@ class PackedBatches:
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._clock:
-            ran = torch.tensor(self._ran, device=self.accelerator.device)
-            tokens, padded = self.accelerator.reduce(ran, "sum").tolist()
+            tokens, padded = self.count_once(torch.tensor(self._ran, device=self.accelerator.device)).tolist()
             logs["tokens"], logs["padding_saved"] = tokens, 1 - tokens / max(padded, 1)
             logs["tokens_per_second"] = tokens / (time.perf_counter() - self._clock)
             # The clock starts again with the next batches, after what evaluation and checkpoints take.

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, DistributedType
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .sharding import local, whole_shape
+from .sharding import local, vocab_group, whole_shape
 from .transformers import (
     HeadInputs,
     as_reference,
@@ -30,6 +31,7 @@ from .transformers import (
 # Names of what a forward does at random in training: dropout of values, layers and paths, noise on a router's inputs.
 RANDOM = re.compile("drop|jitter")
 _NO_ENCODER = "PEFT saves the virtual tokens that its encoder puts out, and not the encoder"
+_NOT_LOADED = "transformers saves whole weights, without the optimizer, and does not load them into split layers"
 # Initialisations of LoRA that take what the adapter begins with out of the base, which alone is another model then.
 FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -159,6 +161,13 @@ def check_reference(
     else:
         check_head(reference, autocast, argument="ref_model", inputs=inputs, batch=batch)
         check_vocabulary(policy, whole_shape(lm_head(causal_lm(reference), "ref_model").weight)[0])
+        split, other = (vocab_group(lm_head(causal_lm(model))) is not None for model in (policy, reference))
+        if split != other:
+            raise ValueError(
+                "ref_model: got a model that tensor parallelism has split beside one that is whole, takes both loaded "
+                "alike (TRL: model by name, with distributed_config in model_init_kwargs): they round otherwise, which "
+                "the check would read"
+            )
         trained = {_storage(p) for p in policy.parameters() if p.requires_grad} - {0}
         shared = [name for name, p in reference.named_parameters() if _storage(p) in trained]
     if shared:
@@ -237,17 +246,47 @@ def _has_encoder(model: Any) -> bool:
 def check_launch(trainer: Any) -> None:
     """Raises ValueError where the model would be split in a way that the loss does not know."""
     parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.tp_size > 1 or parallelism.cp_size > 1 or parallelism.sp_size > 1):
+    if parallelism is not None and (parallelism.cp_size > 1 or parallelism.sp_size > 1):
         raise ValueError(
-            "parallelism_config: got tensor, context or sequence parallelism, takes data parallelism and FSDP2: a "
-            "pair's decision needs its whole completions and the whole vocabulary on one rank"
+            "parallelism_config: got context or sequence parallelism, takes data and tensor parallelism and FSDP2: a "
+            "pair's decision needs its whole completions on one rank"
         )
+    if parallelism is not None and parallelism.tp_size > 1:
+        _check_tensor_parallelism(trainer)
     if trainer.is_deepspeed_enabled:
         config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
         if (size := config.get("tensor_parallel", {}).get("autotp_size", 0)) > 1:
             raise ValueError(f"deepspeed: got autotp_size={size}, takes ZeRO alone: the vocabulary has to be whole")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
+
+
+def _check_tensor_parallelism(trainer: Any) -> None:
+    parallelism = trainer.accelerator.parallelism_config
+    ranks, data = parallelism.tp_size, parallelism.dp_replicate_size * parallelism.dp_shard_size
+    if data > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"parallelism_config: got tp_size={ranks} with data parallelism, FSDP or DeepSpeed, takes it alone, over "
+            "all ranks, and gradient_accumulation_steps"
+        )
+    if hasattr(trainer.model, "peft_config"):
+        raise ValueError(
+            f"peft_config: got an adapter with tp_size={ranks}, takes none: PEFT's layers fail in training where "
+            "transformers has split the model's"
+        )
+    if vocab_group(lm_head(causal_lm(trainer.model))) is None:
+        raise ValueError(
+            f"model: got a head that is whole, with tp_size={ranks}, takes a model that was loaded split, by "
+            "from_pretrained(…, distributed_config=DistributedConfig(tp_size=…)), and whose tp_plan splits its head"
+        )
+    if trainer.args.load_best_model_at_end:
+        raise ValueError(f"load_best_model_at_end: got True with tp_size={ranks}, takes False: {_NOT_LOADED}")
+
+
+def check_resume(trainer: Any, checkpoint: Any) -> None:
+    """Raises ValueError where a run is to go on from a checkpoint that its engine does not load."""
+    if checkpoint and trainer.get_tp_size() > 1:
+        raise ValueError(f"resume_from_checkpoint: got {checkpoint} with tensor parallelism, takes none: {_NOT_LOADED}")
 
 
 def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:

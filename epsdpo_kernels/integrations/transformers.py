@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
 from .packing import Packing, no_mask, of_pairs
-from .sharding import another_forward, gathers_itself, is_split, runnable, whole_head
+from .sharding import another_forward, gathers_itself, is_split, own_slice, runnable, vocab_group, whole_head
 
 
 class HeadInputs(NamedTuple):
@@ -27,10 +28,11 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    vocab_group: ProcessGroup | None = None  # of ranks that hold a slice of weight and bias each
     router_loss: Tensor | None = None  # (), the load-balancing loss of a mixture of experts, weighted as the model does
 
     def logits(self, amplified: float = 1.0) -> Tensor:
-        """(rows, T, V), for checks; ``amplified`` multiplies what the head puts out, before scale and softcap."""
+        """(rows, T, V), for checks, of the words that are here; ``amplified`` multiplies what the head puts out."""
         logits = nn.functional.linear(self.hidden, self.weight, self.bias) * amplified * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -142,9 +144,13 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Pa
     if not torch.is_autocast_enabled(hidden.device.type):
         # Of models whose head has another dtype, those run without autocast that cast to it.
         hidden = hidden.to(next(head.parameters()).dtype)
-    hidden, weight, bias = whole_head(head, hidden)
+    group = vocab_group(head)
+    if group is None:
+        hidden, weight, bias = whole_head(head, hidden)
+    else:
+        weight, bias = (None if p is None else p.to_local() for p in (head.weight, head.bias))
     router_loss = _router_loss(inner, getattr(out, "router_logits", None), mask)
-    return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
+    return HeadInputs(hidden, weight, bias, scale, softcap, group, router_loss)
 
 
 def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor | None:
@@ -199,10 +205,11 @@ def check_head(
             factor = 2.0 ** round(math.log2(64 / largest)) if 0 < largest < math.inf else 1.0
             with head.register_forward_hook(lambda module, args, output: output * factor):
                 own = model(**batch, use_cache=False)
+            theirs = own.logits
+            if ours.vocab_group is not None:
+                theirs = theirs[..., own_slice(theirs.shape[-1], ours.vocab_group)]
             # PEFT's virtual tokens have logits too, in front.
-            expected, found = (
-                logits[:, -mask.shape[1] :][mask].float() for logits in (own.logits, ours.logits(factor))
-            )
+            expected, found = (logits[:, -mask.shape[1] :][mask].float() for logits in (theirs, ours.logits(factor)))
             dtypes = {ours.hidden.dtype, ours.weight.dtype, own.logits.dtype, autocast or own.logits.dtype}
             eps = max(torch.finfo(dtype).eps for dtype in dtypes)
             router_losses = ours.router_loss, _own_router_loss(inner, own)
@@ -375,7 +382,7 @@ def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Modu
         out = loss_fn(
             policy.hidden, policy.weight, pair_labels, ref.hidden, ref.weight, bias=policy.bias, ref_bias=ref.bias,
             logit_scale=policy.logit_scale, softcap=policy.softcap, ref_logit_scale=ref.logit_scale,
-            ref_softcap=ref.softcap, cu_seqlens=bounds,
+            ref_softcap=ref.softcap, cu_seqlens=bounds, vocab_group=policy.vocab_group,
         )  # fmt: skip
         return out if policy.router_loss is None else out._replace(loss=out.loss + policy.router_loss)
 

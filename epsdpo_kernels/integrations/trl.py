@@ -258,7 +258,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             batches[-1] = self._without_repeats(batches[-1])
         pairs = sum(_pairs(batch).sum() for batch in batches)
         self.lay_out(batches)
-        pairs = self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
+        pairs = self.count_once(torch.as_tensor(pairs, device=device))
         # Of a step with nothing to score the loss is 0, not 0 · 0/0.
         return batches, pairs.clamp(min=1)
 
@@ -323,8 +323,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         self.append_to_record(out, labels, inputs, own)
         self._add_metrics("train" if training else "eval", out, labels, inputs["attention_mask"], own)
         if training and num_items_in_batch is not None:
-            # Ranks' gradients are averaged, hence times their number.
-            loss = loss * (_pairs(inputs).sum() * self.args.world_size / num_items_in_batch)
+            # Gradients are averaged over the ranks that have batches of their own, hence times their number.
+            loss = loss * (_pairs(inputs).sum() * self.data_ranks / num_items_in_batch)
         if not training:
             self._metrics["eval"]["kl/beta"] = [self.loss_fn.beta.item()]
         if return_outputs:
@@ -374,7 +374,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             total, tokens = (sum(figures[len(of_pair) + 2 * i + k]) for k in (0, 1))
             metrics[name].append(total / tokens)
         if split == "train":
-            self._total_train_tokens += int(sum(figures[-1]))
+            self._total_train_tokens += int(sum(figures[-1])) // self.get_tp_size()
         metrics["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:
             router_loss = (out.loss - out.losses.mean()).detach() / self.router_aux_loss_coef
@@ -435,22 +435,28 @@ class _Loss(EpsilonDPOLoss):
     logits: Tensor | None  # (2B,) sums over a completion's tokens of the mean logit; None where logits are capped
 
     @torch.no_grad()
-    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds) -> None:
+    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds, group) -> None:
         self.logits = None
         if softcap is None:
             # The mean over the vocabulary of x·Wᵀ + b is x·mean(W) + mean(b).
+            sums = [weight.sum(0, dtype=torch.float32), weight.new_full((1,), len(weight), dtype=torch.float32)]
+            if bias is not None:
+                sums.append(bias.sum(0, keepdim=True, dtype=torch.float32))
+            means = torch.cat(sums)
+            if group is not None:
+                torch.distributed.all_reduce(means, group=group)
+            mean, words, *of_bias = means.split([weight.shape[1], *[1] * (len(sums) - 1)])
             with torch.autocast(hidden.device.type, enabled=False):
-                means = hidden.float() @ weight.mean(0, dtype=torch.float32)
-            means = logit_scale * (means if bias is None else means + bias.mean(dtype=torch.float32))
+                means = hidden.float() @ (mean / words)
+            means = logit_scale * (means + sum(of_bias) / words)
             if bounds is None:
                 self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
             else:
                 self.logits = torch.segment_reduce(means, "sum", offsets=bounds)
 
     def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
-        self._read_logits(
-            hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"], kwargs["cu_seqlens"]
-        )
+        names = ("bias", "logit_scale", "softcap", "cu_seqlens", "vocab_group")
+        self._read_logits(hidden, weight, labels, *(kwargs[name] for name in names))
         return super().forward(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
 
 
@@ -511,8 +517,10 @@ def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
             "then all rejected ones, and cannot be dealt out; and all ranks take part in every step"
         )
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    if trainer.args.sync_ref_model and (trainer.is_fsdp_enabled or zero3):
+    parallelism = trainer.accelerator.parallelism_config
+    tensor = parallelism is not None and parallelism.tp_size > 1
+    if trainer.args.sync_ref_model and (trainer.is_fsdp_enabled or zero3 or tensor):
         raise ValueError(
-            "sync_ref_model: got True with FSDP or ZeRO-3, takes False: a sharded reference would not be in the "
-            "checkpoints. Use DDP, or keep the reference fixed"
+            "sync_ref_model: got True with FSDP, ZeRO-3 or tensor parallelism, takes False: a sharded reference would "
+            "not be in the checkpoints. Use DDP, or keep the reference fixed"
         )
