@@ -9,9 +9,10 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
-pytest.importorskip("deepspeed", reason="the extra 'zero' is not installed: make test-zero")
+pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
 
 
+from epsdpo_kernels.record import read  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
 from runs import flags  # noqa: E402
 from test_distributed import assert_same_run, cut, launch, log_of  # noqa: E402
@@ -29,7 +30,8 @@ def zero(folder: Path, stage: int, **more) -> dict:
     config = {
         "zero_optimization": {
             "stage": stage, "stage3_gather_16bit_weights_on_model_save": True,
-            "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
         },
         "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
@@ -69,6 +71,52 @@ def test_zero_is_one_process(tiny, tmp_path, stage, is_tied, more):
     assert_same_run(tmp_path / "two", tmp_path / "one", -(-trained // (3 * accumulated)))
     assert log_of(tmp_path / "two")[-1]["beta/running"] != pytest.approx(0.1, rel=1e-3)
     assert audit(tmp_path / "two").ok, str(audit(tmp_path / "two"))
+
+
+def test_a_run_goes_on_from_its_checkpoint(tiny, tmp_path):
+    """Weights, DeepSpeed's own optimizer with the schedule that it keeps, β; at the end the best checkpoint's."""
+    more = {
+        "dataset": cut(tiny, tmp_path, 43), "eval_fraction": 0.1, "save_strategy": "steps", "eval_strategy": "steps",
+        "save_steps": 3, "eval_steps": 3, "load_best_model_at_end": True, "greater_is_better": True,
+    }  # fmt: skip
+    main(flags(tiny, tmp_path / "one", **more, gradient_accumulation_steps=2))
+    names = ("lr", "betas", "eps", "weight_decay")
+    adam = {"type": "AdamW", "params": {"torch_adam": True} | dict.fromkeys(names, "auto")}
+    two = flags(tiny, tmp_path / "two", **more | zero(tmp_path, 3, optimizer=adam), gradient_accumulation_steps=1)
+    (tmp_path / "flags.json").write_text(json.dumps(two))
+    launch(2, "zero", tmp_path)
+    # As a stop between the first checkpoint and the next would leave it.
+    for entry in (tmp_path / "two").iterdir():
+        if entry.name not in ("checkpoint-3", "record", "run.json"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (tmp_path / "flags.json").write_text(json.dumps([*two, "--resume_from_checkpoint=last"]))
+    launch(2, "zero", tmp_path)
+    assert_same_run(tmp_path / "two", tmp_path / "one", 7)
+    assert audit(tmp_path / "two").ok, str(audit(tmp_path / "two"))
+    states = [json.loads((tmp_path / run / "trainer_state.json").read_text()) for run in ("one", "two")]
+    assert all(state["best_model_checkpoint"].endswith("checkpoint-3") for state in states)
+
+
+def test_the_reference_is_rounded_as_the_policy(tiny, tmp_path):
+    """Which DeepSpeed casts to bf16: until it has moved, the two are the same to the last bit."""
+    how = zero(tmp_path, 2, bf16={"enabled": "auto"}) | {"bf16": True, "max_steps": 4}
+    (tmp_path / "flags.json").write_text(json.dumps(flags(tiny, tmp_path / "two", **how)))
+    launch(2, "zero", tmp_path)
+    pairs = read(tmp_path / "two" / "record").to_pandas()
+    start, later = pairs[pairs["step"] <= 2], pairs[pairs["step"] > 2]  # the first step of a warm-up moves nothing
+    assert not start["decision"].any() and not start["chosen_kl"].any() and later["chosen_kl"].all()
+
+
+@pytest.mark.parametrize("stage, bf16, said", [(3, False, "Nothing of this step"), (2, True, "DeepSpeed has applied")])
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny, tmp_path, stage, bf16, said):
+    """After DeepSpeed's step, which it leaves out or makes, and before a checkpoint of what came of it."""
+    how = zero(tmp_path, stage, bf16={"enabled": "auto", "check_grad_overflow": False})
+    more = how | {"bf16": bf16, "save_strategy": "steps", "save_steps": 1}
+    (tmp_path / "flags.json").write_text(json.dumps(flags(tiny, tmp_path / "two", **more)))
+    launch(2, "broken", tmp_path)
+    error = (tmp_path / "error.txt").read_text()
+    assert error.startswith("step 2: the losses are finite, and the norm of their gradient is inf. " + said)
+    assert [folder.name for folder in (tmp_path / "two").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("stage, lora", [(2, False), (3, False), (3, True)])

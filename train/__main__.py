@@ -79,8 +79,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     """Everything of a run, ready to train; ``resume`` is the checkpoint that it will go on from."""
     if args.fsdp and options.method == "tr-dpo":
         raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
-    _refuse_under_deepspeed(options, args)
-    _refuse_under_tensor_parallelism(options, args)
+    refuse_under_deepspeed(options, args)
+    refuse_under_tensor_parallelism(options, args)
     if options.cache_reference and options.method == "tr-dpo":
         raise ValueError("cache_reference: tr-dpo's reference follows the policy, takes no cache")
     if args.do_eval and not (options.eval_dataset or options.eval_fraction):
@@ -139,7 +139,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     return trainer
 
 
-def _refuse_under_tensor_parallelism(options: PairOptions, args: TrainingArguments) -> None:
+def refuse_under_tensor_parallelism(options: PairOptions, args: TrainingArguments) -> None:
     if tensor_ranks(args) == 1:
         return
     if options.method == "tr-dpo":
@@ -153,7 +153,7 @@ def _refuse_under_tensor_parallelism(options: PairOptions, args: TrainingArgumen
         )
 
 
-def _refuse_under_deepspeed(options: PairOptions, args: TrainingArguments) -> None:
+def refuse_under_deepspeed(options: PairOptions, args: TrainingArguments) -> None:
     if args.deepspeed_plugin is None:
         return
     if options.method == "tr-dpo":

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -302,10 +301,10 @@ def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:
         )
     rank, world = trainer.args.process_index, trainer.args.world_size
     names = [*own, f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
-    # DeepSpeed has formats of its own, and says what it misses.
+    # DeepSpeed has formats of its own, in which a schedule that it was given is too, and says what it misses.
     if not trainer.is_deepspeed_enabled:
         names.append("optimizer*")
-    if not isinstance(trainer.lr_scheduler, DeepSpeedSchedulerWrapper):
+    if not trainer.is_deepspeed_enabled or trainer.deepspeed.lr_scheduler is None:
         names.append("scheduler.pt")
     if trainer.accelerator.scaler is not None:
         names.append("scaler.pt")
@@ -325,28 +324,21 @@ class NotFiniteError(FloatingPointError):
 def check_gradient(norm: Any, trainer: Any) -> None:
     """To be called with the gradient's norm before each optimizer step, which would make every weight NaN.
 
-    A loss scaler leaves such a step out by itself and goes on at a smaller scale. DeepSpeed has made the step, or left
-    it out, within backward: what it made of the weights is looked at.
+    A loss scaler leaves such a step out by itself and goes on at a smaller scale. DeepSpeed is past its step: it has
+    left it out, or without ``check_grad_overflow`` made it.
 
     Raises:
         NotFiniteError: on all ranks alike.
     """
-    step, folder = trainer.state.global_step + 1, trainer.args.output_dir
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        weights = (local(p) for p in trainer.model.parameters() if p.requires_grad)
-        bad = torch.stack([(~torch.isfinite(p).all()).to(trainer.args.device) for p in weights]).sum()
-        if trainer.accelerator.reduce(bad, "sum"):
-            raise NotFiniteError(
-                f"step {step}: the losses are finite, their gradient was not, and DeepSpeed has applied it: there are "
-                f"weights that are not finite. The last checkpoint is in {folder}"
-            )
-        return
-    if trainer.accelerator.scaler is not None:
+    deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    if trainer.accelerator.scaler is not None or (deepspeed and trainer.accelerator.mixed_precision == "fp16"):
         return
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
+        applied = deepspeed and not trainer.accelerator.optimizer_step_was_skipped
+        done = "DeepSpeed has applied it" if applied else "Nothing of this step was applied"
         raise NotFiniteError(
-            f"step {step}: the losses are finite, and the norm of their gradient is {norm}. Nothing of this step was "
-            f"applied; the last checkpoint is in {folder}. Weights in 16 bits overflow: keep them in float32, under "
-            "bf16=True"
+            f"step {trainer.state.global_step + 1}: the losses are finite, and the norm of their gradient is {norm}. "
+            f"{done}; the last checkpoint is in {trainer.args.output_dir}. Weights in 16 bits overflow: keep them in "
+            "float32, under bf16=True"
         )

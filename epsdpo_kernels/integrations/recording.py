@@ -201,7 +201,8 @@ class RecordedTRL(Recorded):
         state = self.accelerator.gradient_state
         if ranks == 1 or state.remainder == 0 or self.args.dataloader_drop_last:
             return pairs
-        rank, last, data = self.data_rank, state.end_of_dataloader, state.active_dataloader.dataset
+        rank, last = self.data_rank, state.end_of_dataloader
+        data = getattr(state.active_dataloader, "dataset", None)
         if isinstance(data, datasets.Dataset):
             # accelerate's own remainder is not there when a run is resumed within an epoch.
             real = len(data) % (pairs * ranks) or pairs * ranks

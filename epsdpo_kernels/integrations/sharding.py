@@ -2,8 +2,8 @@
 of the vocabulary, which tensor parallelism has made and the loss takes as they are.
 
 The former two gather a module's weights around that module's own forward, and the loss runs no head's. What is held on
-to in DeepSpeed, all of it here: ``ds_id``, ``ds_shape`` and ``ds_tensor`` of a split parameter, its ``all_gather`` and
-``partition``, and that a module whose hooks gather has a ``ds_id`` too.
+to in DeepSpeed, all of it here: what a split parameter has (``ds_id``, ``ds_shape``, ``ds_tensor``, ``all_gather``,
+``partition``), and that a module whose hooks gather has a ``ds_id`` too.
 """
 
 from __future__ import annotations
@@ -180,10 +180,13 @@ def runnable(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def prepare_reference(model: nn.Module, accelerator: Any) -> None:
+def prepare_reference(model: nn.Module, accelerator: Any) -> Any:
     """Makes a model that does not train run as DeepSpeed runs the policy: in its dtype, and split where ZeRO-3 is on.
 
     Of the policy's configuration all is left out that belongs to training.
+
+    Returns:
+        The engine, to be kept as long as the model runs; the model itself is to be called.
     """
     import deepspeed
 
@@ -194,4 +197,4 @@ def prepare_reference(model: nn.Module, accelerator: Any) -> None:
     zero.pop("offload_optimizer", None)
     if zero["stage"] != 3:
         zero["stage"] = 0  # there is nothing else to split
-    deepspeed.initialize(model=model, config=config)
+    return deepspeed.initialize(model=model, config=config)[0]
