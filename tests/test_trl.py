@@ -26,7 +26,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 import trl_runs  # noqa: E402
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
-from epsdpo_kernels.integrations import seams  # noqa: E402
+from epsdpo_kernels.integrations import checks, seams  # noqa: E402
 from epsdpo_kernels.integrations.checks import NotFiniteError  # noqa: E402
 from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
 from epsdpo_kernels.integrations.trl import (  # noqa: E402
@@ -486,7 +486,7 @@ def test_refused_models(tiny, tmp_path):
         make(tiny, tmp_path, model=strange)
 
 
-def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False, processes=2, **batches):
+def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False, best=False, processes=2, **batches):
     """As much of a trainer as says how it was launched: launching it so takes GPUs."""
     config = {"tensor_parallel": {"autotp_size": autotp}} if autotp else {}
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage, deepspeed_config=config))
@@ -496,15 +496,28 @@ def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False,
     batches = SimpleNamespace(**{"dispatch_batches": None, "even_batches": True} | batches)
     return SimpleNamespace(
         accelerator=accelerator, is_deepspeed_enabled=zero_stage is not None, is_fsdp_enabled=fsdp is not None,
-        args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches),
+        args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best),
+        model=transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+            )
+        ),
     )  # fmt: skip
+
+
+TENSOR = accelerate.ParallelismConfig(tp_size=2)
 
 
 @pytest.mark.parametrize(
     "how, said",
     [
-        ({"parallelism": accelerate.ParallelismConfig(tp_size=2)}, "parallelism_config: got tensor, context"),
-        ({"parallelism": accelerate.ParallelismConfig(cp_size=2)}, "parallelism_config: got tensor, context"),
+        ({"parallelism": TENSOR}, "model: got a head that is whole, with tp_size=2"),
+        ({"parallelism": TENSOR, "fsdp": 2}, "parallelism_config: got tp_size=2 with data parallelism, FSDP or Deep"),
+        (
+            {"parallelism": accelerate.ParallelismConfig(tp_size=2, dp_shard_size=2)},
+            "parallelism_config: got tp_size=2",
+        ),
+        ({"parallelism": accelerate.ParallelismConfig(cp_size=2)}, "parallelism_config: got context or sequence"),
         ({"parallelism": accelerate.ParallelismConfig(sp_backend="deepspeed", sp_size=2)}, "parallelism_config"),
         ({"zero_stage": 1, "autotp": 2}, "deepspeed: got autotp_size=2, takes ZeRO alone"),
         ({"fsdp": 1}, "fsdp: got version 1, takes version 2"),
@@ -526,6 +539,14 @@ def test_refused_launches(how, said):
     else:
         with pytest.raises(ValueError, match=said):
             _refuse_launch(launched(**how))
+
+
+@pytest.mark.parametrize("name, argument", [("load_best_model_at_end", "best"), ("sync_ref_model", "sync")])
+def test_what_a_split_model_does_not_go_with(monkeypatch, name, argument):
+    monkeypatch.setattr(checks, "vocab_group", lambda head: "a group")
+    _refuse_launch(launched(parallelism=TENSOR))
+    with pytest.raises(ValueError, match=f"{name}: got True with .*(tp_size=2|tensor parallelism)"):
+        _refuse_launch(launched(parallelism=TENSOR, **{argument: True}))
 
 
 def test_refused_batches(tiny, tmp_path):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
 from .packing import Packing, no_mask, of_pairs
-from .sharding import another_forward, gathers_itself, is_split, own_slice, runnable, vocab_group, whole_head
+from .sharding import another_forward, gathers_itself, is_split, local, own_slice, runnable, vocab_group, whole_head
 
 
 class HeadInputs(NamedTuple):
@@ -148,7 +148,7 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Pa
     if group is None:
         hidden, weight, bias = whole_head(head, hidden)
     else:
-        weight, bias = (None if p is None else p.to_local() for p in (head.weight, head.bias))
+        weight, bias = local(head.weight), None if head.bias is None else local(head.bias)
     router_loss = _router_loss(inner, getattr(out, "router_logits", None), mask)
     return HeadInputs(hidden, weight, bias, scale, softcap, group, router_loss)
 
