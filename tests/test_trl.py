@@ -522,7 +522,7 @@ TENSOR = accelerate.ParallelismConfig(tp_size=2)
         ({"zero_stage": 1, "autotp": 2}, "deepspeed: got autotp_size=2, takes ZeRO alone"),
         ({"fsdp": 1}, "fsdp: got version 1, takes version 2"),
         ({"fsdp": 2, "sync": True}, "sync_ref_model: got True with FSDP"),
-        ({"zero_stage": 3, "sync": True}, "sync_ref_model: got True with FSDP or ZeRO-3"),
+        ({"zero_stage": 3, "sync": True}, "sync_ref_model: got True with FSDP, ZeRO-3 or"),
         ({"dispatch_batches": True}, "accelerator_config: got dispatch_batches=True"),
         ({"even_batches": False}, "accelerator_config: .* even_batches=False in several processes, takes .* True"),
         ({"dispatch_batches": True, "even_batches": False, "processes": 1}, None),
