@@ -11,6 +11,7 @@ from pathlib import Path
 
 import transformers
 import trl.trainer.base_trainer
+from accelerate import ParallelismConfig
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -32,6 +33,8 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     if job["options"].get("fsdp"):
         shard_on_cpu(EpsilonDPOTrainer)
+    if sizes := job["options"].get("parallelism_config"):
+        job["options"]["parallelism_config"] = ParallelismConfig(**sizes)
     args = EpsilonDPOConfig(**job["options"])
     trainer = EpsilonDPOTrainer(
         model=trl_runs.model(Path(job["tiny"])),
