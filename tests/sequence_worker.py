@@ -27,8 +27,9 @@ from epsdpo_kernels.integrations.transformers import head_inputs
 from test_models import MODELS, SMALL, build
 from test_packing import LENGTHS, MORE, OPTIONS, all_float64, dense, padded, shifted
 
-# Rows of which some rank of four has no scored token, and one that has fewer tokens than ranks.
-ROWS = [LENGTHS, [(3, 2, 1)], [(1, 1, 1)]]
+# Rows of which some rank of four has no scored token, or no token at all; and one in which some rank of four has no
+# position past 7, from where "longrope" is another rotation.
+ROWS = [LENGTHS, [(3, 2, 1)], [(1, 1, 1)], [(3, 7, 1)]]
 CPU = torch.device("cpu")
 SINKS = torch.linspace(-1, 2, 8, dtype=torch.float64)
 
