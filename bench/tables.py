@@ -23,6 +23,7 @@ from .measure import ROOT
 from .results import Record, Run, kernels, mib, runs, spread
 
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 MEASURED, ROOFLINE, KERNELS = DOCS / "measured.md", DOCS / "roofline.md", DOCS / "kernels.md"
 PARALLEL = DOCS / "parallel.md"
 IMAGES = DOCS / "img"
@@ -191,6 +192,17 @@ def steps(run: Run) -> str:
         head = ["longest pair that trains in 20 GiB", "tokens, 7/8 prompt", "peak of the process", "time", "then"]
         parts.append(table(head, cells))
     return "\n\n".join(parts)
+
+
+def real_step() -> str:
+    """The step on real pairs, for the README; of the one CPU."""
+    (run,) = (run for run in runs() if run.is_cpu)
+    rows = []
+    for variant in whole.VARIANTS:
+        times = [r["seconds"][variant] for r in run.all(kind="step", case="hh")]
+        (memory,) = run.all(kind="step memory", case="hh", variant=variant)
+        rows.append([STEP_NAMES[variant], seconds(statistics.median(times)), mib(memory["bytes"])])
+    return table(["a step of 4 pairs of HH-RLHF", "time", "memory beyond weights and optimizer"], rows)
 
 
 def training(run: Run) -> str:
@@ -518,6 +530,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     problems = []
     for path, tables in (
+        (README, {"real-step": real_step()}),
         (MEASURED, measured_tables()),
         (ROOFLINE, roofline_tables()),
         (KERNELS, {"kernels": kernel_table()}),
