@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,14 +56,14 @@ def sharded(folder: Path) -> list[str]:
     return ["--fsdp=full_shard", f"--fsdp_config={folder / 'fsdp.json'}"]
 
 
-def assert_same_run(two: Path, one: Path, steps: int) -> None:
+def assert_same_run(two: Path, one: Path, steps: int, ranks: Collection[int] = (0, 1)) -> None:
     """Decisions and β pair by pair, losses, and the weights in the end."""
     ours, theirs = (
         read(run / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True) for run in (two, one)
     )
     for name in ("split", "step", "row", "pair_id", "decision"):
         assert ours[name].tolist() == theirs[name].tolist(), name
-    assert ours["step"].max() == steps and set(ours["rank"]) == {0, 1}
+    assert ours["step"].max() == steps and set(ours["rank"]) == set(ranks)
     for name in ("beta", "beta_used", "loss"):
         assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), rel=1e-6, abs=1e-6), name
     # A difference of log-probs of some 20 nats, which fp32 rounds to 2e-6 each.

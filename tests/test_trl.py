@@ -506,9 +506,8 @@ def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False,
 @pytest.mark.parametrize(
     "how, said",
     [
-        ({"parallelism": accelerate.ParallelismConfig(tp_size=2)}, "parallelism_config: got tensor, context"),
-        ({"parallelism": accelerate.ParallelismConfig(cp_size=2)}, "parallelism_config: got tensor, context"),
-        ({"parallelism": accelerate.ParallelismConfig(sp_backend="deepspeed", sp_size=2)}, "parallelism_config"),
+        ({"parallelism": accelerate.ParallelismConfig(tp_size=2)}, "parallelism_config: got tensor parallelism"),
+        ({"parallelism": accelerate.ParallelismConfig(cp_size=2)}, "parallelism_config: got cp_size=2, takes sp_size"),
         ({"zero_stage": 1, "autotp": 2}, "deepspeed: got autotp_size=2, takes ZeRO alone"),
         ({"fsdp": 1}, "fsdp: got version 1, takes version 2"),
         ({"fsdp": 2, "sync": True}, "sync_ref_model: got True with FSDP"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import transformers
 import trl.trainer.base_trainer
+from accelerate import ParallelismConfig
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,6 +46,8 @@ def main(folder: Path) -> None:
         shard_on_cpu(EpsilonDPOTrainer)
     if job["options"].get("deepspeed"):
         zero_on_cpu()
+    if sizes := job["options"].get("parallelism_config"):
+        job["options"]["parallelism_config"] = ParallelismConfig(**sizes)
     args = EpsilonDPOConfig(**job["options"])
     trainer = EpsilonDPOTrainer(
         model=trl_runs.model(Path(job["tiny"])),

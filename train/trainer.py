@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from epsdpo_kernels.integrations.batches import PackedBatches
 from epsdpo_kernels.integrations.checks import NotFiniteError, check_checkpoint, check_gradient, check_launch
 from epsdpo_kernels.integrations.packing import part
-from epsdpo_kernels.integrations.recording import Recorded
+from epsdpo_kernels.integrations.recording import Recorded, RecordElsewhere
 from epsdpo_kernels.integrations.sharding import prepare_reference
 from epsdpo_kernels.integrations.transformers import (
     AfterStep,
@@ -100,7 +100,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
     """
 
     def __init__(
-        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record: Record | None = None,
+        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None,
+        record: Record | RecordElsewhere | None = None,
         ref_model=None, packed: bool = True, max_tokens: int | None = None, **kwargs,
     ):  # fmt: skip
         run_loss_in_forward(model, reference, loss_fn)
@@ -145,7 +146,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
 
     def _sampler(self, dataset: Any, batch_size: int, seed: int | None) -> PairSampler:
         # One rank's last batch may be short, and its loader can drop it by itself.
-        multiple = self.args.world_size * batch_size if self.args.world_size > 1 else 1
+        multiple = self.data_ranks * batch_size if self.data_ranks > 1 else 1
         return PairSampler(len(dataset), multiple, seed, self.args.dataloader_drop_last)
 
     def labels_of(self, batch):
@@ -163,7 +164,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs of an optimizer step, over micro-batches and ranks: ()."""
         pairs = sum(((batch["row"] != BLANK).sum() for batch in batch_samples), torch.tensor(0)).to(device)
-        return self.accelerator.reduce(pairs, "sum")
+        return self.count_once(pairs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels, row = inputs["labels"], inputs["row"]
@@ -183,7 +184,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             loss = loss * ((row != BLANK).sum() * self.args.world_size / num_items_in_batch)
             self._window.append((row, out.losses))
             if self._board:
-                self._betas.append(torch.where(row != BLANK, out.beta, torch.nan))
+                self._betas.append(torch.where((row != BLANK) & self.first_of_row, out.beta, torch.nan))
             if self.accelerator.gradient_state.sync_gradients:
                 self._stop_if_not_finite()
         return (loss, out) if return_outputs else loss

@@ -165,10 +165,15 @@ def _trained_in_reference(model: Any, autocast: torch.dtype | None) -> list[str]
 def check_launch(trainer: Any) -> None:
     """Raises ValueError where the model would be split in a way that the loss does not know."""
     parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.tp_size > 1 or parallelism.cp_size > 1 or parallelism.sp_size > 1):
+    if parallelism is not None and parallelism.cp_size > 1:
         raise ValueError(
-            "parallelism_config: got tensor, context or sequence parallelism, takes data parallelism and FSDP2: a "
-            "pair's decision needs its whole completions and the whole vocabulary on one rank"
+            f"parallelism_config: got cp_size={parallelism.cp_size}, takes sp_size: context parallelism drops the mask "
+            "and takes a row as one causal text, where answers would see each other"
+        )
+    if parallelism is not None and parallelism.tp_size > 1:
+        raise ValueError(
+            "parallelism_config: got tensor parallelism, takes data and sequence parallelism and FSDP2: a pair's "
+            "decision needs the whole vocabulary on one rank"
         )
     if trainer.is_deepspeed_enabled:
         config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config

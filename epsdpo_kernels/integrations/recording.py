@@ -18,11 +18,26 @@ from transformers import TrainerCallback
 from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
 from ..record.recorder import TRAIN, numbers
+from .sequence import sequence_ranks
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
 # rows first, so that whoever takes rows out of a batch takes these too.
 ROW, PAIR_ID = "epsdpo_row", "epsdpo_pair_id"
 NO_ROW, NO_ID = -1, 0
+
+
+class RecordElsewhere:
+    """In the place of a :class:`Record` on a rank whose pairs another one records."""
+
+    trained = False
+
+    def append(self, out: EpsilonDPOOutput, labels: Tensor, *, split: str = TRAIN, **_: Any) -> None:
+        self.trained |= split == TRAIN and bool((labels != -100).any())
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
 
 
 class Recorded:
@@ -31,7 +46,7 @@ class Recorded:
     Rows past a checkpoint come again when it is resumed; rows before it would not, so they are written first.
     """
 
-    record: Any = None  # a Record, or None
+    record: Any = None  # a Record, a RecordElsewhere, or None
 
     def train(self, *args, **kwargs):
         try:
@@ -66,6 +81,9 @@ class RecordedTRL(Recorded):
     eval_dataset: Any
     _signature_columns: Any
     is_in_train: bool
+    data_ranks: int
+    data_rank: int
+    first_of_row: bool
     _facts: dict[str, Any] | None = None  # of the run; None where nothing is to be recorded
     _files: list[str] | None = None  # that the training data were read from
     _evaluation = "eval"  # the split of the evaluation that is under way
@@ -127,7 +145,7 @@ class RecordedTRL(Recorded):
 
     def _own_parts(self) -> list[Path]:
         found = parts(Path(self.args.output_dir, "record"))
-        return [part for part in found if numbers(part)[0] == self.args.process_index]
+        return [part for part in found if numbers(part)[0] == self.data_rank]
 
     def _begin(self, step: int) -> None:
         """The record of a training that begins after ``step``; one that only holds evaluations before it goes on."""
@@ -150,9 +168,9 @@ class RecordedTRL(Recorded):
             facts = dict(self._facts or {})
             if begins_after:
                 facts["begins_after"] = begins_after
-            self.record = Record(
+            self.record = RecordElsewhere() if not self.first_of_row else Record(
                 self.args.output_dir, self.loss_fn, options=facts.pop("options"), facts=facts,
-                rank=self.args.process_index, resume_step=resume_step,
+                rank=self.data_rank, resume_step=resume_step,
             )  # fmt: skip
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -171,11 +189,11 @@ class RecordedTRL(Recorded):
 
         To be called with every batch, in their order.
         """
-        pairs, ranks = len(batch["input_ids"]) // 2, self.accelerator.num_processes
+        pairs, ranks = len(batch["input_ids"]) // 2, self.data_ranks
         state = self.accelerator.gradient_state
         if ranks == 1 or state.remainder == 0 or self.args.dataloader_drop_last:
             return pairs
-        rank, last = self.accelerator.process_index, state.end_of_dataloader
+        rank, last = self.data_rank, state.end_of_dataloader
         data = getattr(state.active_dataloader, "dataset", None)
         if isinstance(data, datasets.Dataset):
             # accelerate's own remainder is not there when a run is resumed within an epoch.
@@ -266,7 +284,8 @@ def identified(dataset: Any, args: Any, name: str) -> Any:
             desc=f"Numbering {name} dataset",
         )  # fmt: skip
     # Where a stream is dealt out before it is numbered, a place is nobody's.
-    dealt = max(args.dataloader_num_workers, args.world_size) > 1 and dataset.num_shards > 1
+    readers = max(args.dataloader_num_workers, args.world_size // sequence_ranks(args))
+    dealt = readers > 1 and dataset.num_shards > 1
     dealt = dealt or getattr(dataset, "_distributed", None) is not None
     return dataset.map(_identity, with_indices=True, fn_kwargs={"reader": reader, "numbered": not dealt})
 

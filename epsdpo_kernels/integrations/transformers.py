@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
 from .packing import Packing, no_mask
+from .sequence import whole_row
 from .sharding import is_split, runnable, whole_head
 
 
@@ -125,7 +126,11 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Pa
         # Of models whose head has another dtype, those run without autocast that cast to it.
         hidden = hidden.to(next(head.parameters()).dtype)
     hidden, weight, bias = whole_head(head, hidden)
-    router_loss = _router_loss(model, getattr(out, "router_logits", None), mask)
+    router_logits = getattr(out, "router_logits", None)
+    if router_logits and mask is None and (group := packing.segments.group):
+        # The loss is not a sum over tokens.
+        router_logits = tuple(whole_row(one, group, packing.segments.tokens) for one in router_logits)
+    router_loss = _router_loss(model, router_logits, mask)
     return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
 
 
@@ -336,13 +341,13 @@ def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Modu
         with torch.no_grad():
             ref = reference(inputs["input_ids"], inputs["attention_mask"], row)
         policy = head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
-        packing, bounds = inputs["attention_mask"], None
+        packing, bounds, group = inputs["attention_mask"], None, None
         if isinstance(packing, Packing):
-            pair_labels, bounds = packing.labels, packing.cu_seqlens
+            pair_labels, bounds, group = packing.labels, packing.cu_seqlens, packing.segments.group
         out = loss_fn(
             policy.hidden, policy.weight, pair_labels, ref.hidden, ref.weight, bias=policy.bias, ref_bias=ref.bias,
             logit_scale=policy.logit_scale, softcap=policy.softcap, ref_logit_scale=ref.logit_scale,
-            ref_softcap=ref.softcap, cu_seqlens=bounds,
+            ref_softcap=ref.softcap, cu_seqlens=bounds, sequence_group=group,
         )  # fmt: skip
         return out if policy.router_loss is None else out._replace(loss=out.loss + policy.router_loss)
 

@@ -243,7 +243,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             batches[-1] = self._without_repeats(batches[-1])
         pairs = sum(_pairs(batch).sum() for batch in batches)
         self.lay_out(batches)
-        pairs = self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
+        pairs = self.count_once(torch.as_tensor(pairs, device=device))
         # Of a step with nothing to score the loss is 0, not 0 · 0/0.
         return batches, pairs.clamp(min=1)
 
@@ -331,7 +331,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             total, tokens = (sum(figures[len(of_pair) + 2 * i + k]) for k in (0, 1))
             metrics[name].append(total / tokens)
         if split == "train":
-            self._total_train_tokens += int(sum(figures[-1]))
+            self._total_train_tokens += int(sum(figures[-1])) // self.sequence_ranks
         metrics["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:
             router_loss = (out.loss - out.losses.mean()).detach() / self.router_aux_loss_coef
@@ -391,7 +391,7 @@ class _Loss(EpsilonDPOLoss):
     logits: Tensor | None  # (2B,) sums over a completion's tokens of the mean logit; None where logits are capped
 
     @torch.no_grad()
-    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds) -> None:
+    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds, group) -> None:
         self.logits = None
         if softcap is None:
             # The mean over the vocabulary of x·Wᵀ + b is x·mean(W) + mean(b).
@@ -402,11 +402,12 @@ class _Loss(EpsilonDPOLoss):
                 self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
             else:
                 self.logits = torch.segment_reduce(means, "sum", offsets=bounds)
+            if group is not None:
+                torch.distributed.all_reduce(self.logits, group=group)
 
     def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
-        self._read_logits(
-            hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"], kwargs["cu_seqlens"]
-        )
+        names = ("bias", "logit_scale", "softcap", "cu_seqlens", "sequence_group")
+        self._read_logits(hidden, weight, labels, *(kwargs[name] for name in names))
         return super().forward(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
 
 
