@@ -7,6 +7,7 @@ python -m bench.tables --check    fails where one is not what the results say
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import statistics
@@ -252,7 +253,7 @@ def cpu_device(run: Run) -> roofline.CPU | None:
     found = run.one(kind="device", what=None)
     if not found:
         return None
-    names = ("flops", "bandwidth", "exponentials", "others", "first_touch")
+    names = [field.name for field in dataclasses.fields(roofline.CPU) if field.name in found]
     return roofline.CPU(run.name, **{name: found[name] for name in names})
 
 
@@ -260,14 +261,15 @@ def roofline_cpu() -> str:
     """Predicted and measured ratios to the limit, fp32 cases of this package."""
     rows = []
     for run in (r for r in runs() if r.is_cpu):
-        device = cpu_device(run)
-        if device is None:
+        ceilings = cpu_device(run)
+        if ceilings is None:
             continue
         for record in run.all(kind="time", variant="ours", dtype="float32"):
             if "to_limit" not in record:
                 continue
             case, got = case_of(record), record["to_limit"]["ratio"]
-            predicted = roofline.predicted_ratio(case, device)
+            (limit,) = run.all(kind="time", variant="limit", **dataclasses.asdict(case))
+            predicted = roofline.predicted_ratio(case, dataclasses.replace(ceilings, flops=limit["flops"]))
             off = got / predicted - 1
             verdict = "" if abs(off) <= MARGIN else f"**outside {MARGIN:.0%}**"
             rows.append([say(case), f"{predicted:.2f}", spread(record["to_limit"]), f"{off:+.0%}", verdict])
