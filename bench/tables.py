@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import fidelity, roofline, variants
+from . import cards, fidelity, roofline, variants
 from . import steps as whole
 from .cases import MODES, Case
 from .goals import goal_rows, whole_step_rows
@@ -26,6 +26,7 @@ from .results import Record, Run, kernels, mib, runs, spread
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 MEASURED, ROOFLINE, KERNELS = DOCS / "measured.md", DOCS / "roofline.md", DOCS / "kernels.md"
+PARALLEL = DOCS / "parallel.md"
 IMAGES = DOCS / "img"
 # How far a ratio may lie from what the roofline predicts, as a share of it.
 MARGIN = 0.15
@@ -535,6 +536,7 @@ def main(arguments: list[str] | None = None) -> None:
         (MEASURED, measured_tables()),
         (ROOFLINE, roofline_tables()),
         (KERNELS, {"kernels": kernel_table()}),
+        (PARALLEL, {"cards-longest": table(*cards.longest_rows()), "cards-parts": table(*cards.parts())}),
     ):
         text, wrong = stale(path.read_text(encoding="utf-8"), tables, path.name)
         problems += wrong

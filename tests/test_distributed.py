@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def launch(processes: int, case: str, folder: Path, **more: str) -> None:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | more
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    } | more  # fmt: skip
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
         str(ROOT / "tests" / "distributed_worker.py"), case, str(folder),
@@ -55,8 +59,8 @@ def sharded(folder: Path) -> list[str]:
     return ["--fsdp=full_shard", f"--fsdp_config={folder / 'fsdp.json'}"]
 
 
-def assert_same_run(two: Path, one: Path, steps: int, ranks: tuple[int, ...] = (0, 1)) -> None:
-    """Decisions and β pair by pair, losses, and the weights in the end; and which ranks have pairs of their own."""
+def assert_same_run(two: Path, one: Path, steps: int, ranks: Collection[int] = (0, 1)) -> None:
+    """Decisions and β pair by pair, losses, and the weights in the end."""
     ours, theirs = (
         read(run / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True) for run in (two, one)
     )

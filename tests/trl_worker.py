@@ -11,6 +11,7 @@ from pathlib import Path
 
 import transformers
 import trl.trainer.base_trainer
+from accelerate import ParallelismConfig
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -55,6 +56,8 @@ def main(folder: Path) -> None:
         split_on_cpu()
     if job["tensor"] == "both":  # TRL loads the reference as it does the policy
         job["options"]["model_init_kwargs"] = {"distributed_config": split, "dtype": "float32"}
+    if sizes := job["options"].get("parallelism_config"):
+        job["options"]["parallelism_config"] = ParallelismConfig(**sizes)
     args = EpsilonDPOConfig(**job["options"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["tiny"])
     models = [job["tiny"] if job["tensor"] == "both" else trl_runs.model(Path(job["tiny"]), split), None]

@@ -11,11 +11,12 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from epsdpo_kernels.integrations.checks import check_vocabulary
 from epsdpo_kernels.integrations.recording import RecordElsewhere
-from epsdpo_kernels.integrations.sharding import tensor_ranks
+from epsdpo_kernels.integrations.sequence import sequence_ranks, tensor_ranks
 from epsdpo_kernels.integrations.transformers import Reference, check_head
 from epsdpo_kernels.record import Record, parts, set_aside
 
@@ -119,7 +120,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     done = checkpoint_step(resume) if resume else None
     # What began at the start was evaluated there.
     args.eval_on_start = args.eval_on_start and not resume
-    rank, copy_of_it = divmod(args.process_index, tensor_ranks(args))
+    rank, copy_of_it = divmod(args.process_index, sequence_ranks(args) * tensor_ranks(args))
     record = RecordElsewhere() if copy_of_it else Record(
         args.output_dir, loss_fn, options=dataclasses.asdict(options), pairs={"train": pairs, "eval": held_out},
         facts={
@@ -236,9 +237,10 @@ def main(arguments: list[str] | None = None) -> PairTrainer:
 
 
 def leave_process_group() -> None:
-    """Ends this process's part in the group, if there is one, once all that holds it (DDP's reducer) is gone."""
-    gc.collect()
+    """Ends this process's part in its groups, if there are any, once all that holds them (DDP's reducer) is gone."""
     if torch.distributed.is_initialized():
+        AcceleratorState().device_mesh = None
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

@@ -15,7 +15,8 @@ from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from epsdpo_kernels.integrations.checks import check_reference, turn_off_dropout
-from epsdpo_kernels.integrations.sharding import is_split, tensor_ranks
+from epsdpo_kernels.integrations.sequence import tensor_ranks
+from epsdpo_kernels.integrations.sharding import is_split
 from epsdpo_kernels.integrations.transformers import (
     Reference,
     by_call,

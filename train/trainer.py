@@ -188,8 +188,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             step, epoch = self.state.global_step + model.training, float(self.state.epoch or 0)
             self.record.append(out, labels, step=step, row=row, epoch=epoch, beta=beta)
         if model.training:
-            # Gradients are averaged over the ranks that have batches of their own, hence times their number.
-            loss = loss * ((row != BLANK).sum() * self.data_ranks / num_items_in_batch)
+            # Ranks' gradients are averaged, hence times their number.
+            loss = loss * ((row != BLANK).sum() * self.averaged_over / num_items_in_batch)
             self._window.append((row, out.losses))
             if self._board:
                 self._betas.append(torch.where((row != BLANK) & self.first_of_row, out.beta, torch.nan))

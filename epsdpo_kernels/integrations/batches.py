@@ -20,12 +20,13 @@ from . import attention
 from .checks import check_resume
 from .memory import GIB, expected_memory
 from .packing import Packing, pack, part, to
+from .sequence import SharedRows, share
 from .transformers import causal_lm
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-class PackedBatches:
+class PackedBatches(SharedRows):
     """To be named before a transformers.Trainer among a trainer's bases.
 
     The trainer calls :meth:`set_layout` when it has its models, :meth:`lay_out` on the batches of an optimizer step,
@@ -37,31 +38,11 @@ class PackedBatches:
     train_dataset: Any
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
-    get_tp_size: Callable[[], int]
     packed: bool = False
     by_batch: bool = False  # whether a pair's loss depends on the batch that it is in
     max_tokens: int | None = None
     _ran = (0, 0)  # tokens through the backbone since the last line of the log, and what padded rows would have been
     _clock: float | None = None
-
-    @property
-    def data_ranks(self) -> int:
-        """How many batches are there at a time: tensor parallelism's ranks have the same ones."""
-        return self.args.world_size // self.get_tp_size()
-
-    @property
-    def data_rank(self) -> int:
-        """Which of them is this rank's."""
-        return self.args.process_index // self.get_tp_size()
-
-    @property
-    def first_of_row(self) -> bool:
-        """Whether this rank stands for those that have the same batches."""
-        return self.args.process_index % self.get_tp_size() == 0
-
-    def count_once(self, counts: Tensor) -> Tensor:
-        """The sum over all ranks of int64 counts of their batches, each batch once."""
-        return self.accelerator.reduce(counts, "sum") // self.get_tp_size()
 
     def labels_of(self, batch: dict[str, Tensor]) -> Tensor:
         """(2B, T) what each hidden state of the batch has to predict, −100 where nothing."""
@@ -83,7 +64,8 @@ class PackedBatches:
             images: whether batches have images, which belong to rows as each processor has it.
 
         Raises:
-            ValueError: max_tokens is not positive, or a batch may not be cut.
+            ValueError: max_tokens is not positive, or a batch may not be cut; or rows that are to be spread over ranks
+                cannot be packed.
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens_per_batch: got {max_tokens}, takes a positive number of tokens")
@@ -96,11 +78,21 @@ class PackedBatches:
                 f"max_tokens_per_batch: got {max_tokens} with images, which are no rows that could be cut; takes none. "
                 "Set per_device_train_batch_size"
             )
+        if self.by_batch and self.sequence_group is not None:
+            raise ValueError("parallelism_config: got sp_size with a loss whose β is a batch's, takes none")
         self.max_tokens, self._models = max_tokens, list(models)
+        reason: str | None = "packed is False"
+        if packed:
+            with self.accelerator.autocast():
+                reason = "a prompt's images are read in each of its rows"
+                if not images:
+                    reason = attention.pack_rows(models, self.sequence_group)
+        if reason and self.sequence_group is not None:
+            raise ValueError(
+                f"parallelism_config: got sp_size={self.sequence_ranks}, takes rows that can be packed: {reason}"
+            )
         if not packed:
             return
-        with self.accelerator.autocast():
-            reason = "a prompt's images are read in each of its rows" if images else attention.pack_rows(models)
         self.packed = reason is None
         self.accelerator.print(
             f"rows: packed, attention by {', '.join(sorted(attention.ran))}"
@@ -133,10 +125,11 @@ class PackedBatches:
         total = int(longest.values.sum())
         if self.max_tokens:
             total = min(total, max(self.max_tokens, int(longest.values[0])))
+        most_scored = min(total, int(scored.topk(len(longest.values)).values.sum()))
         with self.accelerator.autocast():
             expected = expected_memory(
-                policy, reference[0] if reference else None, tokens=total,
-                scored=min(total, int(scored.topk(len(longest.values)).values.sum())), optimizer=str(self.args.optim),
+                policy, reference[0] if reference else None, tokens=-(-total // self.sequence_ranks),
+                scored=-(-most_scored // self.sequence_ranks), optimizer=str(self.args.optim),
                 shards=self.accelerator.num_processes if self.is_fsdp_enabled else 1,
             )  # fmt: skip
         text = f"{expected}; the longest micro-batch has at most {total:,} tokens"
@@ -180,7 +173,9 @@ class PackedBatches:
             with self.accelerator.no_sync(model):
                 loss += super().training_step(model, self._counted(one), num_items_in_batch)  # type: ignore[misc]
         state._set_sync_gradients(sync)
-        return loss + super().training_step(model, self._counted(last), num_items_in_batch)  # type: ignore[misc]
+        loss += super().training_step(model, self._counted(last), num_items_in_batch)  # type: ignore[misc]
+        # Of ranks that share rows each has the whole of their loss, and transformers logs the mean over ranks.
+        return loss / self.sequence_ranks
 
     def get_batch_samples(self, *args, **kwargs):
         self._clock = self._clock or time.perf_counter()
@@ -211,13 +206,16 @@ class PackedBatches:
     def _packed(self, batch: dict[str, Any]) -> dict[str, Any]:
         packing = None
         if self.packed:
+            device = batch["input_ids"].device
             packing = pack(batch["input_ids"], batch["attention_mask"], self.labels_of(batch))
-            packing = to(packing, batch["input_ids"].device)
+            if self.sequence_group is not None:
+                packing = share(packing, self.sequence_group, device)
+            packing = to(packing, device)
         return batch | {"packing": packing}
 
     def _counted(self, one: dict[str, Any]) -> dict[str, Any]:
         padded = one["input_ids"].numel()
-        own = padded if one["packing"] is None else one["packing"].input_ids.numel()
+        own = padded if one["packing"] is None else one["packing"].segments.tokens
         self._ran = self._ran[0] + own, self._ran[1] + padded
         return one
 

@@ -245,10 +245,10 @@ def _has_encoder(model: Any) -> bool:
 def check_launch(trainer: Any) -> None:
     """Raises ValueError where the model would be split in a way that the loss does not know."""
     parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_size > 1 or parallelism.sp_size > 1):
+    if parallelism is not None and parallelism.cp_size > 1:
         raise ValueError(
-            "parallelism_config: got context or sequence parallelism, takes data and tensor parallelism and FSDP2: a "
-            "pair's decision needs its whole completions on one rank"
+            f"parallelism_config: got cp_size={parallelism.cp_size}, takes sp_size: context parallelism drops the mask "
+            "and takes a row as one causal text, where answers would see each other"
         )
     if parallelism is not None and parallelism.tp_size > 1:
         _check_tensor_parallelism(trainer)

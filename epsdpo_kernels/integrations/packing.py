@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 IGNORE = -100
 Row = TypeVar("Row", "Segments", "Packing")
@@ -35,6 +36,12 @@ class Segments:
     keys: Tensor  # (K,) int64, places in the row
     max_queries: int  # the longest segment's
     max_keys: int
+    group: ProcessGroup | None = None  # of ranks that share the row's tokens; see sequence.py
+
+    @property
+    def tokens(self) -> int:
+        """N, of the whole row."""
+        return sum(map(sum, self.lengths))
 
 
 @dataclass(frozen=True)

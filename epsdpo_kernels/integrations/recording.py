@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
 from ..record.recorder import TRAIN, numbers
+from .sequence import sequence_ranks
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
 # rows first, so that whoever takes rows out of a batch takes these too.
@@ -297,7 +298,8 @@ def identified(dataset: Any, args: Any, name: str, images: bool = False) -> Any:
             desc=f"Numbering {name} dataset",
         )  # fmt: skip
     # Where a stream is dealt out before it is numbered, a place is nobody's.
-    dealt = max(args.dataloader_num_workers, args.world_size) > 1 and dataset.num_shards > 1
+    readers = max(args.dataloader_num_workers, args.world_size // sequence_ranks(args))
+    dealt = readers > 1 and dataset.num_shards > 1
     dealt = dealt or getattr(dataset, "_distributed", None) is not None
     return dataset.map(_identity, with_indices=True, fn_kwargs={"reader": reader, "numbered": not dealt})
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate import ParallelismConfig
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import ProcessGroup
@@ -69,14 +67,6 @@ def whole_head(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor 
             # ZeRO gathers once more to take the gradient in, and lets go when that of hidden is through.
             return head(hidden)
         return hidden, *head()
-
-
-def tensor_ranks(args: Any) -> int:
-    """Ranks that are to share a model's layers, by training arguments or `accelerate launch`; consecutive ones do."""
-    config = args.parallelism_config
-    if config is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        config = ParallelismConfig()
-    return 1 if config is None else config.tp_size
 
 
 def vocab_group(head: nn.Linear) -> ProcessGroup | None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
 from .packing import Packing, no_mask, of_pairs
+from .sequence import whole_row
 from .sharding import another_forward, gathers_itself, is_split, local, own_slice, runnable, vocab_group, whole_head
 
 
@@ -144,13 +145,17 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Pa
     if not torch.is_autocast_enabled(hidden.device.type):
         # Of models whose head has another dtype, those run without autocast that cast to it.
         hidden = hidden.to(next(head.parameters()).dtype)
-    group = vocab_group(head)
-    if group is None:
+    of_words = vocab_group(head)
+    if of_words is None:
         hidden, weight, bias = whole_head(head, hidden)
     else:
         weight, bias = local(head.weight), None if head.bias is None else local(head.bias)
-    router_loss = _router_loss(inner, getattr(out, "router_logits", None), mask)
-    return HeadInputs(hidden, weight, bias, scale, softcap, group, router_loss)
+    router_logits = getattr(out, "router_logits", None)
+    if router_logits and mask is None and (group := packing.segments.group):
+        # The loss is not a sum over tokens.
+        router_logits = tuple(whole_row(one, group, packing.segments.tokens) for one in router_logits)
+    router_loss = _router_loss(inner, router_logits, mask)
+    return HeadInputs(hidden, weight, bias, scale, softcap, of_words, router_loss)
 
 
 def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor | None:
@@ -374,15 +379,15 @@ def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Modu
         with torch.no_grad():
             ref = reference(row=row, **inputs)
         policy = head_inputs(model, **inputs)
-        packing, bounds = inputs["attention_mask"], None
+        packing, bounds, group = inputs["attention_mask"], None, None
         if isinstance(packing, Packing):
-            pair_labels, bounds = packing.labels, packing.cu_seqlens
+            pair_labels, bounds, group = packing.labels, packing.cu_seqlens, packing.segments.group
         if pairs is not None:
             policy, ref = (side._replace(hidden=of_pairs(side.hidden, pairs)) for side in (policy, ref))
         out = loss_fn(
             policy.hidden, policy.weight, pair_labels, ref.hidden, ref.weight, bias=policy.bias, ref_bias=ref.bias,
             logit_scale=policy.logit_scale, softcap=policy.softcap, ref_logit_scale=ref.logit_scale,
-            ref_softcap=ref.softcap, cu_seqlens=bounds, vocab_group=policy.vocab_group,
+            ref_softcap=ref.softcap, cu_seqlens=bounds, vocab_group=policy.vocab_group, sequence_group=group,
         )  # fmt: skip
         return out if policy.router_loss is None else out._replace(loss=out.loss + policy.router_loss)
 

@@ -323,8 +323,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         self.append_to_record(out, labels, inputs, own)
         self._add_metrics("train" if training else "eval", out, labels, inputs["attention_mask"], own)
         if training and num_items_in_batch is not None:
-            # Gradients are averaged over the ranks that have batches of their own, hence times their number.
-            loss = loss * (_pairs(inputs).sum() * self.data_ranks / num_items_in_batch)
+            # Ranks' gradients are averaged, hence times their number.
+            loss = loss * (_pairs(inputs).sum() * self.averaged_over / num_items_in_batch)
         if not training:
             self._metrics["eval"]["kl/beta"] = [self.loss_fn.beta.item()]
         if return_outputs:
@@ -374,7 +374,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             total, tokens = (sum(figures[len(of_pair) + 2 * i + k]) for k in (0, 1))
             metrics[name].append(total / tokens)
         if split == "train":
-            self._total_train_tokens += int(sum(figures[-1])) // self.get_tp_size()
+            self._total_train_tokens += int(sum(figures[-1])) // self.row_ranks
         metrics["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:
             router_loss = (out.loss - out.losses.mean()).detach() / self.router_aux_loss_coef
@@ -435,7 +435,7 @@ class _Loss(EpsilonDPOLoss):
     logits: Tensor | None  # (2B,) sums over a completion's tokens of the mean logit; None where logits are capped
 
     @torch.no_grad()
-    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds, group) -> None:
+    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds, words, group) -> None:
         self.logits = None
         if softcap is None:
             # The mean over the vocabulary of x·Wᵀ + b is x·mean(W) + mean(b).
@@ -443,19 +443,21 @@ class _Loss(EpsilonDPOLoss):
             if bias is not None:
                 sums.append(bias.sum(0, keepdim=True, dtype=torch.float32))
             means = torch.cat(sums)
-            if group is not None:
-                torch.distributed.all_reduce(means, group=group)
-            mean, words, *of_bias = means.split([weight.shape[1], *[1] * (len(sums) - 1)])
+            if words is not None:  # of which each rank of this group has a slice
+                torch.distributed.all_reduce(means, group=words)
+            mean, count, *of_bias = means.split([weight.shape[1], *[1] * (len(sums) - 1)])
             with torch.autocast(hidden.device.type, enabled=False):
-                means = hidden.float() @ (mean / words)
-            means = logit_scale * (means + sum(of_bias) / words)
+                means = hidden.float() @ (mean / count)
+            means = logit_scale * (means + sum(of_bias) / count)
             if bounds is None:
                 self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
             else:
                 self.logits = torch.segment_reduce(means, "sum", offsets=bounds)
+            if group is not None:
+                torch.distributed.all_reduce(self.logits, group=group)
 
     def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
-        names = ("bias", "logit_scale", "softcap", "cu_seqlens", "vocab_group")
+        names = ("bias", "logit_scale", "softcap", "cu_seqlens", "vocab_group", "sequence_group")
         self._read_logits(hidden, weight, labels, *(kwargs[name] for name in names))
         return super().forward(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
 

@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
             "step", pa.int64(), "", "optimizer step that the pair was part of, from 1; in evaluation, steps done before"
         ),
         _field("micro", pa.int32(), "", "micro-batch within the step, or batch within the evaluation, from 0"),
-        _field("rank", pa.int16(), "", "process that computed the pair, from 0"),
+        _field("rank", pa.int16(), "", "process that computed the pair, from 0; those that share a row count as one"),
         _field("epoch", pa.float64(), "passes", "passes over the data done before the step", nullable=True),
         _field("split", pa.string(), "", "train, or the prefix of an evaluation's metrics: eval, eval_NAME"),
         _field("method", pa.string(), "", "eps-dpo, dpo, tr-dpo, beta-dpo or lsc-dpo"),
