@@ -32,7 +32,9 @@ MODELS = {
     "Qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
     "Qwen3 tied": ("Qwen3Config", {"tie_word_embeddings": True}),
     "Mistral": ("MistralConfig", {"sliding_window": 4}),
-    "Gemma2": ("Gemma2Config", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
+    # With transformers 5.17's default attention Gemma-2 leaves out the softcap of its scores.
+    "Gemma2": ("Gemma2Config", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8,
+                                "attn_implementation": "eager"}),
     "Gemma3": ("Gemma3TextConfig", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
     "Cohere": ("CohereConfig", {"logit_scale": 0.25}),
     "Granite": ("GraniteConfig", {"logits_scaling": 4.0}),
