@@ -23,16 +23,17 @@ def progress():
 
 @pytest.fixture(scope="session")
 def results(request):
-    """The file that all cases add to; each run begins it anew, because a ratio is of one run."""
+    """The file that all cases add to; a case that runs again takes the place of its own old figures alone."""
     folder = request.config.getoption("--out")
     path = measure.Path(folder) if folder else measure.RESULTS / measure.device_name("cpu")
-    return measure.Results(path / "speed.json", "cpu", fresh=True)
+    return measure.Results(path / "speed.json", "cpu")
 
 
 @pytest.fixture(scope="session")
 def rate(results, progress):
     """FLOP/s of this machine's fp32 products, measured first: it decides how many rounds there is time for."""
     found = measure.cpu_ceilings()
+    results.drop(kind="device")
     results.add(kind="device", **found)
     progress(f"this machine: {found['flops'] / 1e9:.0f} GFLOP/s in fp32 products, {found['bandwidth'] / 1e9:.1f} GB/s")
     return found["flops"]

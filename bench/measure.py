@@ -132,8 +132,8 @@ def cpu_ceilings() -> dict[str, float]:
     found["bandwidth"] = 2 * source.nbytes / best(lambda: target.copy_(source))
     # Elementwise work on the chunk of rows that the sweep works on at a time.
     x, y = torch.randn(5, 49152), torch.empty(5, 49152)
-    found["exponentials"] = x.numel() * 40 / best(lambda: [torch.exp(x, out=y) for _ in range(40)])
-    found["others"] = x.numel() * 40 / best(lambda: [torch.sub(x, y, out=y) for _ in range(40)])
+    for name, operation in {"exponentials": torch.exp2, "tanhs": torch.tanh, "others": partial(torch.sub, x)}.items():
+        found[name] = x.numel() * 40 / best(lambda f=operation: [f(x, out=y) for _ in range(40)])  # type: ignore[misc]
     # Memory that the system hands out is cleared at the first touch: fresh against used.
     size = 1 << 26
     fresh = best(lambda: torch.empty(size).fill_(1))
@@ -370,11 +370,11 @@ class Results:
     A file whose environment is another's is begun anew.
     """
 
-    def __init__(self, path: Path, device: str, fresh: bool = False):
+    def __init__(self, path: Path, device: str):
         self.path = path
         here = environment(device)
         self.data: dict[str, Any] = {"environment": here, "records": []}
-        if path.exists() and not fresh:
+        if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["environment"] == here:
                 self.data = found
@@ -382,6 +382,10 @@ class Results:
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         return next((r for r in self.data["records"] if all(r.get(k) == v for k, v in key.items())), None)
+
+    def drop(self, **key: Any) -> None:
+        """Forgets what is about to be measured again, all of it: a ratio is of one run."""
+        self.data["records"] = [r for r in self.data["records"] if not all(r.get(k) == v for k, v in key.items())]
 
     def add(self, **record: Any) -> dict[str, Any]:
         self.data["records"].append(record)

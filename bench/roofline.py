@@ -22,7 +22,7 @@ from .cases import Case, head_shape
 from .variants import LIMIT_BYTES
 
 # Passes over a tile's elements of torch_engine.py: (exponentials, other operations).
-SWEEP, GRADIENT = (3, 13), (1, 3)
+SWEEP, GRADIENT = (2, 22), (1, 3)
 
 
 class Kernel(NamedTuple):
@@ -54,14 +54,17 @@ class Device:
 
 @dataclass(frozen=True)
 class CPU(Device):
-    exponentials: float = 1.0  # a second
+    exponentials: float = 1.0  # exp2 a second
+    tanhs: float = 1.0
     others: float = 1.0  # other elementwise operations a second, on what is in cache
 
     def elementwise(self, kernel: str, softcap: float | None) -> float:
         exponentials, others = SWEEP if kernel == "sweep" else GRADIENT
-        if softcap is not None:  # a tanh more for each model's logits, and a few operations around it
-            exponentials, others = exponentials + 1, others + 3
-        return exponentials / self.exponentials + others / self.others
+        time = exponentials / self.exponentials + others / self.others
+        if softcap is None:
+            return time
+        models = 2 if kernel == "sweep" else 1  # a division, tanh and product each; the gradient's slope takes 5 more
+        return time + models / self.tanhs + (2 * models + 5 * (kernel == "gradient")) / self.others
 
 
 @dataclass(frozen=True)

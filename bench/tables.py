@@ -7,6 +7,7 @@ python -m bench.tables --check    fails where one is not what the results say
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import statistics
@@ -23,6 +24,7 @@ from .measure import ROOT
 from .results import Record, Run, kernels, mib, runs, spread
 
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 MEASURED, ROOFLINE, KERNELS = DOCS / "measured.md", DOCS / "roofline.md", DOCS / "kernels.md"
 IMAGES = DOCS / "img"
 GPU = "python -m bench.gpu --out bench/results"
@@ -198,6 +200,17 @@ def steps(run: Run) -> str:
     return "\n\n".join(parts)
 
 
+def real_step() -> str:
+    """The step on real pairs, for the README; of the one CPU."""
+    (run,) = (run for run in runs() if run.is_cpu)
+    rows = []
+    for variant in whole.VARIANTS:
+        times = [r["seconds"][variant] for r in run.all(kind="step", case="hh")]
+        (memory,) = run.all(kind="step memory", case="hh", variant=variant)
+        rows.append([STEP_NAMES[variant], seconds(statistics.median(times)), mib(memory["bytes"])])
+    return table(["a step of 4 pairs of HH-RLHF", "time", "memory beyond weights and optimizer"], rows)
+
+
 def training(run: Run) -> str:
     rows = []
     for record in run.all(kind="training"):
@@ -249,7 +262,7 @@ def cpu_device(run: Run) -> roofline.CPU | None:
     found = run.one(kind="device", what=None)
     if not found:
         return None
-    names = ("flops", "bandwidth", "exponentials", "others", "first_touch")
+    names = [field.name for field in dataclasses.fields(roofline.CPU) if field.name in found]
     return roofline.CPU(run.name, **{name: found[name] for name in names})
 
 
@@ -257,14 +270,15 @@ def roofline_cpu() -> str:
     """Predicted and measured ratios to the limit, fp32 cases of this package."""
     rows = []
     for run in (r for r in runs() if r.is_cpu):
-        device = cpu_device(run)
-        if device is None:
+        ceilings = cpu_device(run)
+        if ceilings is None:
             continue
         for record in run.all(kind="time", variant="ours", dtype="float32"):
             if "to_limit" not in record:
                 continue
             case, got = case_of(record), record["to_limit"]["ratio"]
-            predicted = roofline.predicted_ratio(case, device)
+            (limit,) = run.all(kind="time", variant="limit", **dataclasses.asdict(case))
+            predicted = roofline.predicted_ratio(case, dataclasses.replace(ceilings, flops=limit["flops"]))
             off = got / predicted - 1
             verdict = "" if abs(off) <= MARGIN else f"**outside {MARGIN:.0%}**"
             rows.append([say(case), f"{predicted:.2f}", spread(record["to_limit"]), f"{off:+.0%}", verdict])
@@ -526,6 +540,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     problems = []
     for path, tables in (
+        (README, {"real-step": real_step()}),
         (MEASURED, measured_tables()),
         (ROOFLINE, roofline_tables()),
         (KERNELS, {"kernels": kernel_table()}),

@@ -37,5 +37,6 @@ def test_scaling(what, results, progress):
         exponents["memory beyond gradients"] = measure.exponent(
             [(p["size"], max(p["bytes"] - p["gradients"], 1)) for p in points]
         )
+    results.drop(kind="scaling", what=what)
     results.add(kind="scaling", what=what, variant=variants.SMALL_TILES, points=points, exponents=exponents)
     progress(f"against {what}: exponents " + ", ".join(f"{k} {v:.2f}" for k, v in exponents.items()))

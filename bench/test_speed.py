@@ -55,6 +55,7 @@ def share(seconds: float, rate: float, position: int) -> float:
 @pytest.mark.parametrize("position", range(len(CASES)), ids=[c.name for c, _, _ in CASES])
 def test_case(position, benchmark, results, rate, progress, request):
     case, rivals, remembered = CASES[position]
+    results.drop(**case.as_dict())
     for variant in remembered:
         record = results.add(kind="memory", variant=variant, **case.as_dict(), **measure.memory(variant, case, "cpu"))
         said = f"{record['bytes'] / 2**20:.0f} MiB" if record["outcome"] == "ok" else record["outcome"]
@@ -93,6 +94,7 @@ def test_case(position, benchmark, results, rate, progress, request):
 def test_memory_at_8192(results, rate, progress):
     """Nothing of size tokens × vocabulary: the bound at 1024 tokens holds at 8192."""
     case = Case("smollm2", 8192)
+    results.drop(**case.as_dict())
     record = results.add(kind="memory", variant="ours", **case.as_dict(), **measure.memory("ours", case, "cpu"))
     progress(f"{case.name}: memory of ours: {record.get('bytes', 0) / 2**20:.0f} MiB")
     assert record["outcome"] == "ok", record

@@ -11,13 +11,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 import gloo
 from epsdpo_kernels import EpsilonDPOLoss
 from epsdpo_kernels.integrations.transformers import frozen_reference, run_loss_in_forward
 from fsdp_on_cpu import shard_on_cpu
-from train.__main__ import leave_process_group, main
-from train.trainer import PairTrainer
+from train.__main__ import build, leave_process_group, main
+from train.options import parse
+from train.trainer import NotFiniteError, PairTrainer
+from zero_on_cpu import zero_on_cpu
 
 
 def ddp(folder: Path) -> None:
@@ -31,6 +34,35 @@ def fsdp(folder: Path) -> None:
     shard_on_cpu(PairTrainer)
     trainer = main(json.loads((folder / "flags.json").read_text()))
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+
+
+def zero(folder: Path) -> None:
+    """The same in DeepSpeed's hands; ZeRO-3 splits every weight of policy and reference."""
+    zero_on_cpu()
+    trainer = main(json.loads((folder / "flags.json").read_text()))
+    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+    for model in trainer._models:
+        assert {hasattr(p, "ds_id") for p in model.parameters()} == {stage == 3}
+        # Nothing is gathered behind DeepSpeed's back, to stay so to the end of backward.
+        assert not any(getattr(module, "_external_params", None) for module in model.modules())
+
+
+class BreakingAfter(TrainerCallback):
+    """From the second step on the gradient of the first weight is NaN."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        next(iter(model.parameters())).register_hook(lambda gradient: gradient * torch.nan)
+
+
+def broken(folder: Path) -> None:
+    """A gradient that is not finite, in DeepSpeed's hands."""
+    zero_on_cpu()
+    trainer = build(*parse(json.loads((folder / "flags.json").read_text())))
+    trainer.add_callback(BreakingAfter())
+    try:
+        trainer.train()
+    except NotFiniteError as error:
+        (folder / "error.txt").write_text(str(error))
 
 
 class InTiles(EpsilonDPOLoss):
@@ -100,7 +132,8 @@ def count_gathers() -> list[tuple[int, ...]]:
 
 
 if __name__ == "__main__":
-    {"ddp": ddp, "fsdp": fsdp, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))
+    cases = {"ddp": ddp, "fsdp": fsdp, "zero": zero, "broken": broken, "gradients": gradients}
+    cases[sys.argv[1]](Path(sys.argv[2]))
     if sys.argv[1] == "ddp":
         gloo.leave(leave_process_group)
     else:

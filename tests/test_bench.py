@@ -153,12 +153,12 @@ def test_fidelity_tells_right_from_wrong():
 # Roofline
 
 
-DEVICE = roofline.CPU("test", flops=1e12, bandwidth=1e11, exponentials=1e11, others=1e12)
+DEVICE = roofline.CPU("test", flops=1e12, bandwidth=1e11, exponentials=1e11, tanhs=1e11, others=1e12)
 
 
 def test_roofline_counts_the_products():
     """With memory and elementwise work for nothing, a call is its products and costs what they do."""
-    free = replace(DEVICE, bandwidth=1e30, exponentials=1e30, others=1e30)
+    free = replace(DEVICE, bandwidth=1e30, exponentials=1e30, tanhs=1e30, others=1e30)
     for mode in MODES:
         case = Case("llama3", 700, pairs=2, mode=mode)
         assert sum(roofline.stages(case, free).values()) == pytest.approx(case.limit * case.product / 1e12)
@@ -324,11 +324,16 @@ def test_cpu_program_times_in_turn(benchmark, tmp_path, monkeypatch):
 
     case = Case("tiny", 16)
     monkeypatch.setattr(test_speed, "CASES", [(case, ["trl", "cut-cross-entropy"], [])])
-    results = measure.Results(tmp_path / "speed.json", "cpu", fresh=True)
+    results = measure.Results(tmp_path / "speed.json", "cpu")
+    another = results.add(kind="time", variant="ours", **Case("tiny", 17).as_dict())
+    results.add(kind="time", variant="torch", **case.as_dict())
     request = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: 1.0))
     test_speed.test_case(0, benchmark, results, 1e10, measure.Progress(), request)
+    # What was measured of this case before is gone, what of another stays.
+    assert results.data["records"].pop(0) == another
     times = {r["variant"]: r for r in results.data["records"] if r["kind"] == "time"}
     assert times["ours"]["rounds"] == times["limit"]["rounds"] == times["trl"]["rounds"] == 3
+    assert times.keys() == {"ours", "limit", "trl", "cut-cross-entropy"}
     assert times["cut-cross-entropy"]["outcome"] == "unavailable"
     assert benchmark.extra_info["ours"] == pytest.approx(times["ours"]["to_limit"]["ratio"], abs=1e-3)
     assert {r["variant"] for r in results.data["records"] if r["kind"] == "check"} == {

@@ -1,11 +1,13 @@
 """Several processes on gloo against one: the same steps, the same β, the same weights."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from cases import relative_error  # noqa: E402
 from distributed_worker import policy  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
-from train.__main__ import main  # noqa: E402
+from train.__main__ import main, refuse_under_deepspeed  # noqa: E402
+from train.options import PairOptions  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -172,6 +175,20 @@ def test_what_is_not_sharded_is_refused(tiny, tmp_path):
     (tmp_path / "flags.json").write_text(json.dumps([*flags(tiny, tmp_path / "ddp"), "--fsdp"]))
     with pytest.raises(AssertionError, match="fsdp: accelerate makes MULTI_CPU of it here, takes several GPUs"):
         launch(2, "ddp", tmp_path)
+
+
+@pytest.mark.parametrize("stage, dtype, options, said", [
+    (1, None, {"method": "tr-dpo"}, "deepspeed: tr-dpo mixes whole weights"),
+    (3, None, {"cache_reference": "folder"}, "cache_reference: got DeepSpeed with ZeRO-3"),
+    (2, torch.bfloat16, {"cache_reference": "folder"}, "cache_reference: got DeepSpeed with ZeRO-3 or in 16 bits"),
+    (2, None, {"cache_reference": "folder"}, None),
+    (3, torch.bfloat16, {}, None),
+])  # fmt: skip
+def test_what_deepspeed_would_get_wrong_is_refused(stage, dtype, options, said):
+    options = PairOptions("model", "data", **options)
+    args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), autocast_dtype=dtype)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        refuse_under_deepspeed(options, args)
 
 
 def test_micro_batches_do_not_matter(tiny, tmp_path):

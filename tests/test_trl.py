@@ -489,9 +489,10 @@ def test_refused_models(tiny, tmp_path):
         make(tiny, tmp_path, model=strange)
 
 
-def launched(fsdp=None, parallelism=None, zero_stage=None, sync=False, processes=2, **batches):
+def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False, processes=2, **batches):
     """As much of a trainer as says how it was launched: launching it so takes GPUs."""
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage))
+    config = {"tensor_parallel": {"autotp_size": autotp}} if autotp else {}
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage, deepspeed_config=config))
     accelerator = SimpleNamespace(
         parallelism_config=parallelism, is_fsdp2=fsdp == 2, state=state, num_processes=processes
     )
@@ -508,15 +509,17 @@ def launched(fsdp=None, parallelism=None, zero_stage=None, sync=False, processes
         ({"parallelism": accelerate.ParallelismConfig(tp_size=2)}, "parallelism_config: got tensor, context"),
         ({"parallelism": accelerate.ParallelismConfig(cp_size=2)}, "parallelism_config: got tensor, context"),
         ({"parallelism": accelerate.ParallelismConfig(sp_backend="deepspeed", sp_size=2)}, "parallelism_config"),
-        ({"zero_stage": 3}, "deepspeed: got ZeRO-3.*FSDP2"),
+        ({"zero_stage": 1, "autotp": 2}, "deepspeed: got autotp_size=2, takes ZeRO alone"),
         ({"fsdp": 1}, "fsdp: got version 1, takes version 2"),
         ({"fsdp": 2, "sync": True}, "sync_ref_model: got True with FSDP"),
+        ({"zero_stage": 3, "sync": True}, "sync_ref_model: got True with FSDP or ZeRO-3"),
         ({"dispatch_batches": True}, "accelerator_config: got dispatch_batches=True"),
         ({"even_batches": False}, "accelerator_config: .* even_batches=False in several processes, takes .* True"),
         ({"dispatch_batches": True, "even_batches": False, "processes": 1}, None),
         ({}, None),
         ({"parallelism": accelerate.ParallelismConfig(dp_replicate_size=2)}, None),
         ({"zero_stage": 2, "sync": True}, None),
+        ({"zero_stage": 3}, None),
         ({"fsdp": 2}, None),
     ],
 )

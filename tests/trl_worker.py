@@ -13,12 +13,14 @@ import transformers
 import trl.trainer.base_trainer
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import gloo
 import trl_runs
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
 from fsdp_on_cpu import shard_on_cpu
+from zero_on_cpu import zero_on_cpu
 
 
 def data(job: dict, pairs: int):
@@ -27,11 +29,22 @@ def data(job: dict, pairs: int):
     return found.to_iterable_dataset() if job["stream"] else found
 
 
+def whole(p: Tensor) -> Tensor:
+    if hasattr(p, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(p):
+            return p.detach().clone()
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+
 def main(folder: Path) -> None:
     trl.trainer.base_trainer.send_telemetry = lambda *_, **__: None
     job = json.loads((folder / "job.json").read_text())
     if job["options"].get("fsdp"):
         shard_on_cpu(EpsilonDPOTrainer)
+    if job["options"].get("deepspeed"):
+        zero_on_cpu()
     args = EpsilonDPOConfig(**job["options"])
     trainer = EpsilonDPOTrainer(
         model=trl_runs.model(Path(job["tiny"])),
@@ -42,14 +55,10 @@ def main(folder: Path) -> None:
         processing_class=transformers.AutoTokenizer.from_pretrained(job["tiny"]),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if job["lora"] else None,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.get("resume"))
     parameters = dict(trainer.model.named_parameters())
-    sharded = sorted(name for name, p in parameters.items() if isinstance(p, DTensor))
-    weights = {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
-        for name, p in parameters.items()
-        if p.requires_grad
-    }
+    sharded = sorted(name for name, p in parameters.items() if isinstance(p, DTensor) or hasattr(p, "ds_id"))
+    weights = {name: whole(p) for name, p in parameters.items() if p.requires_grad}
     facts = {"evaluation": trainer.evaluate(), "log": trainer.state.log_history, "sharded": sharded}
     facts["packed"] = trainer.packed
     if trainer.is_world_process_zero():

@@ -76,6 +76,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     """Everything of a run, ready to train; ``resume`` is the checkpoint that it will go on from."""
     if args.fsdp and options.method == "tr-dpo":
         raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
+    refuse_under_deepspeed(options, args)
     if options.cache_reference and options.method == "tr-dpo":
         raise ValueError("cache_reference: tr-dpo's reference follows the policy, takes no cache")
     if args.do_eval and not (options.eval_dataset or options.eval_fraction):
@@ -131,6 +132,18 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     if cached:
         trainer.add_callback(FirstStep(cached))
     return trainer
+
+
+def refuse_under_deepspeed(options: PairOptions, args: TrainingArguments) -> None:
+    if args.deepspeed_plugin is None:
+        return
+    if options.method == "tr-dpo":
+        raise ValueError("deepspeed: tr-dpo mixes whole weights into its reference, takes a policy of torch's own")
+    if options.cache_reference and (args.deepspeed_plugin.zero_stage == 3 or args.autocast_dtype):
+        raise ValueError(
+            "cache_reference: got DeepSpeed with ZeRO-3 or in 16 bits, takes ZeRO-1 and ZeRO-2 in float32: one rank "
+            "writes the cache, under autocast, and the check would read how a policy that DeepSpeed casts rounds"
+        )
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> Path | None:

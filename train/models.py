@@ -14,11 +14,14 @@ from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from epsdpo_kernels.integrations.checks import check_reference, turn_off_dropout
+from epsdpo_kernels.integrations.sharding import is_split
 from epsdpo_kernels.integrations.transformers import (
     Reference,
+    by_call,
     check_head,
     copy_adapter,
     frozen_reference,
+    head_inputs,
     without_adapter,
 )
 
@@ -59,7 +62,7 @@ def _weights(name: str, dtype: str, words: int) -> Any:
     import peft
 
     model = _weights(base, dtype, words)
-    if words > len(model.get_input_embeddings().weight):  # the adapter was trained with tokens of its own
+    if words > model.get_input_embeddings().num_embeddings:  # the adapter was trained with tokens of its own
         model.resize_token_embeddings(words)
     try:
         return peft.PeftModel.from_pretrained(model, name, is_trainable=True)
@@ -119,6 +122,11 @@ def make_policy(options: PairOptions, args: TrainingArguments, new: bool) -> tup
 
 
 def _merged(model: Any, tokenizer: Any, folder: str, write: bool) -> Any:
+    if is_split(model):
+        raise ValueError(
+            "lora_r: got an adapter to merge into weights that ZeRO-3 has split; merge it beforehand, or leave lora_r "
+            "out to train that adapter"
+        )
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(
             f"lora_r: got an adapter on top of {type(model.active_peft_config).__name__}, which cannot be merged into "
@@ -157,11 +165,12 @@ def make_reference(
             copy_adapter(model)
         check_reference(model, None, args.autocast_dtype)
         return without_adapter(model), None, None
-    if options.ref_model:
-        ref_model = load_model(options.ref_model, options.dtype)[0]
+    if options.ref_model or is_split(base):  # a copy of split weights would be empty
+        ref_model = load_model(options.ref_model or options.model, options.dtype)[0]
     else:
         ref_model = copy.deepcopy(base) if base is model else base
-    check_reference(model, ref_model, args.autocast_dtype)
-    reference = frozen_reference(ref_model.to(args.device))
+    inputs = by_call(ref_model) if is_split(ref_model) else head_inputs
+    check_reference(model, ref_model, args.autocast_dtype, inputs)
+    reference = frozen_reference(ref_model.to(args.device), inputs)
     moving = MovingReference(model, ref_model, options.sync_alpha, options.sync_steps) if moves else None
     return reference, ref_model, moving

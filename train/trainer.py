@@ -25,6 +25,7 @@ from epsdpo_kernels.integrations.batches import PackedBatches
 from epsdpo_kernels.integrations.checks import NotFiniteError, check_checkpoint, check_gradient, check_launch
 from epsdpo_kernels.integrations.packing import part
 from epsdpo_kernels.integrations.recording import Recorded
+from epsdpo_kernels.integrations.sharding import prepare_reference
 from epsdpo_kernels.integrations.transformers import (
     AfterStep,
     Reference,
@@ -115,6 +116,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             )
         self.by_batch = getattr(loss_fn, "by_batch", False)
         self.set_layout([model] if ref_model is None else [model, ref_model], packed, max_tokens)
+        if ref_model is not None and self.is_deepspeed_enabled:
+            self.reference_engine = prepare_reference(ref_model, self.accelerator)
         weighs_pairs_itself(self)
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
@@ -247,11 +250,14 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
                 self.moving_reference.save(folder / REFERENCE_STATE)
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # The one place that every engine comes by when a run is resumed, its model loaded.
+        if checkpoint is None:
+            return
         own = [LOSS_STATE, REFERENCE_STATE] if self.moving_reference else [LOSS_STATE]
-        check_checkpoint(Path(resume_from_checkpoint), self, *own)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_state(Path(resume_from_checkpoint))
+        check_checkpoint(Path(checkpoint), self, *own)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_state(Path(checkpoint))
 
     def _load_best_model(self):
         super()._load_best_model()

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,7 +33,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from .packing import IGNORE, Packing, Segments, pack, to
-from .transformers import causal_lm, head_inputs
+from .sharding import gathers_itself
+from .transformers import causal_lm, evaluating, head_inputs
 
 # torch 2.11 takes as many heads of keys and values as of queries.
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -62,8 +62,8 @@ def pack_rows(models: Iterable[nn.Module]) -> str | None:
         # What a model of any kind may raise when its row is not what it expects is not ours to foresee.
         try:
             take_segments(model)
-            if any(isinstance(p, DTensor) for p in model.parameters()):
-                # FSDP gathers around the model's own call only: what holds of the policy holds of its like.
+            if gathers_itself(model):
+                # Around its own call only: what holds of the policy holds of its like.
                 reason = None if _alike(model, inner[0]) else "the reference is sharded, and not of the policy's kind"
             elif model.device.type != "meta":  # where FSDP's loading leaves the weights to the first rank
                 reason = _difference(model)
@@ -102,21 +102,16 @@ def _difference(model: PreTrainedModel) -> str | None:
     ids = pad_sequence(rows, batch_first=True).to(model.device)
     labels = pad_sequence(scored, batch_first=True, padding_value=IGNORE).to(model.device)
     packing = to(pack(ids, mask, labels), model.device)
-    training = model.training
-    model.eval()
-    try:
-        with _windows_of(model, 4):
-            with _embeddings(model) as embeddings:
-                packed = head_inputs(model, ids, packing).hidden
-            strangers = _strangers(packing, packed, embeddings[0])
-            with torch.no_grad():
-                padded = head_inputs(model, ids, mask).hidden[labels != IGNORE]
-                alone = []
-                for row, real, own in zip(ids, mask.bool(), labels, strict=True):
-                    states = head_inputs(model, row[real][None], torch.ones_like(row[real])[None]).hidden
-                    alone.append(states[0, own[real] != IGNORE])
-    finally:
-        model.train(training)
+    with evaluating(model), _windows_of(model, 4):
+        with _embeddings(model) as embeddings:
+            packed = head_inputs(model, ids, packing).hidden
+        strangers = _strangers(packing, packed, embeddings[0])
+        with torch.no_grad():
+            padded = head_inputs(model, ids, mask).hidden[labels != IGNORE]
+            alone = []
+            for row, real, own in zip(ids, mask.bool(), labels, strict=True):
+                states = head_inputs(model, row[real][None], torch.ones_like(row[real])[None]).hidden
+                alone.append(states[0, own[real] != IGNORE])
     # How each of the two differs from rows alone, in units of a token's length; the padded one's is rounding.
     exact = torch.cat(alone).float()
     errors = [((a.float() - exact).norm(dim=1) / exact.norm(dim=1)).max().item() for a in (packed, padded)]

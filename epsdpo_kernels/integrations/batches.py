@@ -34,6 +34,7 @@ class PackedBatches:
     accelerator: Any
     args: Any
     train_dataset: Any
+    is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
     packed: bool = False
     by_batch: bool = False  # whether a pair's loss depends on the batch that it is in
@@ -83,7 +84,8 @@ class PackedBatches:
         policy, *reference = self._models
         data = getattr(self.train_dataset, "pairs", self.train_dataset)
         known = hasattr(data, "__len__") and set(COLUMNS) <= set(getattr(data, "column_names", COLUMNS))
-        if not known or causal_lm(policy).device.type == "meta":
+        # What DeepSpeed casts, copies, buffers and offloads is its own.
+        if not known or self.is_deepspeed_enabled or causal_lm(policy).device.type == "meta":
             return
         lengths = pair_lengths(data)
         prompts, answers = lengths[:, 0], lengths[:, 1:]

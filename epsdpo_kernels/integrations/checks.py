@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .sharding import local, whole_shape
 from .transformers import HeadInputs, as_reference, causal_lm, check_head, evaluating, few_tokens, head_inputs, lm_head
 
 # Names of what a forward does at random in training: dropout of values, layers and paths, noise on a router's inputs.
@@ -110,7 +111,7 @@ def check_reference(
         shared = _trained_in_reference(policy, autocast)
     else:
         check_head(reference, autocast, argument="ref_model", inputs=inputs)
-        check_vocabulary(policy, len(lm_head(causal_lm(reference), "ref_model").weight))
+        check_vocabulary(policy, whole_shape(lm_head(causal_lm(reference), "ref_model").weight)[0])
         trained = {_storage(p) for p in policy.parameters() if p.requires_grad} - {0}
         shared = [name for name, p in reference.named_parameters() if _storage(p) in trained]
     if shared:
@@ -133,15 +134,14 @@ def _check_initialisation(model: Any) -> None:
 
 def check_vocabulary(policy: nn.Module, size: int) -> None:
     """Raises ValueError where a reference's vocabulary is not of the policy's size."""
-    own = len(lm_head(causal_lm(policy)).weight)
+    own = whole_shape(lm_head(causal_lm(policy)).weight)[0]
     if size != own:
         raise ValueError(f"ref_model: got a vocabulary of {size}, takes the policy's, {own}")
 
 
 def _storage(parameter: Tensor) -> int:
     """Where it is in memory; 0 on "meta", where it is nowhere."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.untyped_storage().data_ptr()
+    return local(parameter).untyped_storage().data_ptr()
 
 
 def _trained_in_reference(model: Any, autocast: torch.dtype | None) -> list[str]:
@@ -170,8 +170,10 @@ def check_launch(trainer: Any) -> None:
             "parallelism_config: got tensor, context or sequence parallelism, takes data parallelism and FSDP2: a "
             "pair's decision needs its whole completions and the whole vocabulary on one rank"
         )
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError("deepspeed: got ZeRO-3, which does not gather the head for a fused loss; use FSDP2 instead")
+    if trainer.is_deepspeed_enabled:
+        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        if (size := config.get("tensor_parallel", {}).get("autotp_size", 0)) > 1:
+            raise ValueError(f"deepspeed: got autotp_size={size}, takes ZeRO alone: the vocabulary has to be whole")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
 
@@ -182,9 +184,12 @@ def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:
     ``own`` are files beside transformers' that it has to have.
     """
     rank, world = trainer.args.process_index, trainer.args.world_size
-    names = [*own, "scheduler.pt", f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
-    if not trainer.is_deepspeed_enabled:  # which has formats of its own, and says what it misses
+    names = [*own, f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
+    # DeepSpeed has formats of its own, in which a schedule that it was given is too, and says what it misses.
+    if not trainer.is_deepspeed_enabled:
         names.append("optimizer*")
+    if not trainer.is_deepspeed_enabled or trainer.deepspeed.lr_scheduler is None:
+        names.append("scheduler.pt")
     if trainer.accelerator.scaler is not None:
         names.append("scaler.pt")
     missing = [name.replace("*", ".pt") for name in names if not any(folder.glob(name))]
@@ -203,18 +208,21 @@ class NotFiniteError(FloatingPointError):
 def check_gradient(norm: Any, trainer: Any) -> None:
     """To be called with the gradient's norm before each optimizer step, which would make every weight NaN.
 
-    A loss scaler leaves such a step out by itself and goes on at a smaller scale. DeepSpeed has made the step, or left
-    it out, within backward.
+    A loss scaler leaves such a step out by itself and goes on at a smaller scale. DeepSpeed is past its step: it has
+    left it out, or without ``check_grad_overflow`` made it.
 
     Raises:
         NotFiniteError: on all ranks alike.
     """
-    if trainer.accelerator.scaler is not None or trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    if trainer.accelerator.scaler is not None or (deepspeed and trainer.accelerator.mixed_precision == "fp16"):
         return
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
+        applied = deepspeed and not trainer.accelerator.optimizer_step_was_skipped
+        done = "DeepSpeed has applied it" if applied else "Nothing of this step was applied"
         raise NotFiniteError(
             f"step {trainer.state.global_step + 1}: the losses are finite, and the norm of their gradient is {norm}. "
-            f"Nothing of this step was applied; the last checkpoint is in {trainer.args.output_dir}. Weights in 16 "
-            "bits overflow: keep them in float32, under bf16=True"
+            f"{done}; the last checkpoint is in {trainer.args.output_dir}. Weights in 16 bits overflow: keep them in "
+            "float32, under bf16=True"
         )

@@ -172,11 +172,14 @@ class RecordedTRL(Recorded):
         To be called with every batch, in their order.
         """
         pairs, ranks = len(batch["input_ids"]) // 2, self.accelerator.num_processes
-        real = self.accelerator.gradient_state.remainder
-        if ranks == 1 or real == 0:
+        state = self.accelerator.gradient_state
+        if ranks == 1 or state.remainder == 0 or self.args.dataloader_drop_last:
             return pairs
-        rank, last = self.accelerator.process_index, self.accelerator.gradient_state.end_of_dataloader
-        if real > 0:
+        rank, last = self.accelerator.process_index, state.end_of_dataloader
+        data = getattr(state.active_dataloader, "dataset", None)
+        if isinstance(data, datasets.Dataset):
+            # accelerate's own remainder is not there when a run is resumed within an epoch.
+            real = len(data) % (pairs * ranks) or pairs * ranks
             return min(max(real - pairs * rank, 0), pairs) if last else pairs
         # A stream, whose length nobody knows: its rows go up, and the repeats are from its beginning.
         rows = batch[ROW][:pairs].tolist() if ROW in batch else []

@@ -21,7 +21,7 @@ METHODS = {  # and the arguments that they are called with or overridden for
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": (),
     "_save_checkpoint": ("model", "trial"),
-    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
 }
 ATTRIBUTES = (
     "ref_model", "aux_loss_enabled", "router_aux_loss_coef", "_metrics", "_total_train_tokens", "_is_vision_dataset",

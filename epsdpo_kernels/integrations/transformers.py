@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
 from .packing import Packing, no_mask
+from .sharding import is_split, runnable, whole_head
 
 
 class HeadInputs(NamedTuple):
@@ -94,22 +94,6 @@ def logit_transforms(model: PreTrainedModel) -> tuple[float, float | None]:
     return math.prod(given(MULTIPLIERS)) / divisor, next(iter(given(SOFTCAPS)), None)
 
 
-def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole of a parameter that FSDP2 has sharded; any other as it is.
-
-    FSDP gathers a head when the head's own forward is called, which a fused loss never does. One gather a call; the
-    gradient comes back as FSDP's do, sharded and averaged over the ranks.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    ranks = parameter.device_mesh.size()
-    cast: Any = parameter.to(dtype)
-    whole = cast.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / ranks)
-    return whole
-
-
 def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Packing) -> HeadInputs:
     """Runs the backbone, never the head.
 
@@ -139,9 +123,8 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Pa
         hidden = out.last_hidden_state
     if not torch.is_autocast_enabled(hidden.device.type):
         # Of models whose head has another dtype, those run without autocast that cast to it.
-        hidden = hidden.to(head.weight.dtype)
-    weight = gathered(head.weight, hidden.dtype)
-    bias = None if head.bias is None else gathered(head.bias, hidden.dtype)
+        hidden = hidden.to(next(head.parameters()).dtype)
+    hidden, weight, bias = whole_head(head, hidden)
     router_loss = _router_loss(model, getattr(out, "router_logits", None), mask)
     return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
 
@@ -246,7 +229,8 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     training = model.training
     model.eval()
     try:
-        with torch.autocast(causal_lm(model).device.type, autocast) if autocast else contextlib.nullcontext():
+        cast = torch.autocast(causal_lm(model).device.type, autocast) if autocast else contextlib.nullcontext()
+        with cast, runnable(model):
             yield
     finally:
         model.train(training)
@@ -272,6 +256,23 @@ def frozen_reference(ref_model: nn.Module, inputs: Callable[..., HeadInputs] = h
         return inputs(ref_model, input_ids, attention_mask)
 
     return reference
+
+
+def by_call(model: Any) -> Callable[..., HeadInputs]:
+    """:func:`head_inputs` of a model whose weights are whole in its own call alone; see :func:`gathers_itself`."""
+    plain_forward = model.forward
+
+    def forward(*args, head_only: bool = False, **inputs):
+        if not head_only:
+            return plain_forward(*args, **inputs)
+        out = head_inputs(model, **inputs)
+        if is_split(model):
+            return out
+        # FSDP frees what it gathered when this call returns.
+        return out._replace(weight=out.weight.clone(), bias=None if out.bias is None else out.bias.clone())
+
+    model.forward = forward
+    return lambda model, ids, mask: model(input_ids=ids, attention_mask=mask, head_only=True)
 
 
 def without_adapter(model: Any) -> Reference:

@@ -13,7 +13,7 @@ What this module holds on to in TRL and transformers, all of it here:
   ``data_collator``, ``accelerator``, ``args``, ``state``; what its collator returns (``input_ids``,
   ``attention_mask``, ``completion_mask``); and "ref" as the name of the copy of a pre-trained adapter.
 - private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint``,
-  ``_load_from_checkpoint`` and ``_load_best_model`` (transformers' places for what belongs to a checkpoint);
+  ``_load_optimizer_and_scheduler`` and ``_load_best_model`` (transformers' places for what belongs to a checkpoint);
   ``_get_grad_norm`` (called once before every optimizer step); ``_get_train_sampler``; ``_prepare_dataset`` with the
   columns of ids that it makes, and ``_set_signature_columns_if_needed``, through which rows keep their numbers
   (recording.py); ``aux_loss_enabled`` and ``router_aux_loss_coef``.
@@ -24,7 +24,6 @@ What this module holds on to in TRL and transformers, all of it here:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,10 +53,11 @@ from .checks import (
 from .packing import part
 from .recording import PAIR_ID, ROW, RecordedTRL
 from .seams import check_trl
+from .sharding import gathers_itself
 from .transformers import (
     AfterStep,
-    HeadInputs,
     Reference,
+    by_call,
     causal_lm,
     check_head,
     copy_adapter,
@@ -210,7 +210,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             check_reference(self.model, None, autocast)
             return without_adapter(self.model)
         ref_model = self._plain(self.ref_model)
-        inputs = _gathered_by_call(ref_model) if self.is_fsdp_enabled else head_inputs
+        inputs = by_call(ref_model) if gathers_itself(ref_model) else head_inputs
         check_reference(self.model, ref_model, autocast, inputs)
         return frozen_reference(ref_model, inputs)
 
@@ -360,15 +360,18 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
                 save_model(self._plain(self.ref_model), str(folder / REFERENCE_STATE))
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder = Path(resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # The one place that every engine comes by when a run is resumed, its model loaded.
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
         if not (folder / LOSS_STATE).exists():
             raise ValueError(
                 f"resume_from_checkpoint: got {folder} without {LOSS_STATE}, takes a checkpoint of EpsilonDPOTrainer: "
                 "the running β would be lost. To start ε-DPO from another trainer's model, give it as model"
             )
         check_checkpoint(folder, self)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_optimizer_and_scheduler(checkpoint)
         self._load_state(folder)
 
     def _load_best_model(self):
@@ -377,7 +380,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
 
     def _load_state(self, checkpoint: Path) -> None:
         """β, and the reference where it moves, as they were with a checkpoint's model."""
-        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE, device=str(self.args.device)))
+        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE))
         if self.args.sync_ref_model:
             load_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))
 
@@ -432,21 +435,6 @@ def _has_completions(
     return True
 
 
-def _gathered_by_call(ref_model: Any) -> Callable[..., HeadInputs]:
-    """``head_inputs`` of a reference whose parameters FSDP gathers: it does so around the model's own call."""
-    plain_forward = ref_model.forward
-
-    def forward(*args, head_only: bool = False, **inputs):
-        if not head_only:
-            return plain_forward(*args, **inputs)
-        out = head_inputs(ref_model, **inputs)
-        # FSDP frees what it gathered when this call returns.
-        return out._replace(weight=out.weight.clone(), bias=None if out.bias is None else out.bias.clone())
-
-    ref_model.forward = forward
-    return lambda model, ids, mask: model(input_ids=ids, attention_mask=mask, head_only=True)
-
-
 def _refuse_arguments(args: DPOConfig) -> None:
     """Raises ValueError where a setting asks for what ε-DPO's loss is not, or for what would be done wrong."""
     for name, (taken, why) in REFUSED.items():
@@ -485,8 +473,9 @@ def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
             f"{batches.even_batches} in several processes, takes False and True: a batch is all chosen completions, "
             "then all rejected ones, and cannot be dealt out; and all ranks take part in every step"
         )
-    if trainer.is_fsdp_enabled and trainer.args.sync_ref_model:
+    zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    if trainer.args.sync_ref_model and (trainer.is_fsdp_enabled or zero3):
         raise ValueError(
-            "sync_ref_model: got True with FSDP, takes False: a sharded reference would not be in the checkpoints. Use "
-            "DDP, or keep the reference fixed"
+            "sync_ref_model: got True with FSDP or ZeRO-3, takes False: a sharded reference would not be in the "
+            "checkpoints. Use DDP, or keep the reference fixed"
         )

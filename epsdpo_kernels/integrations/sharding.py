@@ -1,0 +1,161 @@
+"""Weights that FSDP2 or DeepSpeed's ZeRO-3 has split over ranks, whole where the loss or a check needs them.
+
+Both gather a module's weights around that module's own forward, and the loss runs no head's. What is held on to in
+DeepSpeed, all of it here: what a split parameter has (``ds_id``, ``ds_shape``, ``ds_tensor``, ``all_gather``,
+``partition``), and that a module whose hooks gather has a ``ds_id`` too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor, Partial
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has split weights of a model: in loading it, or when its engine was made."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def gathers_itself(model: nn.Module) -> bool:
+    """Whether a model's weights are whole while its own forward runs, and not otherwise: FSDP2, ZeRO-3's engine."""
+    return hasattr(model, "ds_id") or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """A parameter's shape, also where this rank holds a part."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
+
+
+def whole_head(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(hidden, weight, bias) of a head, its weight (V, H) and bias (V,) whole; one gather a call.
+
+    The gradient of what was split comes back as FSDP's and ZeRO's do: averaged over the ranks, to the parameter itself.
+
+    Args:
+        head: where its weights are another dtype than ``hidden``, autocast is on.
+        hidden: (…, H), to be used in the place of what is given.
+    """
+    # Not head.weight, which DeepSpeed within a forward would gather, and keep to the end of backward.
+    own = dict(head.named_parameters(recurse=False))
+    if not is_split(head):
+        weight, bias = (_full_tensor(own[name], hidden.dtype) if name in own else None for name in ("weight", "bias"))
+        assert weight is not None
+        return hidden, weight, bias
+
+    def forward(*inputs: Tensor) -> tuple[Tensor | None, ...]:
+        return *inputs, *(_Alias.apply(own[name]) if name in own else None for name in ("weight", "bias"))
+
+    if torch.is_grad_enabled() and any(p.requires_grad for p in own.values()):
+        # ZeRO gathers once more to take the gradient in, and lets go when that of hidden is through.
+        return _called(head, forward, hidden)
+    return hidden, *_called(head, forward)
+
+
+class _Alias(torch.autograd.Function):
+    """A gathered parameter's data, which stay when ZeRO takes them from the parameter."""
+
+    @staticmethod
+    def forward(ctx, parameter):
+        return parameter.data
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def _called(module: nn.Module, forward: Callable[..., Any], *inputs: Tensor) -> Any:
+    """A module's call, hooks and all, with another forward."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        return module(*inputs)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _full_tensor(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The whole of a parameter that FSDP2 has sharded, gathered in a dtype; any other as it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    ranks = parameter.device_mesh.size()
+    cast: Any = parameter.to(dtype)
+    whole = cast.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / ranks)
+    return whole
+
+
+@contextlib.contextmanager
+def runnable(model: nn.Module) -> Iterator[None]:
+    """Lets a model run, and autograd through it, that ZeRO-3 has split in loading it and has no engine yet.
+
+    As under the engine, a module's weights are whole while it runs: never all of them at once.
+    """
+    if hasattr(model, "ds_id") or not is_split(model):
+        yield
+        return
+    own = {module: [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")] for module in model.modules()}
+    split: dict[nn.Module, list[Any]] = {module: parameters for module, parameters in own.items() if parameters}
+
+    def gather(module, args):
+        split[module][0].all_gather(split[module])
+
+    def release(module, args=None, output=None):
+        split[module][0].partition(split[module])
+
+    def pack(tensor: Tensor) -> Any:
+        source: Any = tensor if tensor._base is None else tensor._base
+        if not hasattr(source, "ds_id"):
+            return tensor
+        return source, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        source, *view = packed
+        source.all_gather()
+        whole = source.data
+        source.partition()
+        return whole.as_strided(*view)
+
+    with contextlib.ExitStack() as stack:
+        for module in split:
+            stack.callback(release, module)
+            stack.enter_context(module.register_forward_pre_hook(gather))
+            stack.enter_context(module.register_forward_hook(release))
+        stack.enter_context(saved_tensors_hooks(pack, unpack))
+        yield
+
+
+def prepare_reference(model: nn.Module, accelerator: Any) -> Any:
+    """Makes a model that does not train run as DeepSpeed runs the policy: in its dtype, and split where ZeRO-3 is on.
+
+    Of the policy's configuration all is left out that belongs to training.
+
+    Returns:
+        The engine, to be kept as long as the model runs; the model itself is to be called.
+    """
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    if zero["stage"] != 3:
+        zero["stage"] = 0  # there is nothing else to split
+    return deepspeed.initialize(model=model, config=config)[0]
