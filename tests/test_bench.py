@@ -13,7 +13,6 @@ import torch
 from bench import cards, fidelity, goals, lengths, measure, roofline, steps, tables, variants
 from bench.cases import HEADS, MODES, Case, head_shape, make_inputs
 from bench.results import Run, kernels
-from epsdpo_kernels.engines import torch_engine
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -338,49 +337,6 @@ def test_pictures_are_drawn_from_the_results(tmp_path, monkeypatch):
 
 
 # Programs
-
-
-def test_gpu_program_runs_resumes_and_stops(tmp_path, capfd, monkeypatch):
-    """The GPU's program on a CPU with tiny shapes: what it would do first of all must not be to fail."""
-    from bench import gpu
-
-    gradient = torch_engine.gradient
-
-    def of_swept_tokens(a, tile, tokens, *rest):
-        assert (tokens.swept[1] >= 1).all(), "a sum relative to its own maximum"
-        gradient(a, tile, tokens, *rest)
-
-    monkeypatch.setattr(torch_engine, "gradient", of_swept_tokens)
-
-    base = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--quick"]
-    gpu.main([*base, "--seconds", "0"])
-    assert "time is up" in capfd.readouterr().err
-    gpu.main([*base, "--part", "device", "exact", "stages"])
-    data = json.loads((tmp_path / "gpu.json").read_text())
-    kinds = {r["kind"] for r in data["records"]}
-    assert kinds == {"device", "check", "synthetic", "repeated", "stages"}
-    assert not [r for r in data["records"] if r["outcome"] == "failed"]
-    assert [r for r in data["records"] if r["kind"] == "repeated"][0]["different"] == 0
-    stages = [r for r in data["records"] if r["kind"] == "stages"][0]["stages"]
-    assert set(stages) == {"policy product", "reference product", "sweep", "decide", "gradient", "dX", "dW"}
-    gpu.main([*base, "--part", "device", "exact", "stages"])
-    assert json.loads((tmp_path / "gpu.json").read_text()) == data
-
-
-def test_gpu_program_measures_cases(tmp_path):
-    from bench import gpu
-
-    results = measure.Results(tmp_path / "gpu.json", "cpu")
-    session = gpu.Session("cpu", results, measure.Progress(), 1e9, quick=True, tiny=True)
-    gpu.measure_case(session, Case("tiny", 16, dtype="bfloat16"), ["trl", "cut-cross-entropy"], rounds=2)
-    times = {r["variant"]: r for r in results.data["records"] if r["kind"] == "time"}
-    assert times["ours"]["rounds"] == 2 and times["ours"]["to_limit"]["ratio"] > 1
-    assert results.find(kind="memory", variant="cut-cross-entropy")["outcome"] == "unavailable"
-    pytest.importorskip("transformers")
-    gpu.training(session)
-    trained = [r for r in results.data["records"] if r["kind"] == "training"]
-    assert [r["loss"] for r in trained] == ["ours", "materialised"]
-    assert all(r["outcome"] == "ok" and r["tokens_per_second"] > 0 for r in trained), trained
 
 
 def test_no_case_times_a_variant_twice_a_round():
