@@ -82,23 +82,24 @@ def _products(vocabulary: int, device: str) -> Iterator[tuple[str, Check]]:
     yield f"addmm that adds, V {vocabulary}", partial(accumulated, 2)
 
 
-def _double(inputs: Inputs) -> tuple[Tensor, ...]:
-    return tuple(
-        t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs[:5]
-    )
+def _double(inputs: Inputs) -> Inputs:
+    names = ("hidden", "weight", "ref_hidden", "ref_weight")
+    tensors: list[Tensor] = [getattr(inputs, name) for name in names]
+    wide = (t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
+    return inputs._replace(**dict(zip(names, wide, strict=True)))  # type: ignore[arg-type]
 
 
 def _loss(case: Case, device: str, logit_free: bool) -> dict[str, float]:
     """Decisions float64's, shifts and gradients near them."""
     inputs = make_inputs(case, device)
     double = _double(inputs)
-    truth = epsilon_dpo_reference(*double, softcap=inputs.softcap)  # type: ignore[misc]
+    truth = epsilon_dpo_reference(*double[:5], softcap=inputs.softcap)
     engines.LOGIT_FREE = logit_free
     try:
         got = linear_epsilon_dpo(*inputs[:5], softcap=inputs.softcap, engine="triton")
     finally:
         engines.LOGIT_FREE = None
-    near = torch.minimum(truth.relaxed_shift.abs(), truth.tightened_shift.abs()) < fp32_bound(Inputs(*double, None))
+    near = torch.minimum(truth.relaxed_shift.abs(), truth.tightened_shift.abs()) < fp32_bound(double)
     wrong = (got.step != truth.step) & ~near
     assert not wrong.any(), f"steps {got.step.tolist()}, in float64 {truth.step.tolist()}"
     errors = within(1e-2, shift=error(got.relaxed_shift, truth.relaxed_shift))
