@@ -97,6 +97,49 @@ def test_ids_and_labels_come_from_the_pairs(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["pairs"] == {"train": 3}
 
 
+def test_a_pair_never_gets_the_id_of_another(tmp_path):
+    """A row below 0 is unknown, and so are its id and label; one that the data don't have is refused, not rounded."""
+    pairs = {"row": [5, 0, 2], "pair_id": ["five", "zero", "two"], "topic": ["a", "b", "c"]}
+    loss_fn = EpsilonDPOLoss()
+    record = Record(
+        tmp_path, loss_fn, pairs={"train": pairs, "none": {"row": [], "pair_id": [], "topic": []}}, label="topic"
+    )
+    out, labels = call(loss_fn)
+    record.append(out, labels, step=1, row=[-1, 5, -7])
+    for split, row, named in (
+        ("train", [0, 3, 2], r"row: got \[3\], which pairs\['train'\]"),
+        ("train", torch.tensor([99, 5, 6]), r"row: got \[6, 99\]"),
+        ("none", [1, -1, -1], r"row: got \[1\], which pairs\['none'\]"),
+        ("train", [0.0, 2.6, 5.0], "row: got .*, takes 3 integers"),
+        ("train", [0, None, 5], "row: got .*, takes 3 integers"),
+        ("train", [0, 2], "row: got 2 rows, takes 3"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            record.append(out, labels, step=1, split=split, row=row)
+    record.append(out, labels, step=1, split="none", row=[-1, -1, -1])
+    record.close()
+    table = read(tmp_path / "record")
+    assert table["row"].to_pylist() == [None, 5, None, None, None, None]
+    assert table["pair_id"].to_pylist() == [None, "five", None, None, None, None]
+    assert table["label"].to_pylist() == [None, "a", None, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("pair_id", "named"),
+    [
+        ("abc", "got 'abc', takes 3 strings"),
+        ([1, 2, 3], r"got \[1, 2, 3\], takes 3 strings"),
+        (["a"], "got 1 ids, takes 3"),
+    ],
+)
+def test_ids_are_one_a_pair(tmp_path, pair_id, named):
+    """A string is not a list of ids, each of them the whole of it."""
+    loss_fn = EpsilonDPOLoss()
+    out, labels = call(loss_fn)
+    with pytest.raises(ValueError, match=f"pair_id: {named}"):
+        Record(tmp_path, loss_fn).append(out, labels, step=1, pair_id=pair_id)
+
+
 def test_resumed_with_the_facts_of_its_start(tmp_path):
     loss_fn = EpsilonDPOLoss(0.1, 0.05)
     record = Record(tmp_path, loss_fn, facts={"pairs": {"train": 3}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ class Record:
         self.loss_fn, self.run = loss_fn, Path(run)
         begun = bool(parts(self.run / "record"))
         self._recorder = Recorder(self.run / "record", rank, resume_step=resume_step)
-        self._pairs = {split: _Pairs(data, label) for split, data in (pairs or {}).items() if data is not None}
+        self._pairs = {split: _Pairs(split, data, label) for split, data in (pairs or {}).items() if data is not None}
         told = self._facts(options or {}, facts or {}, begun, resume_step)
         options = told["options"]
         self._decides = options["method"] == "eps-dpo"
@@ -127,7 +128,8 @@ class Record:
             cu_seqlens: (2B+1,) int, bounds of the completions in packed ``labels``.
 
         Raises:
-            ValueError: ``out`` does not follow from ``beta``, which moved in between; or steps fall.
+            ValueError: ``out`` does not follow from ``beta``, which moved in between; steps fall; rows or ids of
+                another number or kind than the pairs, or a row that ``pairs`` do not have.
         """
         split = split or (TRAIN if self.loss_fn.training else "eval")
         scored = labels != IGNORE
@@ -145,7 +147,7 @@ class Record:
         if (split, step) != self._place:
             self._place, self._micro = (split, step), 0
         columns = figures | self._constants | {"split": split, "step": step, "micro": self._micro, "epoch": epoch}
-        columns |= self._identity(split, row, pair_id)
+        columns |= self._identity(split, row, pair_id, len(figures["loss"]))
         self._recorder.append(columns)
         self._micro += 1
         self.trained |= split == TRAIN
@@ -167,22 +169,42 @@ class Record:
                 "loss returned before loss_fn.update_beta()"
             )
 
-    def _identity(self, split: str, row: Any, pair_id: Any) -> dict[str, Any]:
+    def _identity(self, split: str, row: Any, pair_id: Any, pairs: int) -> dict[str, Any]:
         """Row, id and label of a batch's pairs, as far as they are known."""
-        found: dict[str, Any] = {"pair_id": pair_id}
+        found: dict[str, Any] = {}
+        if pair_id is not None:
+            found["pair_id"] = _ids(pair_id, pairs)
         if row is not None:
-            rows = np.array([int(r) for r in row])
-            found["row"] = np.array([r if r >= 0 else None for r in rows.tolist()], object)
+            rows = _rows(row, pairs)
+            found["row"] = np.array([one if one >= 0 else None for one in rows.tolist()], object)
             if pair_id is None and split in self._pairs:
                 found |= self._pairs[split].at(rows)
         return found
 
 
+def _rows(row: Any, pairs: int) -> np.ndarray:
+    try:
+        rows = [operator.index(one) for one in (row.tolist() if hasattr(row, "tolist") else row)]
+    except TypeError:
+        raise ValueError(f"row: got {row!r:.80}, takes {pairs} integers, below 0 where a row is unknown") from None
+    if len(rows) != pairs:
+        raise ValueError(f"row: got {len(rows)} rows, takes {pairs}, one a pair")
+    return np.array(rows, np.int64)
+
+
+def _ids(pair_id: Any, pairs: int) -> np.ndarray:
+    if isinstance(pair_id, str) or not all(one is None or isinstance(one, str) for one in pair_id):
+        raise ValueError(f"pair_id: got {pair_id!r:.80}, takes {pairs} strings, None where an id is unknown")
+    if len(pair_id) != pairs:
+        raise ValueError(f"pair_id: got {len(pair_id)} ids, takes {pairs}, one a pair")
+    return np.array(pair_id, object)
+
+
 class _Pairs:
     """Ids and labels of a split's pairs by their row."""
 
-    def __init__(self, data: Any, label: str | None):
-        rows = np.array(data["row"], np.int64)
+    def __init__(self, split: str, data: Any, label: str | None):
+        self.split, rows = split, np.array(data["row"], np.int64)
         self.order = np.argsort(rows)
         self.rows = rows[self.order]
         self.columns = {"pair_id": pa.array(list(data["pair_id"]), pa.string())}
@@ -194,8 +216,16 @@ class _Pairs:
         return len(self.rows)
 
     def at(self, rows: np.ndarray) -> dict[str, list]:
-        places = self.order[np.searchsorted(self.rows, rows)]
-        return {name: column.take(pa.array(places)).to_pylist() for name, column in self.columns.items()}
+        """The columns at some rows, null where a row is below 0. ValueError: a row that the data don't have."""
+        place = np.searchsorted(self.rows, rows).clip(max=max(len(self) - 1, 0))
+        there = self.rows[place] == rows if len(self) else np.zeros(len(rows), bool)
+        if (rows[~there] >= 0).any():
+            absent = sorted(set(rows[~there & (rows >= 0)].tolist()))
+            raise ValueError(f"row: got {absent}, which pairs[{self.split!r}] do not have; takes theirs, or below 0")
+        places = pa.array(
+            [int(self.order[p]) if known else None for p, known in zip(place, there, strict=True)], pa.int64()
+        )
+        return {name: column.take(places).to_pylist() for name, column in self.columns.items()}
 
 
 def _settings(loss_fn: Any) -> dict[str, Any]:
