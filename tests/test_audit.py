@@ -71,6 +71,22 @@ def test_what_holds_together_is_ok(tmp_path, options):
         assert sum(found.table["vetoed"].to_pylist()) > 3
 
 
+def test_the_last_batch_dropped_is_no_fault(tmp_path):
+    """Two micro-batches a step of 5 pairs, and of 48 pairs the last 3 left out: an epoch ends with a short step."""
+    run = write_run(tmp_path, pairs=48, batch=5, accumulation=2, drop_last=True, eval_pairs=0)
+    steps = read(run / "record")["step"].to_numpy()
+    assert [int((steps == step).sum()) for step in range(1, 11)] == [10, 10, 10, 10, 5] * 2
+    assert audit(run).ok, str(audit(run))
+    # A batch of 5 is what may be left out, once the epoch is over; a step that is short within it is not.
+    keep(run, lambda row: row["step"] != 5)
+    assert {(f.kind, f.epoch, f.step, f.holds, f.follows) for f in audit(run).findings} == {
+        ("gap", None, 5, "–", "5"), ("missing", 0, None, "40", "44"),
+    }  # fmt: skip
+    run = write_run(tmp_path / "short", pairs=48, batch=5, accumulation=2, drop_last=True, eval_pairs=0)
+    keep(run, lambda row: row["step"] != 10 and (row["step"], row["micro"]) != (9, 1))
+    assert [(f.kind, f.step, f.holds, f.follows) for f in audit(run).findings] == [("short", 9, "5", "10")]
+
+
 def test_an_altered_decision_is_named(tmp_path, capsys):
     write_run(tmp_path)
     was = alter(tmp_path, 17, decision=0)

@@ -174,6 +174,26 @@ def test_resumed_with_the_facts_of_its_start(tmp_path):
     assert found.ok and found.limits == [("begins_after", {"step": 4})], str(found)
 
 
+def test_a_loop_that_leaves_pairs_out(tmp_path):
+    """Of 7 pairs, 6 an epoch: where the run never said how many there are, none is missing, and the audit says why."""
+    found = []
+    for name, facts in (("unsaid", {}), ("taken", {"pairs": {"train": 6}}), ("there", {"pairs": {"train": 7}})):
+        loss_fn = EpsilonDPOLoss(0.1, 0.05)
+        record = Record(tmp_path / name, loss_fn, facts=facts)
+        for step in range(1, 7):
+            epoch = (step - 1) // 2
+            row = np.random.default_rng(epoch).permutation(7)[(step - 1) % 2 * 3 :][:3]
+            out, labels = call(loss_fn, seed=step)
+            record.append(out, labels, step=step, row=row, pair_id=[f"{n}" for n in row], epoch=float(epoch))
+            loss_fn.update_beta()
+        record.close()
+        found.append(audit(tmp_path / name))
+    assert [f.ok for f in found] == [True, True, False], "\n".join(map(str, found))
+    assert [f.limits for f in found] == [[("no_pairs", {"split": "train"})], [], []]
+    missing = [("missing", epoch, "6", "7") for epoch in (0, 1)]
+    assert [(f.kind, f.epoch, f.holds, f.follows) for f in found[2].findings] == missing
+
+
 def test_set_aside(tmp_path):
     assert set_aside(tmp_path) is None
     for n in (1, 2):

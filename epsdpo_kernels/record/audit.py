@@ -249,6 +249,8 @@ def _note_unknown(result: Audit, rows: Columns) -> None:
                 result.limits.append((name, {"split": split, "n": f"{n:,}"}))
         if split in _streams(facts):
             result.limits.append(("stream", {"split": split}))
+        elif split not in facts.get("pairs", {}) and (own & (rows["row"] >= 0)).any():
+            result.limits.append(("no_pairs", {"split": split}))
 
 
 def _streams(facts: dict[str, Any]) -> list[str]:
@@ -484,19 +486,18 @@ def _check_epochs(result: Audit, rows: Columns, of: np.ndarray) -> None:
         double = np.zeros(len(rows["row"]), bool)
         double[of] = _again(epoch, rows["row"][of])
         _name_rows(result, rows, "double", "row", double, "–")
-    pairs = _pairs(result, TRAIN, len(np.unique(rows["row"][of])))
+    least = _least_of_an_epoch(result, rows)
     over = np.unique(epoch)[:-1]  # the last one may still go on
     if result.facts.get("begins_after"):
         over = over[1:]
-    if pairs and not arguments.get("dataloader_drop_last"):
-        for one in over:
-            there = len(np.unique(rows["row"][of][epoch == one]))
-            if there < pairs:
-                result.add("missing", "pairs", there, pairs, pairs - there, epoch=int(one))
+    for one in over:
+        there = len(np.unique(rows["row"][of][epoch == one]))
+        if there < least:
+            result.add("missing", "pairs", there, least, least - there, epoch=int(one))
 
 
 def _check_evaluations(result: Audit, rows: Columns, split: str, of: np.ndarray) -> None:
-    pairs = _pairs(result, split, 0)
+    pairs = _pairs(result, split)
     for step in np.unique(rows["step"][of]):
         # After one step there may be several evaluations, each of all pairs.
         row, times = np.unique(rows["row"][of][rows["step"][of] == step], return_counts=True)
@@ -507,12 +508,21 @@ def _check_evaluations(result: Audit, rows: Columns, split: str, of: np.ndarray)
             result.add("missing", f"{split} pairs", len(row), pairs, pairs - len(row), step=int(step))
 
 
-def _pairs(result: Audit, split: str, otherwise: int) -> int:
-    """Pairs of a split, as the run counted them; 0 where it couldn't."""
+def _pairs(result: Audit, split: str) -> int:
+    """Pairs of a split, as the run counted them; 0 where it couldn't, or didn't say."""
     if split in _streams(result.facts):
         return 0
-    pairs = result.facts.get("pairs", {}).get(split, otherwise)
-    return pairs if isinstance(pairs, int) else 0
+    return result.facts.get("pairs", {}).get(split, 0)
+
+
+def _least_of_an_epoch(result: Audit, rows: Columns) -> int:
+    """The fewest pairs of an epoch of training that is over; 0 where nobody knows how many there are."""
+    pairs, arguments = _pairs(result, TRAIN), result.facts.get("training_arguments", {})
+    if not arguments.get("dataloader_drop_last"):
+        return pairs
+    # Less than one batch of every rank was left out.
+    batches = len(np.unique(rows["rank"][rows["train"]])) * arguments.get("per_device_train_batch_size", pairs)
+    return max(pairs - batches + 1, 0)
 
 
 def _again(epoch: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -538,7 +548,7 @@ def _ends_of_epochs(result: Audit, rows: Columns) -> np.ndarray:
     ends = [step[epoch == one].max() for one in np.unique(epoch) if one < last]
     of_last = rows["row"][known][epoch == last]
     # Of a stream, and without rows, nobody knows whether the last one is over.
-    if len(np.unique(of_last[of_last >= 0])) >= _pairs(result, TRAIN, 0):
+    if len(np.unique(of_last[of_last >= 0])) >= _least_of_an_epoch(result, rows):
         ends.append(step.max())
     return np.concatenate([np.array(ends, np.int64), unknown])
 

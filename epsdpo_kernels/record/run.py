@@ -37,9 +37,10 @@ class Record:
         loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, of which β and the settings are read.
         options: of the run, over those of ``loss_fn``. ``dataset`` is where ``epsdpo report --texts`` finds the texts:
             a file or a list of files, or a hub name with ``dataset_split``.
-        facts: other things to keep in run.json; ``pairs`` is the number of pairs by split, against which the audit
-            counts.
-        pairs: data sets by split, with ``row`` and ``pair_id``, in which :meth:`append` looks ids up.
+        facts: other things to keep in run.json; ``pairs`` is the number of pairs by split that an epoch or evaluation
+            takes, against which the audit counts.
+        pairs: data sets by split, with ``row`` and ``pair_id``, in which :meth:`append` looks ids up; their lengths are
+            the numbers of pairs where ``facts`` give none.
         label: a categorical column of theirs to carry along.
         rank: of this process, by default torch.distributed's, or 0.
         resume_step: steps in the checkpoint that the run goes on from; see :class:`Recorder`.
