@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("pyarrow", reason="the extra 'record' is not installed")
+pa = pytest.importorskip("pyarrow", reason="the extra 'record' is not installed")
 
 from epsdpo_kernels import EpsilonDPOLoss  # noqa: E402
 from epsdpo_kernels.pair import losses_and_coefficients  # noqa: E402
 from epsdpo_kernels.record import Record, parts, read, set_aside  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
+from epsdpo_kernels.record.recorder import write_part  # noqa: E402
 
 
 def call(loss_fn, seed=0, pairs=3, tokens=5):
@@ -192,6 +193,32 @@ def test_a_loop_that_leaves_pairs_out(tmp_path):
     assert [f.limits for f in found] == [[("no_pairs", {"split": "train"})], [], []]
     missing = [("missing", epoch, "6", "7") for epoch in (0, 1)]
     assert [(f.kind, f.epoch, f.holds, f.follows) for f in found[2].findings] == missing
+
+
+def test_a_shift_that_is_not_finite(tmp_path):
+    """The log-probs are sound, the check is not: loss and coefficient are NaN, and so they must be."""
+    loss_fn = EpsilonDPOLoss(0.1, 0.5)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 4, 8, generator=g), torch.randn(30, 8, generator=g)
+    hidden[[1, 3]] = hidden[[0, 2]]
+    labels = torch.randint(0, 30, (4, 4), generator=g)
+    far = torch.full((30,), 100.0)
+    out = loss_fn(hidden, weight, labels, hidden, weight, bias=far, ref_bias=torch.zeros(30))
+    assert torch.isfinite(out.chosen_logps).all() and out.tightened_shift.isnan().all()
+    assert out.losses.isnan().all()
+    record = Record(tmp_path, loss_fn)
+    record.append(out, labels, step=1)
+    record.close()
+    rows = read(tmp_path / "record")
+    assert np.isnan(rows["loss"].to_numpy()).all() and np.isnan(rows["coefficient"].to_numpy()).all()
+    assert audit(tmp_path).ok, str(audit(tmp_path))
+    # And a loss that is a number there does not follow.
+    part = parts(tmp_path / "record")[0]
+    at = rows.schema.get_field_index("loss")
+    write_part(rows.set_column(at, rows.schema.field(at), pa.array([0.5, np.nan], pa.float32())), part, "")
+    assert [(f.column, f.place, f.holds, f.follows) for f in audit(tmp_path).findings if f.kind == "value"] == [
+        ("loss", 0, "0.5", "nan")
+    ]
 
 
 def test_set_aside(tmp_path):

@@ -314,7 +314,9 @@ def _check_values(result: Audit, rows: Columns) -> None:
     size = torch.stack(logps).abs().sum(0).numpy()
     _name_rows(result, rows, "value", "margin", _differ(rows["margin"], margin, size), margin.astype(np.float32))
     losses, coefficients = losses_and_coefficients(tuple(logps), torch.from_numpy(beta_used), smoothing)
-    loss, coefficient = (t.detach().numpy() for t in (losses, coefficients))
+    # A shift that is not finite stops a run, however finite the log-probs are.
+    shifts = np.isfinite(rows["relaxed_shift"]) & np.isfinite(rows["tightened_shift"])
+    loss, coefficient = (np.where(shifts, t.numpy(), np.nan) for t in (losses, coefficients))
     # beta-dpo leaves pairs out: β 0 and no loss at all, where the loss at β 0 would be log 2.
     loss = np.where(beta_used == 0, 0, loss)
     logit = 1 + beta_used * size

@@ -246,6 +246,9 @@ def _figures(out: EpsilonDPOOutput, tokens: Tensor, beta: Tensor, label_smoothin
     """The columns that the loss measured, (B,) float64 each, and one transfer for all that a GPU holds of them."""
     logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
     _, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), out.beta.double(), label_smoothing)
+    # As in the loss, a shift that is not finite leaves no gradient.
+    finite = torch.isfinite(out.relaxed_shift) & torch.isfinite(out.tightened_shift)
+    coefficient = torch.where(finite, coefficient, torch.nan)
     columns = {
         "chosen_tokens": tokens[0], "rejected_tokens": tokens[1],
         "chosen_logp": logps[0], "rejected_logp": logps[1], "ref_chosen_logp": logps[2], "ref_rejected_logp": logps[3],
