@@ -247,6 +247,25 @@ def test_refusals(tmp_path):
         record.append(out, labels, step=2, beta=0.1)
 
 
+def test_what_run_json_does_not_take_is_refused_where_it_is_written(tmp_path):
+    """A run learns at its start, not from the audit after its end; and what was on record is still there."""
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record = Record(tmp_path, loss_fn)
+    steps(record, loss_fn, 1, 2)
+    record.close()
+    for options, facts, named in (
+        ({"method": "mine"}, {}, "facts: options.method: got 'mine', takes one of eps-dpo"),
+        ({"veto": ["kl"]}, {}, "facts: options.veto"),
+        ({}, {"pairs": {"train": 2.5}}, "facts: pairs: got .'train': 2.5., takes"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            Record(tmp_path, loss_fn, options=options, facts=facts, resume_step=0)
+    assert len(read(tmp_path / "record")) == 6 and audit(tmp_path).ok
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json: can't be read as JSON"):
+        Record(tmp_path, loss_fn, resume_step=1)
+
+
 def test_appended_after_it_was_closed(tmp_path):
     """An evaluation after training: until it is closed again, the record says that it is open."""
     loss_fn = EpsilonDPOLoss(0.1, 0.05)

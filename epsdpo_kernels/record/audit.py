@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import torch
 from ..pair import BETA_DPO_MOMENTUM, beta_dpo, losses_and_coefficients, lsc_dpo, pair_beta, perturbation_step
 from .recorder import BEFORE, END, SCHEMA, TRAIN, in_order, numbers, parts
 from .run import steps_done
+from .schema import check_columns, read_facts
 from .words import words
 
 # A figure may differ from what follows by 8 roundings of float32, relative to the largest number that went into it.
@@ -124,12 +126,11 @@ def audit(run: Path) -> Audit:
     """Checks the record in ``run``.
 
     Raises:
-        FileNotFoundError: the folder holds no run.json, or no part of a record that can be read.
+        FileNotFoundError: the folder holds no run.json, or no part of a record. ValueError: a run.json, or no part but
+            such, that can't be read or holds what no run writes.
     """
     run = Path(run)
-    if not (run / "run.json").is_file():
-        raise FileNotFoundError(f"run: {run} holds no run.json")
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8", errors="replace"))
+    facts = read_facts(run)
     found = parts(run / "record")
     links, tables, unreadable = [], [], []
     for part in found:
@@ -139,6 +140,7 @@ def audit(run: Path) -> Audit:
             table.validate(full=True)  # text that is no UTF-8, too
             if not table.schema.equals(SCHEMA):
                 raise ValueError("its columns are not the schema's")
+            check_columns(table, numbers(part)[0])
         except (pa.ArrowException, OSError, ValueError) as error:
             unreadable.append((part.name, " ".join(str(error).split())[:200]))
             links.append(Link(part, hashlib.sha256(data).hexdigest(), None))
@@ -148,8 +150,11 @@ def audit(run: Path) -> Audit:
         names = pa.array([part.name]).dictionary_encode().take(pa.array(np.zeros(len(table), np.int32)))
         table = table.cast(SCHEMA)
         tables.append(table.append_column("part", names).append_column("place", pa.array(np.arange(len(table)))))
+    if not found:
+        raise FileNotFoundError(f"run: {run / 'record'} holds no part of a record")
     if not tables:
-        raise FileNotFoundError(f"run: {run / 'record'} holds no part of a record that can be read")
+        name, problem = unreadable[0]
+        raise ValueError(f"{run / 'record' / name}: {problem}; no part of the record can be read")
     result = Audit(run, facts, in_order(pa.concat_tables(tables).unify_dictionaries()), len(found))
     for name, problem in unreadable:
         result.add("unreadable", "part", problem, "a part of a record", part=name)
@@ -211,7 +216,7 @@ def _check_end(result: Audit, end: Path | None, expected: Path, own: list[Link])
     if end is not None:
         try:
             told = json.loads(end.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
     well_formed = isinstance(told, dict) and all(isinstance(told.get(name), str) for name in ("part", "sha256"))
     digests = [link.digest for link in own]
@@ -428,8 +433,10 @@ def _check_steps(result: Audit, rows: Columns) -> None:
     step, rank = rows["step"][train], rows["rank"][train]
     steps, count = np.unique(step, return_counts=True)
     first, last = int(result.facts.get("begins_after", 0)) + 1, int(steps.max(initial=0))
-    for begin, end in _ranges(np.setdiff1d(np.arange(first, last + 1), steps)):
-        result.add("gap", "step", "–", _range(begin, end), step=begin)
+    there = np.concatenate([[first - 1], steps[steps >= first]]).tolist()
+    for one, other in itertools.pairwise(there):
+        if other > one + 1:
+            result.add("gap", "step", "–", _range(one + 1, other - 1), step=one + 1)
     done = steps_done(result.run, result.facts.get("states_of_others", ()))
     if done > last:
         result.add("end", "step", last, done)

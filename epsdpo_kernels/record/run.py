@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import __version__
 from ..pair import losses_and_coefficients
 from .recorder import TRAIN, Recorder, parts, write_file
+from .schema import check_facts, read_facts
 
 if TYPE_CHECKING:
     from ..linear import EpsilonDPOOutput
@@ -47,6 +48,7 @@ class Record:
 
     Raises:
         FileExistsError: the run has a record and ``resume_step`` was not given.
+        ValueError: options or facts that run.json doesn't take, or a run.json there is that can't be read.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class Record:
             rank = torch.distributed.get_rank() if distributed else 0
         self.loss_fn, self.run = loss_fn, Path(run)
         begun = bool(parts(self.run / "record"))
-        self._recorder = Recorder(self.run / "record", rank, resume_step=resume_step)
         self._pairs = {split: _Pairs(split, data, label) for split, data in (pairs or {}).items() if data is not None}
-        told = self._facts(options or {}, facts or {}, begun, resume_step)
-        options = told["options"]
+        told = json.dumps(self._facts(options or {}, facts or {}, begun, resume_step), indent=1, default=str)
+        check_facts(json.loads(told), "facts")
+        self._recorder = Recorder(self.run / "record", rank, resume_step=resume_step)
+        options = json.loads(told)["options"]
         self._decides = options["method"] == "eps-dpo"
         self._constants = {
             "method": options["method"],
@@ -79,7 +82,7 @@ class Record:
         self._place, self._micro = ("", 0), 0
         self.trained = False  # whether a row of training was appended
         if rank == 0:
-            write_file(self.run / "run.json", json.dumps(told, indent=1, default=str).encode())
+            write_file(self.run / "run.json", told.encode())
 
     def _facts(self, options: Mapping, facts: Mapping, begun: bool, resume_step: int | None) -> dict[str, Any]:
         told: dict[str, Any] = {"version": __version__, "torch": torch.__version__} | dict(facts)
@@ -92,7 +95,7 @@ class Record:
                 told["states_of_others"] = states
             return told
         if begun and (self.run / "run.json").is_file():
-            old = json.loads((self.run / "run.json").read_text(encoding="utf-8"))
+            old = read_facts(self.run)
             told |= {name: old[name] for name in ("states_of_others", "begins_after") if name in old}
             if "beta" not in options:  # the one at the start; the loss may hold the checkpoint's by now
                 told["options"]["beta"] = old["options"]["beta"]
@@ -293,6 +296,6 @@ def steps_done(run: Path, states_of_others: Sequence[str] = ()) -> int:
             continue
         try:
             done = max(done, int(json.loads(state.read_text(encoding="utf-8"))["global_step"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return done
