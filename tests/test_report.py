@@ -17,7 +17,7 @@ from epsdpo_kernels.record import figures  # noqa: E402
 from epsdpo_kernels.record import report as report_module  # noqa: E402
 from epsdpo_kernels.record.audit import audit, columns  # noqa: E402
 from epsdpo_kernels.record.report import embed, report, visible  # noqa: E402
-from epsdpo_kernels.record.words import WORDS  # noqa: E402
+from epsdpo_kernels.record.words import WORDS, words  # noqa: E402
 from records import write_run  # noqa: E402
 from test_audit import alter  # noqa: E402
 
@@ -299,6 +299,21 @@ def test_a_name_is_no_place_to_fill_in(tmp_path, name):
     assert f"<title>Decision record: {name}</title>" in text and data_of(page)["runs"][0]["name"] == name
     style, script = ((ROOT / "epsdpo_kernels" / "record" / f"page.{one}").read_text("utf-8") for one in ("css", "js"))
     assert f"<style>{style}</style>" in text and f"<script>{script}</script>" in text
+
+
+def test_every_name_is_in_the_legend(tmp_path):
+    """Also one that begins with an underscore, which matplotlib leaves out; a dollar sign is no mathematics."""
+    from matplotlib import pyplot
+
+    from epsdpo_kernels.record import plots
+
+    names = ["_a", "$x^2$"]
+    runs = [write_run(tmp_path / name, pairs=4, epochs=1, eval_sets=("_e", "eval_b")) for name in names]
+    shown = [report_module.describe(audit(run), run.name, "en", 100, False) for run in runs]
+    figure = plots._curves(shown, words("page", "en"))
+    texts = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
+    pyplot.close(figure)
+    assert texts == ["_a", "_e", "eval_b", r"\$x^2\$", "_e", "eval_b"]
 
 
 def test_histogram_in_tensorboard(tiny, tmp_path):

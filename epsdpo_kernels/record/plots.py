@@ -57,9 +57,13 @@ def draw(runs: list[dict[str, Any]], language: str, out: Path) -> list[Path]:
     return written
 
 
+def _plain(text: str) -> str:
+    """A name from outside: a dollar sign would begin mathematics, an underscore at its start hide it in a legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def _title(axes, text: str) -> None:
-    # A name from outside: a dollar sign would begin mathematics.
-    axes.set_title(text.replace("$", r"\$"), loc="left", fontsize=11)
+    axes.set_title(_plain(text), loc="left", fontsize=11)
 
 
 def _margin(run, say):
@@ -108,11 +112,9 @@ def _curves(runs, say):
     for axes, name in zip(grid.flat, CURVES, strict=True):
         for i, run in enumerate(runs):
             colour, line = RUNS[i % len(RUNS)], LINES[i % len(LINES)]
-            axes.plot(
-                run["series"]["step"], run["series"][name], line, color=colour, label=run["name"].replace("$", r"\$")
-            )
+            axes.plot(run["series"]["step"], run["series"][name], line, color=colour, label=_plain(run["name"]))
             for shape, held_out in zip(itertools.cycle(SHAPES), run["evaluation"]):
-                label = held_out["name"].replace("$", r"\$") if len(run["evaluation"]) > 1 else None
+                label = _plain(held_out["name"]) if len(run["evaluation"]) > 1 else None
                 axes.plot(held_out["step"], held_out[name], shape, color=colour, markeredgecolor="white", label=label)
         axes.set(xlabel=say["optimizer_step"])
         _title(axes, say[name])
