@@ -118,6 +118,20 @@ def test_a_record_is_not_overwritten(tmp_path):
     assert read(tmp_path)["step"].to_pylist() == [7, 7]
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_two_recorders_of_one_rank_do_not_overwrite_each_other(tmp_path, first):
+    """Both were opened before there was a part to see: the second to write is refused, and the first's rows stay."""
+    one, other = Recorder(tmp_path), Recorder(tmp_path)
+    one.append(batch(1))
+    one.close()
+    other.append(batch(first))
+    with pytest.raises(FileExistsError, match="rank 0 from another recorder"):
+        other.close()
+    one.append(batch(3))
+    one.close()
+    assert read(tmp_path)["row"].to_pylist() == [100, 101, 300, 301]
+
+
 @pytest.mark.parametrize("resume_step", [0, 3, 4, 6])
 def test_resume_has_no_gap_and_no_double(tmp_path, resume_step):
     first = Recorder(tmp_path, rows_per_part=4)

@@ -149,9 +149,18 @@ class Recorder:
         self._count += lengths.pop()
 
     def flush(self) -> None:
-        """Writes what was appended since the last part as a part. When it returns the rows are on disk."""
+        """Writes what was appended since the last part as a part. When it returns the rows are on disk.
+
+        Raises:
+            FileExistsError: the last part of this rank is another than this recorder wrote: there are two of them.
+        """
         if not self._count:
             return
+        own = [part for part in parts(self.folder) if numbers(part)[0] == self.rank]
+        if (own[-1] if own else None) != self._last:
+            raise FileExistsError(
+                f"folder: {self.folder} got parts of rank {self.rank} from another recorder, takes one"
+            )
         lengths = [max(array.size for array in arrays.values()) for arrays in self._rows]
         table = {}
         for field in SCHEMA:
