@@ -123,13 +123,15 @@ def load_pairs(
 
     source: a local file (.jsonl, .json, either with .gz, .parquet) or a data set's name on the hub. Rows have `chosen`
         and `rejected`, and each is read as what it is:
-        - strings, with a string `prompt`: used as they are;
+        - strings, with a string `prompt`: used as they are, but for a prompt that both repeat at their beginning;
         - messages, with all fields that the tokenizer's chat template reads: `prompt`, `chosen` and `rejected` are each
-          messages or a string. A completion is all that follows the prompt. Without `prompt`, or where it is a string
-          that is in them, the last two are whole conversations, which share the prompt and go on with the assistant.
+          messages or a string. A completion is all that follows the prompt, which it may repeat: where both hold the
+          prompt, what is before it belongs to it. Without `prompt`, or where it is a string that is in their texts,
+          the last two are whole conversations, which share the prompt and go on with the assistant.
           `tools` and `chat_template_kwargs`, as such or in JSON, go to the template;
-        - transcripts, "\\n\\nHuman: …\\n\\nAssistant: …", whose prompt ends with the last "\\n\\nAssistant:". The turns
-          go through the chat template where the tokenizer has one, else the text is used as it is;
+        - transcripts, "\\n\\nHuman: …\\n\\nAssistant: …", whose prompt ends with the last "\\n\\nAssistant:" and holds
+          `prompt`, if there is one. The turns go through the chat template where the tokenizer has one, else the text
+          is used as it is;
         - strings that begin alike, without `prompt`: it is their longest common prefix, cut to end before its last
           whitespace. What the completions still share cancels in the margin.
     split: of a hub data set; a file has none.
