@@ -1,10 +1,13 @@
 """From text to tokens: the border of prompt and completion, its beginning and end, control tokens, truncation."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
-from pair_data import (
+pytest.importorskip("datasets", reason="the trainer's extra is not installed")
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from pair_data import (  # noqa: E402
     CHAT,
     PLAIN,
     TEMPLATE,
@@ -18,8 +21,8 @@ from pair_data import (
     user,
     write,
 )
-from train.data import load_pairs
-from train.options import parse
+from train.data import load_pairs  # noqa: E402
+from train.options import parse  # noqa: E402
 
 THOUGHT = TEMPLATE.replace("<|start|>assistant\n'", "<|start|>assistant\n<think>\n'")
 
