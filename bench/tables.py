@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import fidelity, roofline, variants
+from . import cards, fidelity, roofline, variants
 from . import steps as whole
 from .cases import MODES, Case
 from .goals import goal_rows, whole_step_rows
@@ -26,7 +26,9 @@ from .results import Record, Run, kernels, mib, runs, spread
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 MEASURED, ROOFLINE, KERNELS = DOCS / "measured.md", DOCS / "roofline.md", DOCS / "kernels.md"
+PARALLEL = DOCS / "parallel.md"
 IMAGES = DOCS / "img"
+GPU = "python -m bench.gpu --out bench/results"
 # How far a ratio may lie from what the roofline predicts, as a share of it.
 MARGIN = 0.15
 STEP_NAMES = {"trl": "TRL, plain DPO", "padded": "ours, padded", "packed": "**ours, packed**"}
@@ -90,7 +92,7 @@ def seconds(value: float) -> str:
 
 
 def goals(run: Run) -> str:
-    return table(["goal on this CPU", "measured", ""], goal_rows(run))
+    return table([f"goal on this {'CPU' if run.is_cpu else 'GPU'}", "measured", ""], goal_rows(run))
 
 
 def fidelity_table(run: Run) -> str:
@@ -142,15 +144,19 @@ def scaling(run: Run) -> str:
 
 
 def lengths(run: Run) -> str:
-    """Memory and time of one call by tokens a completion, a row a variant."""
+    """Memory and time of one call by tokens a completion: a table a head, a row a variant."""
     measured = run.all(kind="length")
-    sizes = sorted({r["rows"] for r in measured})
-    rows = []
-    for variant in dict.fromkeys(r["variant"] for r in measured):
-        found = {r["rows"]: r for r in measured if r["variant"] == variant}
-        cells = [length_cell(found[size]) if size in found else "" for size in sizes]
-        rows.append([f"**{variant}**" if variant == "ours" else variant, *cells])
-    return table([f"{measured[0]['head']}, one pair, memory and time", *(f"2 × {size}" for size in sizes)], rows)
+    found = []
+    for head in dict.fromkeys(r["head"] for r in measured):
+        of_head = [r for r in measured if r["head"] == head]
+        sizes = sorted({r["rows"] for r in of_head})
+        rows = []
+        for variant in dict.fromkeys(r["variant"] for r in of_head):
+            cells = {r["rows"]: length_cell(r) for r in of_head if r["variant"] == variant}
+            name = f"**{variant}**" if variant == "ours" else variant
+            rows.append([name, *(cells.get(size, "") for size in sizes)])
+        found.append(table([f"{head}, one pair, memory and time", *(f"2 × {size}" for size in sizes)], rows))
+    return "\n\n".join(found)
 
 
 def length_cell(record: Record) -> str:
@@ -164,14 +170,15 @@ def length_cell(record: Record) -> str:
 def steps(run: Run) -> str:
     """The whole optimizer step, a row a case and variant, then the goals, then the longest length."""
     rows = []
-    for case in dict.fromkeys(r["case"] for r in run.all(kind="step")):
-        measured = run.all(kind="step", case=case)
-        pairs, _ = whole.CASES[case]
+    for model, case in dict.fromkeys((r.get("model"), r["case"]) for r in run.all(kind="step") if "seconds" in r):
+        measured = [r for r in run.all(kind="step", model=model, case=case) if "seconds" in r]
+        pairs = measured[0].get("pairs") or whole.CASES[case][0]
         for variant in whole.VARIANTS:
-            memory = run.one(kind="step memory", case=case, variant=variant) or {}
+            memory = run.one(kind="step memory", model=model, case=case, variant=variant) or {}
             tokens = sum(r["tokens"]["packed" if variant == "packed" else "padded"] for r in measured)
             rows.append([
-                f"{case}, {pairs} pairs", STEP_NAMES[variant], f"{tokens / len(measured):,.0f}",
+                f"{model + ', ' if model else ''}{case}, {pairs} pairs", STEP_NAMES[variant],
+                f"{tokens / len(measured):,.0f}",
                 seconds(statistics.median(r["seconds"][variant] for r in measured)),
                 spread(whole.faster(measured, variant)), mib(memory["bytes"]) if "bytes" in memory else "",
                 mib(memory["process"]) if "process" in memory else "",
@@ -240,8 +247,11 @@ def measured_tables() -> dict[str, str]:
                 *(t for run in cpu for t in (gradient_table(run), beta_table(run)) if t),
             )
         ),
-        "gpu": joined(speed, gpu, "python -m bench.gpu --out bench/results/{}", "time"),
-        "gpu-training": joined(training, gpu, "python -m bench.gpu --out bench/results/{}", "training"),
+        "gpu-goals": joined(goals, gpu, GPU, "time"),
+        "gpu": joined(speed, gpu, GPU, "time"),
+        "gpu-lengths": joined(lengths, gpu, GPU, "length"),
+        "gpu-steps": joined(steps, gpu, GPU, "step"),
+        "gpu-training": joined(training, gpu, GPU, "training"),
     }  # fmt: skip
     return found
 
@@ -535,6 +545,7 @@ def main(arguments: list[str] | None = None) -> None:
         (MEASURED, measured_tables()),
         (ROOFLINE, roofline_tables()),
         (KERNELS, {"kernels": kernel_table()}),
+        (PARALLEL, {"cards-longest": table(*cards.longest_rows()), "cards-parts": table(*cards.parts())}),
     ):
         text, wrong = stale(path.read_text(encoding="utf-8"), tables, path.name)
         problems += wrong

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epsdpo_kernels import call as bound_call
-from epsdpo_kernels import engines, epsilon_dpo_reference, linear_epsilon_dpo
+from epsdpo_kernels import engines, epsilon_dpo_reference, linear_epsilon_dpo, plan
 from epsdpo_kernels.head import Gradients, Head
 from epsdpo_kernels.pair import pair_beta, perturbation_step, preference_losses
 
@@ -39,15 +39,21 @@ def ours(inputs: Inputs, epsilon: float = EPSILON, **options) -> Tensor:
     return out.loss
 
 
-def ours_logit_free(inputs: Inputs) -> Tensor:
-    """The Triton engine's other forward route: head and sweep in one kernel, also when training."""
+def ours_with(module: Any, name: str, value: Any, inputs: Inputs, **options) -> Tensor:
+    """``ours`` with a number of a module of the package's set to another."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        return ours(inputs, **options)
+    finally:
+        setattr(module, name, before)
+
+
+def ours_by_route(logit_free: bool, inputs: Inputs) -> Tensor:
+    """One of the Triton engine's two forward routes: head and sweep in one kernel, or library products and a sweep."""
     if not inputs.hidden.is_cuda:
         raise Unavailable("needs a GPU")
-    engines.LOGIT_FREE = True
-    try:
-        return ours(inputs)
-    finally:
-        engines.LOGIT_FREE = None
+    return ours_with(engines, "LOGIT_FREE", logit_free, inputs)
 
 
 def bound(inputs: Inputs, engine: str = "auto", max_tile_bytes: int | None = None) -> tuple[Any, Any, Any]:
@@ -302,7 +308,7 @@ def torch_cross_entropy(inputs: Inputs) -> Tensor:
 # In the order of the tables. ε-DPO first, then plain DPO.
 EPSILON_DPO: dict[str, Call] = {
     "ours": ours,
-    "ours logit-free": ours_logit_free,
+    "ours logit-free": functools.partial(ours_by_route, True),
     "materialised": materialised,
     "materialised compiled": materialised_compiled,
     "authors": authors,
@@ -319,7 +325,18 @@ PLAIN_DPO: dict[str, Call] = {
 # For memory against tokens and vocabulary: a budget that every size of these uses up.
 SMALL_TILES = "ours in 16 MiB tiles"
 VARIANTS = EPSILON_DPO | PLAIN_DPO
-CALLS = VARIANTS | {SMALL_TILES: functools.partial(ours, max_tile_bytes=16 << 20)}
+# Both routes and the plan's numbers, one against the other on one machine.
+ROUTES: dict[str, Call] = {
+    "ours logit-free": VARIANTS["ours logit-free"],
+    "ours by products": functools.partial(ours_by_route, False),
+}
+BUDGETS: dict[str, Call] = {
+    f"ours in {gib} GiB": functools.partial(ours, max_tile_bytes=int(gib * 2**30)) for gib in (0.5, 1, 2, 4)
+}
+WAITING: dict[str, Call] = {
+    f"ours, {n} tiles to a product": functools.partial(ours_with, plan, "WAITING", n) for n in (1, 2, 8)
+}
+CALLS = VARIANTS | ROUTES | BUDGETS | WAITING | {SMALL_TILES: functools.partial(ours, max_tile_bytes=16 << 20)}
 LIMIT = "limit"
 COMPILED = ("materialised compiled", "liger compiled")
 

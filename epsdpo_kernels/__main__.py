@@ -11,17 +11,16 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     try:
         from .record import audit, report
+
+        for command in (audit, report):
+            command.add_command(commands)
+        given = parser.parse_args(arguments)
+        return given.run_command(given)
     except ModuleNotFoundError as problem:
         print(f"error: {problem}; pip install 'epsdpo_kernels[record]'", file=sys.stderr)
-        return 2
-    for command in (audit, report):
-        command.add_command(commands)
-    given = parser.parse_args(arguments)
-    try:
-        return given.run_command(given)
-    except (FileNotFoundError, ValueError) as problem:
+    except (OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
-        return 2
+    return 2
 
 
 if __name__ == "__main__":

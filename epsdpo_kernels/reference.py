@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .call import heads
+from .call import bind_inputs, bind_settings, heads
 from .head import Head
 from .linear import EpsilonDPOOutput, output
 from .pair import pair_beta, perturbation_step, preference_losses, withhold_relaxation
@@ -37,13 +37,21 @@ def epsilon_dpo_reference(
     """Signature (padded form) and result of :func:`linear_epsilon_dpo`, in the inputs' dtype throughout.
 
     Give it float64 for the truth, bf16 for what a bf16 model's own logits would decide.
+
+    Raises:
+        TypeError, ValueError: what that function refuses.
     """
-    checks.check_scalars(beta, epsilon, label_smoothing)
-    checks.check_veto(max_entropy, max_kl)
-    checks.check_tokens(hidden, labels, ref_hidden, None)
+    settings = bind_settings(beta, epsilon, label_smoothing, max_entropy, max_kl, hidden)
     policy, reference = heads(
         (weight, bias), (ref_weight, ref_bias), (logit_scale, ref_logit_scale), (softcap, ref_softcap)
     )
+    bound = bind_inputs(hidden, policy, ref_hidden, reference, labels, None)
+    vocabulary = labels.new_tensor([len(weight)])
+    lengths, _ = checks.scored_lengths(bound.labels, bound.cu_seqlens, vocabulary, settings.beta)
+    if not lengths:
+        nothing = [t[:0].sum(dtype=bound.dtype) for t in (hidden, weight, bias) if t is not None]
+        zeros = torch.zeros(bound.pairs, dtype=bound.dtype, device=hidden.device)
+        return output(torch.stack(nothing).sum(), PairResults(*[zeros] * len(PairResults._fields)))
     a, b = _logits(hidden, policy), _logits(ref_hidden, reference).detach()
 
     scored = labels != -100
@@ -71,8 +79,7 @@ def epsilon_dpo_reference(
         check = perturbation_step(*shifts)
         step = withhold_relaxation(check, entropy.chunk(2)[0], kl.view(2, -1).sum(0), max_entropy, max_kl)
 
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    beta_i = pair_beta(step, torch.as_tensor(beta, dtype=dtype, device=hidden.device), epsilon)
+    beta_i = pair_beta(step, settings.beta, epsilon)
     (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps.chunk(2)
     losses = preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta_i, label_smoothing)
     losses = torch.where(torch.isfinite(shifts[0]) & torch.isfinite(shifts[1]), losses, torch.nan)
@@ -82,7 +89,7 @@ def epsilon_dpo_reference(
         losses, step, beta_i, chosen, rejected, ref_chosen, ref_rejected, chosen_kl, rejected_kl, chosen_entropy,
         rejected_entropy, chosen_token_accuracy, rejected_token_accuracy, shifts[0], shifts[1], step != check,
     )  # fmt: skip
-    return output(losses.mean(), PairResults(*(row.detach().to(dtype) for row in results)))
+    return output(losses.mean(), PairResults(*(row.detach().to(bound.dtype) for row in results)))
 
 
 def _logits(x: Tensor, head: Head) -> Tensor:

@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 
 import gloo
 from epsdpo_kernels import EpsilonDPOLoss
-from epsdpo_kernels.integrations.transformers import frozen_reference, run_loss_in_forward
+from epsdpo_kernels.integrations.transformers import causal_lm, frozen_reference, run_loss_in_forward
 from fsdp_on_cpu import shard_on_cpu
+from tensor_on_cpu import split_on_cpu
 from train.__main__ import build, leave_process_group, main
 from train.options import parse
 from train.trainer import NotFiniteError, PairTrainer
@@ -27,6 +28,14 @@ def ddp(folder: Path) -> None:
     """The trainer, with the flags that the folder holds."""
     trainer = main(json.loads((folder / "flags.json").read_text()))
     assert trainer.args.world_size == torch.distributed.get_world_size()
+
+
+def tensor(folder: Path) -> None:
+    """The same, its model's layers and vocabulary split by transformers."""
+    split_on_cpu()
+    trainer = main(json.loads((folder / "flags.json").read_text()))
+    head = trainer.model.get_output_embeddings().weight
+    assert isinstance(head, DTensor) and len(head.to_local()) < len(head)
 
 
 def fsdp(folder: Path) -> None:
@@ -43,8 +52,9 @@ def zero(folder: Path) -> None:
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
     for model in trainer._models:
         assert {hasattr(p, "ds_id") for p in model.parameters()} == {stage == 3}
-        # Nothing is gathered behind DeepSpeed's back, to stay so to the end of backward.
-        assert not any(getattr(module, "_external_params", None) for module in model.modules())
+        # The head is not gathered by DeepSpeed's getter, which would keep it to the end of backward.
+        kept = {key for module in model.modules() for key in getattr(module, "_external_params", ())}
+        assert not kept & {id(p) for p in causal_lm(model).get_output_embeddings().parameters()}
 
 
 class BreakingAfter(TrainerCallback):
@@ -132,7 +142,9 @@ def count_gathers() -> list[tuple[int, ...]]:
 
 
 if __name__ == "__main__":
-    cases = {"ddp": ddp, "fsdp": fsdp, "zero": zero, "broken": broken, "gradients": gradients}
+    cases = {
+        "ddp": ddp, "fsdp": fsdp, "tensor": tensor, "zero": zero, "broken": broken, "gradients": gradients,
+    }  # fmt: skip
     cases[sys.argv[1]](Path(sys.argv[2]))
     if sys.argv[1] == "ddp":
         gloo.leave(leave_process_group)

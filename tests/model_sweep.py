@@ -117,7 +117,7 @@ def pairs() -> dict[str, Tensor]:
 def logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     """Log-probs of the chosen and of the rejected completions from a model's own logits, and its router loss."""
     labels = batch["pair_labels"]
-    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    out = model(**{name: t for name, t in batch.items() if name != "pair_labels"}, use_cache=False)
     picked = out.logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
     balance = getattr(out, "aux_loss", None)
     if balance is not None:
@@ -125,18 +125,20 @@ def logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], Ten
     return list(picked.masked_fill(labels == -100, 0).sum(1).chunk(2)), torch.as_tensor(balance or 0.0)
 
 
-def measure(model: nn.Module) -> Outcome:
-    reference = copy.deepcopy(model)
+def measure(model: nn.Module, batch: dict[str, Tensor] | None = None) -> Outcome:
+    """What becomes of a model on pairs, by default those above; with others the models are measured as well."""
+    given = batch and {name: t for name, t in batch.items() if name != "pair_labels"}
+    batch, reference = batch or pairs(), copy.deepcopy(model)
     with torch.no_grad():
         for p in reference.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     try:
-        check_head(model)
-        check_reference(model, reference)
-        turn_off_dropout(model)
+        check_head(model, batch=given)
+        check_reference(model, reference, batch=given)
+        turn_off_dropout(model, batch=given)
     except (ValueError, TypeError) as error:
         return Outcome("refused", str(error))
-    batch, weights = pairs(), [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in model.parameters() if p.requires_grad]
     model.train()
     own, balance = logps(model, batch)
     with torch.no_grad():

@@ -35,10 +35,11 @@ def rechain(run: Path) -> None:
 def write_run(
     run: Path, pairs: int = 40, epochs: int = 2, batch: int = 4, ranks: int = 1, seed: int = 0, eval_pairs: int = 6,
     labels: list[str] | None = None, ids: list[str] | None = None, rows_per_part: int = 16384,
-    eval_sets: tuple[str, ...] = ("eval",), **options,
+    eval_sets: tuple[str, ...] = ("eval",), accumulation: int = 1, drop_last: bool = False, **options,
 ) -> Path:  # fmt: skip
     """Writes run.json and record/ of a run that never was, with figures that fit each other; the run's folder.
 
+    A step has ``accumulation`` micro-batches; ``drop_last`` leaves out the pairs that do not fill every rank's batch.
     ``options`` replace those of ``OPTIONS``; ``veto`` withholds relaxations as the audit expects it.
     """
     options = OPTIONS | options
@@ -49,13 +50,16 @@ def write_run(
     run.mkdir(parents=True, exist_ok=True)
     facts = {
         "version": "0", "options": options, "pairs": {"train": pairs} | dict.fromkeys(eval_sets, eval_pairs),
-        "training_arguments": {"per_device_train_batch_size": batch, "seed": seed, "num_train_epochs": epochs},
+        "training_arguments": {"per_device_train_batch_size": batch, "seed": seed, "num_train_epochs": epochs,
+                               "dataloader_drop_last": drop_last},
     }  # fmt: skip
     (run / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     recorders = [Recorder(run / "record", rank, rows_per_part) for rank in range(ranks)]
     rng = np.random.default_rng(seed)
     ids = ids or [f"{n:016x}" for n in range(pairs + eval_pairs)]
-    steps = epochs * -(-pairs // (batch * ranks))
+    whole = pairs - pairs % (batch * ranks) if drop_last else pairs
+    starts = range(0, whole, batch * ranks)
+    steps = epochs * -(-len(starts) // accumulation)
     leaning = rng.normal(0, 1, pairs + eval_pairs)
     tokens = rng.integers(8, 120, (2, pairs + eval_pairs))
     ref = -tokens * rng.uniform(1.5, 3, (2, pairs + eval_pairs))
@@ -97,14 +101,15 @@ def write_run(
     step, held_out = 0, np.arange(pairs, pairs + eval_pairs)
     for epoch in range(epochs):
         order = rng.permutation(pairs)
-        starts = range(0, pairs, batch * ranks)
         for k, start in enumerate(starts):
-            step += 1
+            micro = k % accumulation
+            step += micro == 0
             for rank in range(ranks):
                 row = order[start + rank * batch : start + (rank + 1) * batch]
                 if len(row):
-                    append(rank, "train", step, 0, epoch + k / len(starts), row)
-            loss_fn.update_beta()
+                    append(rank, "train", step, micro, epoch + (k - micro) / len(starts), row)
+            if micro == accumulation - 1 or k == len(starts) - 1:
+                loss_fn.update_beta()
         if eval_pairs:
             for name in eval_sets:
                 append(0, name, step, 0, epoch + 1.0, held_out)

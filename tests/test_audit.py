@@ -71,6 +71,22 @@ def test_what_holds_together_is_ok(tmp_path, options):
         assert sum(found.table["vetoed"].to_pylist()) > 3
 
 
+def test_the_last_batch_dropped_is_no_fault(tmp_path):
+    """Two micro-batches a step of 5 pairs, and of 48 pairs the last 3 left out: an epoch ends with a short step."""
+    run = write_run(tmp_path, pairs=48, batch=5, accumulation=2, drop_last=True, eval_pairs=0)
+    steps = read(run / "record")["step"].to_numpy()
+    assert [int((steps == step).sum()) for step in range(1, 11)] == [10, 10, 10, 10, 5] * 2
+    assert audit(run).ok, str(audit(run))
+    # A batch of 5 is what may be left out, once the epoch is over; a step that is short within it is not.
+    keep(run, lambda row: row["step"] != 5)
+    assert {(f.kind, f.epoch, f.step, f.holds, f.follows) for f in audit(run).findings} == {
+        ("gap", None, 5, "–", "5"), ("missing", 0, None, "40", "44"),
+    }  # fmt: skip
+    run = write_run(tmp_path / "short", pairs=48, batch=5, accumulation=2, drop_last=True, eval_pairs=0)
+    keep(run, lambda row: row["step"] != 10 and (row["step"], row["micro"]) != (9, 1))
+    assert [(f.kind, f.step, f.holds, f.follows) for f in audit(run).findings] == [("short", 9, "5", "10")]
+
+
 def test_an_altered_decision_is_named(tmp_path, capsys):
     write_run(tmp_path)
     was = alter(tmp_path, 17, decision=0)
@@ -214,8 +230,117 @@ def test_a_part_that_cannot_be_read_is_named(tmp_path):
         audit(tmp_path)
     for part in parts(run / "record"):
         part.write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="can be read"):
+    with pytest.raises(ValueError, match="part-000-00000001-0000.parquet: .*no part of the record can be read"):
         audit(run)
+
+
+OPTION, FACT = "options.", ""
+NOTHING = object()
+
+
+def refused(run: Path, capsys, *named: str) -> None:
+    """Audit and report say in one line what is wrong, and write nothing."""
+    for command in ("audit", "report"):
+        assert main([command, str(run)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and all(name in line for name in named), line
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "taken"),
+    [
+        *[(OPTION + name, NOTHING, "got nothing, takes") for name in
+          ("method", "beta", "epsilon", "beta_update", "label_smoothing")],
+        *[(OPTION + "beta", value, "takes a positive finite number") for value in
+          (None, float("nan"), float("inf"), 0, -0.1, "0.1", True, 10**400)],
+        (OPTION + "epsilon", "0.05", "got '0.05', takes a number in [0, 1)"),
+        (OPTION + "method", "x", "takes one of eps-dpo, dpo, tr-dpo, beta-dpo, lsc-dpo"),
+        (OPTION + "method", ["eps-dpo"], "takes one of eps-dpo"),
+        (OPTION + "beta_update", "mean", "takes one of mean-step, mean-beta, none"),
+        (OPTION + "label_smoothing", 0.5, "takes a number in [0, 0.5)"),
+        (OPTION + "veto", ["kl=abc"], "got ['kl=abc'], takes a list of entropy=NATS and kl=NATS"),
+        (OPTION + "veto", "kl=1", "takes a list of entropy=NATS and kl=NATS"),
+        (OPTION + "dataset", 5, "got 5, takes a file or hub name, or a list of files"),
+        (OPTION + "dataset", "\x1b[2J" * 99, None),
+        (FACT + "options", NOTHING, "got nothing, takes an object"),
+        (FACT + "options", [], "got [], takes an object"),
+        (FACT + "pairs", [1], "got [1], takes an object with a number by split"),
+        (FACT + "pairs", {"train": "\x1b[2J"}, r"got {'train': '\x1b[2J'}, takes an object"),
+        (FACT + "streams", None, "got None, takes a list of splits"),
+        (FACT + "begins_after", "3", "got '3', takes a number of steps"),
+        (FACT + "states_of_others", 3, "got 3, takes a list of files"),
+        (FACT + "training_arguments", None, "got None, takes an object"),
+        ("training_arguments.per_device_train_batch_size", "4", "got '4', takes a number of pairs"),
+    ],
+)  # fmt: skip
+def test_a_run_json_with_what_no_run_writes(tmp_path, capsys, place, value, taken):
+    run = write_run(tmp_path, pairs=4, epochs=1)
+    facts = json.loads((run / "run.json").read_text())
+    *above, name = place.split(".")
+    inner = facts[above[0]] if above else facts
+    inner.pop(name, None) if value is NOTHING else inner.update({name: value})
+    (run / "run.json").write_text(json.dumps(facts))
+    if taken is None:  # any name of a data set will do
+        assert audit(run).ok
+    else:
+        refused(run, capsys, f"{run / 'run.json'}: {place}: ", taken)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        *[(text, "can't be read as JSON") for text in ('{"options": ', "", "[" * 100_000)],
+        ("[1]", "got [1], takes an object"), ("null", "got None, takes an object"),
+    ],
+)  # fmt: skip
+def test_a_run_json_that_is_none(tmp_path, capsys, text, named):
+    run = write_run(tmp_path, pairs=4, epochs=1)
+    (run / "run.json").write_text(text)
+    refused(run, capsys, str(run / "run.json"), named)
+
+
+@pytest.mark.parametrize("method", ["beta-dpo", "lsc-dpo"])
+def test_what_a_method_needs(tmp_path, capsys, method):
+    run = write_run(tmp_path, pairs=4, epochs=1)
+    facts = json.loads((run / "run.json").read_text())
+    del facts["options"]["beta_dpo_alpha"]
+    facts["options"]["method"] = method
+    (run / "run.json").write_text(json.dumps(facts))
+    refused(run, capsys, f"options.{'beta_dpo_alpha' if method == 'beta-dpo' else 'lsc_z_star'}: got nothing, takes a")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "taken"),
+    [
+        ("step", 10**12, "an integer from 0, below 2^31"), ("step", -5, "an integer from 0, below 2^31"),
+        ("micro", -2, "an integer from 0"), ("rank", 3, "0, as the part's name says"),
+        ("epoch", math.inf, "a finite number from 0"), ("epoch", -5.0, "a finite number from 0"),
+        ("row", -7, "an integer from 0, or null"), ("chosen_tokens", -1, "an integer from 0"),
+        ("decision", 5, "−1, 0 or 1"), ("decision", -128, "−1, 0 or 1"),
+        *[("beta", value, "a positive finite number") for value in (0.0, math.nan, math.inf)],
+        *[("beta_used", value, "a finite number from 0") for value in (-0.5, math.nan, math.inf)],
+    ],
+)  # fmt: skip
+def test_a_column_with_what_no_run_writes(tmp_path, capsys, column, value, taken):
+    """One part of several is left out and named; where it is the only one there is nothing to check or to draw."""
+    run = write_run(tmp_path / "several", pairs=16, epochs=1, rows_per_part=8)
+    name = parts(run / "record")[0].name
+    alter(run, 3, **{column: value})
+    found = audit(run)
+    (finding,) = [f for f in found.findings if f.kind == "unreadable"]
+    assert finding.part == name and finding.holds == f"{column} holds {value} in row 3, takes {taken}"
+    assert main(["report", str(run)]) == 0
+    run = write_run(tmp_path / "one", pairs=4, epochs=1)
+    alter(run, 3, **{column: value})
+    refused(run, capsys, f"{parts(run / 'record')[0]}: {column} holds {value} in row 3, takes {taken}")
+
+
+def test_a_step_far_from_the_others_is_a_gap(tmp_path):
+    run = write_run(tmp_path, pairs=16, epochs=1, eval_pairs=0)
+    alter(run, 15, step=2_000_000_000)
+    found = audit(run)
+    assert [(f.follows, f.step) for f in found.findings if f.kind == "gap"] == [("5–1999999999", 5)]
 
 
 def chained(run: Path) -> list[tuple]:

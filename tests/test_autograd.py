@@ -47,11 +47,12 @@ def test_a_loss_scaler_comes_in_before_the_cast():
     assert relative_error(scaled, truth) < 2e-3
 
 
-def test_nothing_scored_stays_in_the_graph():
+@pytest.mark.parametrize("function", [linear_epsilon_dpo, epsilon_dpo_reference])
+def test_nothing_scored_stays_in_the_graph(function):
     case = make_case(2, bias=True)
     case = case._replace(labels=torch.full_like(case.labels, -100))
     args, biases, inputs = leaves(case)
-    out = linear_epsilon_dpo(*args, **biases)
+    out = function(*args, **biases)
     assert out.loss == 0 and out.loss.requires_grad
     for g in torch.autograd.grad(out.loss, inputs):
         assert g.count_nonzero() == 0

@@ -10,10 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import fidelity, goals, lengths, measure, roofline, steps, tables, variants
+from bench import cards, fidelity, goals, lengths, measure, roofline, steps, tables, variants
 from bench.cases import HEADS, MODES, Case, head_shape, make_inputs
 from bench.results import Run, kernels
-from epsdpo_kernels.engines import torch_engine
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -149,6 +148,37 @@ def test_fidelity_tells_right_from_wrong():
     assert found["wrong"]["bf16 throughout"] >= 10 and found["wrong"]["bf16 logits, then fp32"] >= 1
     steps = found["steps"]["float64"]
     assert sum(steps.values()) == 20 and min(steps["relaxed"], steps["tightened"]) > 0
+
+
+# Cards
+
+
+def test_a_row_on_cards_on_paper():
+    """Llama 3's own numbers of parameters; each part by hand at a round size; and the longest row does fit."""
+    assert [model.parameters for model in cards.MODELS] == [8_030_261_248, 70_553_706_496]
+    model = cards.MODELS[0]
+    found = cards.memory(model, cards=16, tokens=16 << 14, full=True)
+    assert found.weights == 8 * model.parameters / 16 and found.gradients == 4 * model.parameters / 16
+    assert found.optimizer == 8 * model.parameters / 16
+    assert found.gathered == 2 * 3 * (218_112_000 + 128256 * 4096)
+    # Layers' inputs; q, k, v and out both ways, k and v repeated from 8 to 16 heads, which the layer keeps too.
+    per_token = 32 * 2 * 4096 + 8 * 128 * (32 + 16) + 4 * 128 * 8 + cards.kept_by_layer(model)
+    assert found.activations == pytest.approx(per_token * ((1 << 14) + 1))
+    assert found.loss == (1 << 30) + 4 * ((1 << 13) + 1 + 128256) * 4096
+    for full in (True, False):
+        tokens = cards.longest(model, 16, full)
+        sums = [sum(cards.memory(model, 16, tokens + more, full)) for more in (0, 17)]
+        assert sums[0] <= 0.9 * 80e9 < sums[1]
+    assert cards.longest(cards.MODELS[1], 8, full=True) is None
+
+
+def test_what_a_layer_keeps_grows_with_its_width(monkeypatch):
+    narrow = cards.kept_by_layer(cards.MODELS[0])
+    monkeypatch.setattr(cards, "NARROWER", 4)
+    cards.kept_by_layer.cache_clear()
+    wide = cards.kept_by_layer(cards.MODELS[0])
+    cards.kept_by_layer.cache_clear()
+    assert narrow == pytest.approx(wide, rel=0.01) and narrow > 2 * 10 * 4096
 
 
 # Roofline
@@ -307,49 +337,6 @@ def test_pictures_are_drawn_from_the_results(tmp_path, monkeypatch):
 
 
 # Programs
-
-
-def test_gpu_program_runs_resumes_and_stops(tmp_path, capfd, monkeypatch):
-    """The GPU's program on a CPU with tiny shapes: what it would do first of all must not be to fail."""
-    from bench import gpu
-
-    gradient = torch_engine.gradient
-
-    def of_swept_tokens(a, tile, tokens, *rest):
-        assert (tokens.swept[1] >= 1).all(), "a sum relative to its own maximum"
-        gradient(a, tile, tokens, *rest)
-
-    monkeypatch.setattr(torch_engine, "gradient", of_swept_tokens)
-
-    base = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--quick"]
-    gpu.main([*base, "--seconds", "0"])
-    assert "time is up" in capfd.readouterr().err
-    gpu.main([*base, "--part", "device", "exact", "stages"])
-    data = json.loads((tmp_path / "gpu.json").read_text())
-    kinds = {r["kind"] for r in data["records"]}
-    assert kinds == {"device", "check", "synthetic", "repeated", "stages"}
-    assert not [r for r in data["records"] if r["outcome"] == "failed"]
-    assert [r for r in data["records"] if r["kind"] == "repeated"][0]["different"] == 0
-    stages = [r for r in data["records"] if r["kind"] == "stages"][0]["stages"]
-    assert set(stages) == {"policy product", "reference product", "sweep", "decide", "gradient", "dX", "dW"}
-    gpu.main([*base, "--part", "device", "exact", "stages"])
-    assert json.loads((tmp_path / "gpu.json").read_text()) == data
-
-
-def test_gpu_program_measures_cases(tmp_path):
-    from bench import gpu
-
-    results = measure.Results(tmp_path / "gpu.json", "cpu")
-    session = gpu.Session("cpu", results, measure.Progress(), 1e9, quick=True, tiny=True)
-    gpu.measure_case(session, Case("tiny", 16, dtype="bfloat16"), ["trl", "cut-cross-entropy"], rounds=2)
-    times = {r["variant"]: r for r in results.data["records"] if r["kind"] == "time"}
-    assert times["ours"]["rounds"] == 2 and times["ours"]["to_limit"]["ratio"] > 1
-    assert results.find(kind="memory", variant="cut-cross-entropy")["outcome"] == "unavailable"
-    pytest.importorskip("transformers")
-    gpu.training(session)
-    trained = [r for r in results.data["records"] if r["kind"] == "training"]
-    assert [r["loss"] for r in trained] == ["ours", "materialised"]
-    assert all(r["outcome"] == "ok" and r["tokens_per_second"] > 0 for r in trained), trained
 
 
 def test_no_case_times_a_variant_twice_a_round():

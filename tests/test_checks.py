@@ -95,6 +95,13 @@ def test_reference_and_module_check_too():
     args, _ = make_case().arguments()
     with pytest.raises(ValueError, match="epsilon: got 2"):
         epsilon_dpo_reference(*args, epsilon=2)
+    with pytest.raises(ValueError, match="beta: got -1"):
+        epsilon_dpo_reference(*args, beta=torch.tensor(-1.0))
+    for row, label, said in ((0, -5, "labels: got -5"), (0, 10**6, "labels: got 1000000"), (1, -100, "has no scored")):
+        case = make_case()
+        case.labels[row] = label
+        with pytest.raises(ValueError, match=said):
+            epsilon_dpo_reference(*case.arguments()[0])
     with pytest.raises(ValueError, match="beta_update: got 'mean'"):
         EpsilonDPOLoss(beta_update="mean")
     with pytest.raises(ValueError, match="beta: got -1"):

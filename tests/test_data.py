@@ -18,6 +18,7 @@ from pair_data import (  # noqa: E402
     byte_tokenizer,
     decoded,
     drops,
+    load,
     load_one,
     pair,
     user,
@@ -106,6 +107,47 @@ def test_transcripts_as_raw_text_and_as_messages(tmp_path):
     ]
 
 
+def test_a_prompt_that_strings_repeat_is_there_once(tmp_path):
+    asked, once = "Q: hi A:", ["Q: hi A:", " yes<|end|>", " no<|end|>"]
+    rows = [pair(asked, asked + " yes", asked + " no"), pair(asked, " yes", " no")]
+    assert [decoded(row) for row in load(tmp_path, *rows)[0]] == [once, once]
+    found = load_one(tmp_path, pair("首都は？\n", "首都は？\n東京", "首都は？\n京都"))
+    assert decoded(found) == ["首都は？\n", "東京<|end|>", "京都<|end|>"]
+
+
+def test_strings_that_hold_the_prompt_in_another_way(tmp_path):
+    rows = [
+        pair("Q: hi A:\n", "Q: hi A: yes", "Q: hi A: no"),
+        pair("hi", "Human: hi\n\nAssistant: yes", "Human: hi\n\nAssistant: no"),
+        pair(" hi?", "### hi?\nyes", "### hi?\nno"),
+    ]
+    # One that echoes, words that begin alike, and the same words at different places are answers.
+    answers = [pair("Q: hi", "Q: hi, you", "no"), pair("1", "12", "13"), pair("hi", "This is", "This was")]
+    answers.append(pair("four", "It is four.", "It was four."))
+    assert drops(tmp_path, *answers, *rows) == {
+        "completions that repeat the prompt after other text or space": [4, 5, 6]
+    }
+    assert [decoded(row) for row in load_pairs(tmp_path / "data.jsonl", PLAIN)[0]] == [
+        [row["prompt"], row["chosen"] + "<|end|>", row["rejected"] + "<|end|>"] for row in answers
+    ]
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["raw", "chat"])
+def test_transcripts_beside_their_prompt(tmp_path, tokenizer):
+    start = "\n\nHuman: hi\n\nAssistant: Hello.\n\nHuman: ok?\n\nAssistant:"
+    sides = {"chosen": start + " Yes.", "rejected": start + " No."}
+    alone = load_one(tmp_path, sides, tokenizer)
+    for prompt in ("ok?", " hi\n", start, "", None):
+        assert load_one(tmp_path, {"prompt": prompt} | sides, tokenizer) == alone
+    rows = [{"prompt": "ho?"} | sides, pair("ok?", sides["chosen"], " No.")]
+    rows += [{"prompt": [user("ok?")]} | sides, pair(start, [assistant("Yes.")], [assistant("No.")])]
+    assert drops(tmp_path, sides, *rows, tokenizer=CHAT) == {
+        "a prompt that is not in its conversations": [1],
+        "malformed row": [2],
+        "a transcript beside messages; make it messages": [3, 4],
+    }
+
+
 def test_raw_text_begins_as_the_tokenizer_begins_it(tmp_path):
     row = load_one(tmp_path, pair(), byte_tokenizer(bos=True))
     assert decoded(row) == ["<bos>Q: ", "yes<|end|>", "no<|end|>"]
@@ -116,6 +158,20 @@ def test_no_form_fits(tmp_path):
         load_pairs(write(tmp_path / "a.jsonl", {"question": "?", "good": "!"}), PLAIN)
     with pytest.raises(ValueError, match="columns 'chosen', 'rejected'"):
         load_pairs(write(tmp_path / "b.jsonl", {"chosen": 1, "rejected": 2}), PLAIN)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pair([user("hi")], *({"role": "model", "content": text} for text in ("yes", "no"))),
+        pair([user("hi")], tools={"name": "f"}),
+    ],
+)
+def test_messages_in_a_form_of_their_own(tmp_path, row):
+    with pytest.raises(
+        ValueError, match="messages of role and content, .* end with the role assistant; tools as a list"
+    ):
+        load_one(tmp_path, row, CHAT)
 
 
 def test_tokenizers_that_lack_something(tmp_path):
@@ -231,6 +287,13 @@ def test_columns_carried_through(tmp_path):
     assert load_pairs(path, PLAIN, keep_columns=["size"])[0].column_names[5:] == ["size"]
     with pytest.raises(ValueError, match="keep_columns: got 'score'"):
         load_pairs(path, PLAIN, keep_columns=["score"])
+
+
+def test_columns_of_any_name_are_carried(tmp_path):
+    names = ("note", "line", "labels", "input_ids", "chosen_input_ids", "index", "source")
+    row = load_one(tmp_path, pair(**{name: name[0] for name in names}))
+    assert {name: row[name] for name in names} == {name: name[0] for name in names}
+    assert decoded(row) == ["Q: ", "yes<|end|>", "no<|end|>"]
 
 
 def test_report(tmp_path):

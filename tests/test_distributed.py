@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +28,11 @@ from train.options import PairOptions  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 
-def launch(processes: int, case: str, folder: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+def launch(processes: int, case: str, folder: Path, **more: str) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    } | more  # fmt: skip
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
         str(ROOT / "tests" / "distributed_worker.py"), case, str(folder),
@@ -55,14 +59,14 @@ def sharded(folder: Path) -> list[str]:
     return ["--fsdp=full_shard", f"--fsdp_config={folder / 'fsdp.json'}"]
 
 
-def assert_same_run(two: Path, one: Path, steps: int) -> None:
+def assert_same_run(two: Path, one: Path, steps: int, ranks: Collection[int] = (0, 1)) -> None:
     """Decisions and β pair by pair, losses, and the weights in the end."""
     ours, theirs = (
         read(run / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True) for run in (two, one)
     )
     for name in ("split", "step", "row", "pair_id", "decision"):
         assert ours[name].tolist() == theirs[name].tolist(), name
-    assert ours["step"].max() == steps and set(ours["rank"]) == {0, 1}
+    assert ours["step"].max() == steps and set(ours["rank"]) == set(ranks)
     for name in ("beta", "beta_used", "loss"):
         assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), rel=1e-6, abs=1e-6), name
     # A difference of log-probs of some 20 nats, which fp32 rounds to 2e-6 each.
@@ -136,6 +140,27 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(tiny, tmp_path):
     (tmp_path / "flags.json").write_text(json.dumps([*two, "--resume_from_checkpoint=last"]))
     launch(2, "fsdp", tmp_path)
     assert_same_run(tmp_path / "two", tmp_path / "one", 8)
+
+
+# As `accelerate launch --use_parallelism_config --parallelism_config_tp_size 2` says it.
+TENSOR = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}
+
+
+@pytest.mark.parametrize("method, tied", [("eps-dpo", False), ("eps-dpo", True), ("lsc-dpo", False)])
+def test_tensor_parallelism_is_one_process(tiny, tmp_path, method, tied):
+    """Layers and 23 words in two slices of 12 and 11; both ranks have all pairs, and one records them."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(tiny, tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    more = {"model": model, "dataset": cut(tiny, tmp_path, 43), "eval_fraction": 0.25, "method": method}
+    if method == "lsc-dpo":
+        more |= {"beta": 1.0, "lsc_tau_start": 0.499}
+    main(flags(tiny, tmp_path / "one", **more))
+    (tmp_path / "flags.json").write_text(json.dumps(flags(tiny, tmp_path / "two", **more)))
+    launch(2, "tensor", tmp_path, **TENSOR)
+    assert_same_run(tmp_path / "two", tmp_path / "one", 6, ranks=(0,))
+    assert len({entry["beta/running"] for entry in log_of(tmp_path / "two")}) > 2
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "by the root", "head apart"])

@@ -396,6 +396,31 @@ def test_an_sft_adapter_is_resumed(tiny, tmp_path, sft):
         assert torch.equal(p, q)
 
 
+def mixture(folder, tiny):
+    """A folder with a mixture of experts, whose checkpoints have each expert's weights under names of their own."""
+    config = transformers.MixtralConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").unlink()
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_mixture_of_experts_is_resumed(tiny, tmp_path):
+    more = {"model": mixture(tmp_path / "moe", tiny), "save_strategy": "steps", "save_steps": 4, "packed": False}
+    whole = main(flags(tiny, tmp_path / "whole", **more))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "trainer_state.json").unlink()
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-8")
+    cut = main([*flags(tiny, tmp_path / "cut", **more), "--resume_from_checkpoint=last"])
+    assert read(tmp_path / "cut" / "record").equals(read(tmp_path / "whole" / "record"))
+    for p, q in zip(cut.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_a_cache_knows_an_adapters_scale(tiny, tmp_path, sft):
     """Which is in no weight: with the same weights, another alpha is another reference."""
     folder, _ = sft()
@@ -567,6 +592,25 @@ def test_trl_an_adapter_that_would_not_train_is_refused(tiny, tmp_path):
         trl_trainer(
             tiny, tmp_path, trl_runs.model(tiny), peft_config=peft.LoraConfig(**LORA, alora_invocation_tokens=[6])
         )
+
+
+def test_trl_a_mixture_of_experts_is_resumed(tiny, tmp_path):
+    folder, logs = mixture(tmp_path / "moe", tiny), []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        models = [transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2)]
+        trainer = trl_trainer(
+            tiny,
+            tmp_path,
+            models[0],
+            ref_model=models[1],
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            packed=False,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        logs.append([[entry[n] for n in ("step", "loss", "kl/beta", "logps/chosen")] for entry in of_trl(trainer)])
+    assert logs[0] == logs[1]
 
 
 def test_trl_mixed_dtypes_train(tiny, tmp_path):

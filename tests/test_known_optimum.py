@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from cases import relative_error
-from epsdpo_kernels import linear_epsilon_dpo
-from train.studies import known_optimum
-from train.studies.common import mean
-from train.studies.known_optimum import (
+pytest.importorskip("safetensors", reason="the trainer's extra is not installed")
+
+from cases import relative_error  # noqa: E402
+from epsdpo_kernels import linear_epsilon_dpo  # noqa: E402
+from train.studies import known_optimum  # noqa: E402
+from train.studies.common import mean  # noqa: E402
+from train.studies.known_optimum import (  # noqa: E402
     End,
     Moment,
     Pairs,

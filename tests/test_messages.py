@@ -320,6 +320,51 @@ def test_a_prompt_that_completions_repeat_is_there_once(tmp_path, prompt, before
     assert decoded(load_one(tmp_path, row, CHAT), CHAT) == [start, "yes<|end|>", "no<|end|>"]
 
 
+def in_parts(text):
+    return user([{"type": "text", "text": text}])
+
+
+def test_a_prompt_that_conversations_hold_is_there_once(tmp_path):
+    given = [user("hi")], user("hi"), [in_parts("hi")], "hi"
+    before = [], [SYSTEM], [SYSTEM, user("ho"), assistant("ha")]
+    said = user("hi"), user(" hi\n"), in_parts("hi")
+    ends = [assistant("yes")], [assistant("no"), user("why"), assistant("so")]
+    forms = list(itertools.product(given, before, said))
+    rows = [pair(prompt, *([*start, turn, *end] for end in ends)) for prompt, start, turn in forms]
+    clean = [pair([*start, user("hi")], *ends) for _, start, _ in forms]
+    found, expected = (load(tmp_path, *each, tokenizer=CHAT)[0] for each in (rows, clean))
+    for name in ("row", "prompt_ids", "chosen_ids", "rejected_ids"):
+        assert found[name][:] == expected[name][:]
+    no = "no<|end|>\n<|start|>user\nwhy<|end|>\n<|start|>assistant\nso<|end|>"
+    assert len(found) == 36 and decoded(found[-1], CHAT)[1:] == ["yes<|end|>", no]
+
+
+def test_a_prompt_that_its_conversations_do_not_hold(tmp_path):
+    asked, answer = [user("I am Ann.")], {"chosen": assistant("yes"), "rejected": assistant("no")}
+    beginnings = {
+        "neither": [[user("I am Bob.")]] * 2,
+        "system": [[SYSTEM, user("I am Bob.")], []],
+        "one": [[SYSTEM, *asked], []],
+        "other": [[SYSTEM, *asked], [user("be"), *asked]],
+    }
+    rows = [
+        {"prompt": asked} | {side: [*start, answer[side]] for side, start in zip(answer, both, strict=True)}
+        for both in beginnings.values()
+    ]
+    goes_on = pair([SYSTEM], *([user("hi"), assistant(text)] for text in ("yes", "no")))
+    assert drops(tmp_path, *rows, goes_on, tokenizer=CHAT) == {
+        "a prompt that is not in its conversations": [0, 1],
+        "different prompts": [2, 3],
+    }
+
+
+@pytest.mark.parametrize("end", [[assistant("How old?")], [SYSTEM]])
+def test_conversations_that_go_on_with_the_user(tmp_path, end):
+    row = pair([user("I am Ann."), *end], *([user("30"), assistant(text)] for text in ("yes", "no")))
+    found = load_one(tmp_path, row, CHAT)
+    assert (found["prompt_ids"], found["chosen_ids"]) == expected(row, CHAT, "chosen")
+
+
 def test_whole_conversations_part_at_the_assistant(tmp_path):
     start = [user("Weather?")]
     row = {
@@ -361,12 +406,38 @@ def test_messages_in_other_spellings_are_named(tmp_path):
     rows = [
         pair([user("hi")]),
         pair(shared, {"from": "gpt", "value": "yes"}, {"from": "gpt", "value": "no"}),
-        pair("hi", json.dumps([assistant("yes")]), str([assistant("no")])),
     ]
-    assert drops(tmp_path, *rows, tokenizer=CHAT) == {
-        "messages of from and value; name these role and content": [1],
-        "messages written as text; make them lists": [2],
+    assert drops(tmp_path, *rows, tokenizer=CHAT) == {"messages of from and value; name these role and content": [1]}
+
+
+def test_messages_written_as_text(tmp_path):
+    turned = {"content": 'say "it\'s"', "weight": None, "role": "assistant"}
+    calls = {"role": "assistant", "tool_calls": call(city="Oslo")}
+    shared = {"value": "yes", "from": "gpt"}
+    values = [[turned], [user("hi"), turned], turned, [calls], shared, {"messages": [user("hi")]}]
+    written = [spell(value) for value in values for spell in (str, json.dumps)]
+    written += [json.dumps([turned], indent=2), "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'user'}]"]
+    rows = [pair(**{name: text}) for text in written for name in ("prompt", "chosen", "rejected")]
+    rows += [pair(text, [assistant("yes")], [assistant("no")]) for text in written]
+    rows += [pair([user("hi")], "yes", text) for text in written]
+    # Answers that are JSON, or begin with it, are answers.
+    texts = (
+        '{"role": "cook", "age": 5}',
+        '[{"city": "Oslo", "value": 5}]',
+        str([turned]) + " is a message.",
+        '{"a": {}}',
+    )
+    answers = [pair(prompt, *sides) for prompt in ("Q", [user("Q")]) for sides in itertools.pairwise(texts)]
+    found = drops(tmp_path, *answers, *rows, tokenizer=CHAT)
+    assert len(rows) == 5 * 14 and load_pairs(tmp_path / "data.jsonl", CHAT)[1].dropped == {
+        "messages written as text; make them lists": 5 * 14
     }
+    assert found["messages written as text; make them lists"] == list(range(6, 26))
+
+
+@pytest.mark.parametrize("text", ["[{" + "'a': 'b', " * 20_000, '{"a": "' + "\\" * 100_000, "[{" + '"' * 100_000])
+def test_long_text_that_begins_like_messages(text):
+    assert pair_of(pair("Q", text + "}", "no")).chosen == text + "}"
 
 
 # Rows of several forms
@@ -421,6 +492,14 @@ TEXT = {"chosen": "The answer is 4.", "rejected": "The answer is 5."}
         (pair("2+2?", video="a.mp4"), "pictures or sounds, where only text is read; remove them"),
         (pair(PROMPT, system="Be kind."), "a column system that is not in the prompt; make it the prompt's first"),
         (pair("2+2?", system_prompt="Be kind."), "a column system_prompt that is not in the prompt"),
+        (pair(PROMPT, system={"role": "system", "content": "Be kind."}), "a column system that is not in the prompt"),
+        (pair(PROMPT, system=[{"role": "system", "content": "Be kind."}]), "a column system that is not in the prompt"),
+        (pair(PROMPT, system=["Be kind."]), "a column system that is not in the prompt"),
+        (pair(PROMPT, **{"System Prompt": "Be kind."}), "a column System Prompt that is not in the prompt"),
+        (pair(PROMPT, system_message="Be kind."), "a column system_message that is not in the prompt"),
+        (TEXT | {"Instruction": "Add."}, "no column prompt beside Instruction; make one of them"),
+        (TEXT | {"Prompt": "Add."}, "no column prompt beside Prompt; make one of them"),
+        (pair(PROMPT, Image="a.png"), "pictures or sounds, where only text is read; remove them"),
         (TEXT | {"question": "2+2?", "system": "Be kind."}, "no column prompt beside question, system; make one"),
         (TEXT | {"instruction": "Add."}, "no column prompt beside instruction; make one of them"),
         ({side: [assistant(text)] for side, text in TEXT.items()} | {"messages": PROMPT}, "beside messages; make one"),
@@ -439,6 +518,7 @@ def test_columns_that_belong_to_the_prompt_are_not_passed_over(tmp_path, row, re
     [
         {"images": [], "image": None, "tools": "[]", "system": "", "chat_template_kwargs": {}},
         {"system": "2+2?"},  # it is in the prompt
+        {"System": [user("2+2?")], "system_prompt": [], "system_message": user(" 2+2?\n")},
         {"question": "2+2?", "messages": [*PROMPT, assistant("yes")]},  # beside a prompt they are only named
     ],
 )

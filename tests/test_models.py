@@ -7,7 +7,6 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
-peft = pytest.importorskip("peft", reason="the trainer's extra is not installed")
 
 import model_sweep  # noqa: E402
 from epsdpo_kernels import EpsilonDPOLoss, linear_epsilon_dpo  # noqa: E402
@@ -32,7 +31,9 @@ MODELS = {
     "Qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
     "Qwen3 tied": ("Qwen3Config", {"tie_word_embeddings": True}),
     "Mistral": ("MistralConfig", {"sliding_window": 4}),
-    "Gemma2": ("Gemma2Config", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
+    # With transformers 5.17's default attention Gemma-2 leaves out the softcap of its scores.
+    "Gemma2": ("Gemma2Config", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8,
+                                "attn_implementation": "eager"}),
     "Gemma3": ("Gemma3TextConfig", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
     "Cohere": ("CohereConfig", {"logit_scale": 0.25}),
     "Granite": ("GraniteConfig", {"logits_scaling": 4.0}),
@@ -179,8 +180,8 @@ def test_the_sweep(name, kind, why):
 
 def test_the_sweep_tells_right_from_wrong(monkeypatch):
     """What the sweep would say if nothing was measured before: a wrong figure, and a crash."""
-    monkeypatch.setattr(model_sweep, "check_head", lambda model: None)
-    monkeypatch.setattr(model_sweep, "check_reference", lambda *models: None)
+    monkeypatch.setattr(model_sweep, "check_head", lambda model, **_: None)
+    monkeypatch.setattr(model_sweep, "check_reference", lambda *models, **_: None)
     for name, kind in (("BertLMHeadModel", "wrong"), ("RemBertForCausalLM", "crash")):
         assert model_sweep.outcome(*model_sweep.classes()[name]).kind == kind
 
@@ -195,10 +196,14 @@ def test_a_mixture_of_experts_that_keeps_its_counts_elsewhere():
     model = transformers.Qwen3VLMoeForConditionalGeneration(
         transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, image_token_id=5, video_token_id=6)
     ).eval()
-    check_head(model)
     ids, mask, _ = batch()
     ids = ids.clamp_min(10)
     own, ours = model(input_ids=ids, attention_mask=mask), head_inputs(model, ids, mask)
+    if own.aux_loss is None:  # as in transformers 5.17, which looks for the switch among the arguments alone
+        with pytest.raises(ValueError, match="router loss of Qwen3VLMoeForConditionalGeneration is None by its own"):
+            check_head(model)
+        return
+    check_head(model)
     torch.testing.assert_close(ours.logits(), own.logits)
     torch.testing.assert_close(ours.router_loss, 0.1 * own.aux_loss)
 
@@ -314,9 +319,3 @@ def test_mixed_dtypes_without_autocast_are_refused():
     model.lm_head.float()
     with pytest.raises(ValueError, match="Its weights are bfloat16 and float32: that takes autocast, bf16=True"):
         check_head(model)
-
-
-def test_adapters_that_the_loss_would_not_run_are_refused():
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="model: got PromptTuningConfig, takes adapters on the backbone's layers"):
-        check_head(peft.get_peft_model(build("Llama"), prompt))

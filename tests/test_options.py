@@ -31,6 +31,7 @@ HONOURED = """
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb
     ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed skip_memory_metrics
+    parallelism_config
 """.split()  # fmt: skip
 # By this trainer, which has an own way where transformers has one; each has a test below.
 HONOURED_HERE = """
@@ -47,7 +48,7 @@ OTHERWISE = {
     "bf16_full_eval": True, "debug": "underflow_overflow", "do_predict": True, "enable_jit_checkpoint": True,
     "fp16_full_eval": True, "include_for_metrics": ["inputs"], "label_names": ["labels"],
     "label_smoothing_factor": 0.3, "length_column_name": "words", "liger_kernel_config": {"rope": True},
-    "parallelism_config": {"tp_size": 2}, "remove_unused_columns": True, "use_cache": True, "use_liger_kernel": True,
+    "remove_unused_columns": True, "use_cache": True, "use_liger_kernel": True,
 }  # fmt: skip
 
 

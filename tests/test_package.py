@@ -97,3 +97,12 @@ sys.exit(main(["audit", sys.argv[1]]))
 """
     done = run(installed, loop, str(tmp_path / "mine"), without=RECORD)
     assert done.returncode == 0 and "OK, 2 rows, 1 training steps" in done.stdout, done.stderr
+
+
+def test_the_gpus_tests_are_found_without_the_extras():
+    code = "import pytest; sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']))"
+    command = [sys.executable, "-c", WITHOUT.format(packages=CORE) + code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert found == {"tests/test_gpu.py"}

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from epsdpo_kernels import EpsilonDPOLoss, epsilon_dpo_reference
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 BETA, EPSILON = 0.1, 0.01  # the README's

@@ -3,6 +3,7 @@
 import json
 import re
 import string
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from epsdpo_kernels.record import figures  # noqa: E402
 from epsdpo_kernels.record import report as report_module  # noqa: E402
 from epsdpo_kernels.record.audit import audit, columns  # noqa: E402
 from epsdpo_kernels.record.report import embed, report, visible  # noqa: E402
-from epsdpo_kernels.record.words import WORDS  # noqa: E402
+from epsdpo_kernels.record.words import WORDS, words  # noqa: E402
 from records import write_run  # noqa: E402
 from test_audit import alter  # noqa: E402
 
@@ -247,6 +248,72 @@ def test_refusals(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         report([run], texts=True)
     assert not (run / "report").exists()
+
+
+def test_where_there_is_no_room_to_write(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", pairs=4, epochs=1)
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "report"):
+        assert main(["report", str(run), "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: out: {out} can't be written to, takes a folder")
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["report", str(run)]) == 2
+    assert capsys.readouterr().err.endswith("with room in it ([Errno 28] No space left on device)\n")
+
+
+def test_texts_that_are_not_to_be_had(tmp_path, monkeypatch, capsys):
+    import datasets
+
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach 'some/name' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    run = write_run(tmp_path, pairs=4, epochs=1, dataset="some/name")
+    assert main(["report", str(run), "--texts"]) == 2
+    assert capsys.readouterr().err == "error: Couldn't reach 'some/name' on the Hub\n"
+
+
+@pytest.mark.parametrize(("missing", "module"), [("matplotlib", "plots"), ("datasets", "texts")])
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys, missing, module):
+    run = write_run(tmp_path, pairs=4, epochs=1)
+    monkeypatch.delattr(f"epsdpo_kernels.record.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"epsdpo_kernels.record.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["report", str(run), "--texts"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert missing in line and line.endswith("; pip install 'epsdpo_kernels[record]'")
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize("name", ["[[data]]", "[[script]]", "[[style]] [[title]]", "[[policy]]", "[[language]]"])
+def test_a_name_is_no_place_to_fill_in(tmp_path, name):
+    """The page is filled in one pass: what was filled in is text."""
+    page = report([write_run(tmp_path / name, pairs=4, epochs=1)])
+    text = page.read_text(encoding="utf-8")
+    assert f"<title>Decision record: {name}</title>" in text and data_of(page)["runs"][0]["name"] == name
+    style, script = ((ROOT / "epsdpo_kernels" / "record" / f"page.{one}").read_text("utf-8") for one in ("css", "js"))
+    assert f"<style>{style}</style>" in text and f"<script>{script}</script>" in text
+
+
+def test_every_name_is_in_the_legend(tmp_path):
+    """Also one that begins with an underscore, which matplotlib leaves out; a dollar sign is no mathematics."""
+    from matplotlib import pyplot
+
+    from epsdpo_kernels.record import plots
+
+    names = ["_a", "$x^2$"]
+    runs = [write_run(tmp_path / name, pairs=4, epochs=1, eval_sets=("_e", "eval_b")) for name in names]
+    shown = [report_module.describe(audit(run), run.name, "en", 100, False) for run in runs]
+    figure = plots._curves(shown, words("page", "en"))
+    texts = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
+    pyplot.close(figure)
+    assert texts == ["_a", "_e", "eval_b", r"\$x^2\$", "_e", "eval_b"]
 
 
 def test_histogram_in_tensorboard(tiny, tmp_path):

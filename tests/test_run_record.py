@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("pyarrow", reason="the extra 'record' is not installed")
+pa = pytest.importorskip("pyarrow", reason="the extra 'record' is not installed")
 
 from epsdpo_kernels import EpsilonDPOLoss  # noqa: E402
 from epsdpo_kernels.pair import losses_and_coefficients  # noqa: E402
 from epsdpo_kernels.record import Record, parts, read, set_aside  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
+from epsdpo_kernels.record.recorder import write_part  # noqa: E402
 
 
 def call(loss_fn, seed=0, pairs=3, tokens=5):
@@ -97,6 +98,49 @@ def test_ids_and_labels_come_from_the_pairs(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["pairs"] == {"train": 3}
 
 
+def test_a_pair_never_gets_the_id_of_another(tmp_path):
+    """A row below 0 is unknown, and so are its id and label; one that the data don't have is refused, not rounded."""
+    pairs = {"row": [5, 0, 2], "pair_id": ["five", "zero", "two"], "topic": ["a", "b", "c"]}
+    loss_fn = EpsilonDPOLoss()
+    record = Record(
+        tmp_path, loss_fn, pairs={"train": pairs, "none": {"row": [], "pair_id": [], "topic": []}}, label="topic"
+    )
+    out, labels = call(loss_fn)
+    record.append(out, labels, step=1, row=[-1, 5, -7])
+    for split, row, named in (
+        ("train", [0, 3, 2], r"row: got \[3\], which pairs\['train'\]"),
+        ("train", torch.tensor([99, 5, 6]), r"row: got \[6, 99\]"),
+        ("none", [1, -1, -1], r"row: got \[1\], which pairs\['none'\]"),
+        ("train", [0.0, 2.6, 5.0], "row: got .*, takes 3 integers"),
+        ("train", [0, None, 5], "row: got .*, takes 3 integers"),
+        ("train", [0, 2], "row: got 2 rows, takes 3"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            record.append(out, labels, step=1, split=split, row=row)
+    record.append(out, labels, step=1, split="none", row=[-1, -1, -1])
+    record.close()
+    table = read(tmp_path / "record")
+    assert table["row"].to_pylist() == [None, 5, None, None, None, None]
+    assert table["pair_id"].to_pylist() == [None, "five", None, None, None, None]
+    assert table["label"].to_pylist() == [None, "a", None, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("pair_id", "named"),
+    [
+        ("abc", "got 'abc', takes 3 strings"),
+        ([1, 2, 3], r"got \[1, 2, 3\], takes 3 strings"),
+        (["a"], "got 1 ids, takes 3"),
+    ],
+)
+def test_ids_are_one_a_pair(tmp_path, pair_id, named):
+    """A string is not a list of ids, each of them the whole of it."""
+    loss_fn = EpsilonDPOLoss()
+    out, labels = call(loss_fn)
+    with pytest.raises(ValueError, match=f"pair_id: {named}"):
+        Record(tmp_path, loss_fn).append(out, labels, step=1, pair_id=pair_id)
+
+
 def test_resumed_with_the_facts_of_its_start(tmp_path):
     loss_fn = EpsilonDPOLoss(0.1, 0.05)
     record = Record(tmp_path, loss_fn, facts={"pairs": {"train": 3}})
@@ -131,6 +175,52 @@ def test_resumed_with_the_facts_of_its_start(tmp_path):
     assert found.ok and found.limits == [("begins_after", {"step": 4})], str(found)
 
 
+def test_a_loop_that_leaves_pairs_out(tmp_path):
+    """Of 7 pairs, 6 an epoch: where the run never said how many there are, none is missing, and the audit says why."""
+    found = []
+    for name, facts in (("unsaid", {}), ("taken", {"pairs": {"train": 6}}), ("there", {"pairs": {"train": 7}})):
+        loss_fn = EpsilonDPOLoss(0.1, 0.05)
+        record = Record(tmp_path / name, loss_fn, facts=facts)
+        for step in range(1, 7):
+            epoch = (step - 1) // 2
+            row = np.random.default_rng(epoch).permutation(7)[(step - 1) % 2 * 3 :][:3]
+            out, labels = call(loss_fn, seed=step)
+            record.append(out, labels, step=step, row=row, pair_id=[f"{n}" for n in row], epoch=float(epoch))
+            loss_fn.update_beta()
+        record.close()
+        found.append(audit(tmp_path / name))
+    assert [f.ok for f in found] == [True, True, False], "\n".join(map(str, found))
+    assert [f.limits for f in found] == [[("no_pairs", {"split": "train"})], [], []]
+    missing = [("missing", epoch, "6", "7") for epoch in (0, 1)]
+    assert [(f.kind, f.epoch, f.holds, f.follows) for f in found[2].findings] == missing
+
+
+def test_a_shift_that_is_not_finite(tmp_path):
+    """The log-probs are sound, the check is not: loss and coefficient are NaN, and so they must be."""
+    loss_fn = EpsilonDPOLoss(0.1, 0.5)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 4, 8, generator=g), torch.randn(30, 8, generator=g)
+    hidden[[1, 3]] = hidden[[0, 2]]
+    labels = torch.randint(0, 30, (4, 4), generator=g)
+    far = torch.full((30,), 100.0)
+    out = loss_fn(hidden, weight, labels, hidden, weight, bias=far, ref_bias=torch.zeros(30))
+    assert torch.isfinite(out.chosen_logps).all() and out.tightened_shift.isnan().all()
+    assert out.losses.isnan().all()
+    record = Record(tmp_path, loss_fn)
+    record.append(out, labels, step=1)
+    record.close()
+    rows = read(tmp_path / "record")
+    assert np.isnan(rows["loss"].to_numpy()).all() and np.isnan(rows["coefficient"].to_numpy()).all()
+    assert audit(tmp_path).ok, str(audit(tmp_path))
+    # And a loss that is a number there does not follow.
+    part = parts(tmp_path / "record")[0]
+    at = rows.schema.get_field_index("loss")
+    write_part(rows.set_column(at, rows.schema.field(at), pa.array([0.5, np.nan], pa.float32())), part, "")
+    assert [(f.column, f.place, f.holds, f.follows) for f in audit(tmp_path).findings if f.kind == "value"] == [
+        ("loss", 0, "0.5", "nan")
+    ]
+
+
 def test_set_aside(tmp_path):
     assert set_aside(tmp_path) is None
     for n in (1, 2):
@@ -155,6 +245,25 @@ def test_refusals(tmp_path):
     record.append(out, labels, step=3, beta=torch.tensor(0.1))
     with pytest.raises(ValueError, match="step: got 2 after 3"):
         record.append(out, labels, step=2, beta=0.1)
+
+
+def test_what_run_json_does_not_take_is_refused_where_it_is_written(tmp_path):
+    """A run learns at its start, not from the audit after its end; and what was on record is still there."""
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record = Record(tmp_path, loss_fn)
+    steps(record, loss_fn, 1, 2)
+    record.close()
+    for options, facts, named in (
+        ({"method": "mine"}, {}, "facts: options.method: got 'mine', takes one of eps-dpo"),
+        ({"veto": ["kl"]}, {}, "facts: options.veto"),
+        ({}, {"pairs": {"train": 2.5}}, "facts: pairs: got .'train': 2.5., takes"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            Record(tmp_path, loss_fn, options=options, facts=facts, resume_step=0)
+    assert len(read(tmp_path / "record")) == 6 and audit(tmp_path).ok
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json: can't be read as JSON"):
+        Record(tmp_path, loss_fn, resume_step=1)
 
 
 def test_appended_after_it_was_closed(tmp_path):

@@ -5,16 +5,28 @@ import json
 import os
 from pathlib import Path
 
-import datasets
 import pytest
 
-from bench import rows
-from epsdpo_kernels.record import rows as source_rows
-from epsdpo_kernels.record.sources import texts
-from pair_data import CHAT, PLAIN, TEMPLATE, assistant, byte_tokenizer, decoded, load, pair, user, write
-from train import data
-from train.data import load_pairs
-from train.encode import Encoder
+datasets = pytest.importorskip("datasets", reason="the trainer's extra is not installed")
+
+from bench import rows  # noqa: E402
+from epsdpo_kernels.record import rows as source_rows  # noqa: E402
+from epsdpo_kernels.record.sources import texts  # noqa: E402
+from pair_data import (  # noqa: E402
+    CHAT,
+    PLAIN,
+    TEMPLATE,
+    assistant,
+    byte_tokenizer,
+    decoded,
+    load,
+    pair,
+    user,
+    write,
+)  # fmt: skip
+from train import data  # noqa: E402
+from train.data import load_pairs  # noqa: E402
+from train.encode import Encoder  # noqa: E402
 
 # Kinds of files
 

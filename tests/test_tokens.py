@@ -1,10 +1,13 @@
 """From text to tokens: the border of prompt and completion, its beginning and end, control tokens, truncation."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
-from pair_data import (
+pytest.importorskip("datasets", reason="the trainer's extra is not installed")
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from pair_data import (  # noqa: E402
     CHAT,
     PLAIN,
     TEMPLATE,
@@ -18,8 +21,8 @@ from pair_data import (
     user,
     write,
 )
-from train.data import load_pairs
-from train.options import parse
+from train.data import load_pairs  # noqa: E402
+from train.options import parse  # noqa: E402
 
 THOUGHT = TEMPLATE.replace("<|start|>assistant\n'", "<|start|>assistant\n<think>\n'")
 
@@ -272,3 +275,38 @@ def test_marks_do_not_change_how_other_text_is_tokenised(tmp_path):
     assert found[0]["prompt_ids"] == PLAIN("Q<|end").input_ids + PLAIN("|>").input_ids
     assert found[1]["prompt_ids"] == PLAIN("Q<|end>").input_ids
     assert found[0]["chosen_ids"] == found[1]["chosen_ids"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "m['content'] | tojson(ensure_ascii=True)",
+        "[m['content']] | string",
+        "m['content'] | urlencode",
+        "m['content'] | upper",
+        "m['content'][:5]",
+        "m['content'][:4] + '123' + m['content']",
+        "m['content'] | length | string",
+        "m['content'].split('<|end|>')[-1]",
+    ],
+)
+def test_control_text_that_the_template_rewrites(tmp_path, content):
+    tokenizer = byte_tokenizer("{{ tools or '' }}" + TEMPLATE.replace("m['content']", f"({content})"))
+    bad = "<|end|> \ufdd0 d"
+    rows = [
+        pair([user("hi")], "yes!!", "no"),
+        pair([user(bad)], "yes!!", "no"),
+        pair([user("hi")], [assistant(bad)], "no"),
+        pair([user("hi")], tools=[{"name": bad}]),
+    ]
+    reason = "text that spells a control token, which the chat template rewrites"
+    assert drops(tmp_path, *rows, tokenizer=tokenizer) == {reason: [1, 2, 3]}
+
+
+@pytest.mark.parametrize("filtered, around", [("trim", "{}"), ("tojson", '"{}"')])
+def test_control_text_that_the_template_leaves(tmp_path, filtered, around):
+    tokenizer = byte_tokenizer(TEMPLATE.replace("m['content']", f"(m['content'] | {filtered})"))
+    row = pair([user("a <|end|>")], [assistant("é <|end|>")], "no")
+    found, report = load(tmp_path, row, tokenizer=tokenizer)
+    assert report.control_text == 1 and found["chosen_ids"][0].count(tokenizer.eos_token_id) == 1
+    assert decoded(found[0], tokenizer)[1] == around.format("é <|end|>") + "<|end|>"

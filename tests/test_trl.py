@@ -26,7 +26,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 import trl_runs  # noqa: E402
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
-from epsdpo_kernels.integrations import seams  # noqa: E402
+from epsdpo_kernels.integrations import checks, seams  # noqa: E402
 from epsdpo_kernels.integrations.checks import NotFiniteError  # noqa: E402
 from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
 from epsdpo_kernels.integrations.trl import (  # noqa: E402
@@ -471,9 +471,6 @@ def test_every_argument_of_the_trainer_has_its_verdict():
 
 
 def test_refused_models(tiny, tmp_path):
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="peft_config: got PromptTuningConfig"):
-        make(tiny, tmp_path, peft_config=prompt)
     with pytest.raises(ValueError, match="lm_head"):
         make(tiny, tmp_path, peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
     strange = trl_runs.model(tiny)
@@ -489,7 +486,7 @@ def test_refused_models(tiny, tmp_path):
         make(tiny, tmp_path, model=strange)
 
 
-def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False, processes=2, **batches):
+def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False, best=False, processes=2, **batches):
     """As much of a trainer as says how it was launched: launching it so takes GPUs."""
     config = {"tensor_parallel": {"autotp_size": autotp}} if autotp else {}
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage, deepspeed_config=config))
@@ -499,20 +496,32 @@ def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False,
     batches = SimpleNamespace(**{"dispatch_batches": None, "even_batches": True} | batches)
     return SimpleNamespace(
         accelerator=accelerator, is_deepspeed_enabled=zero_stage is not None, is_fsdp_enabled=fsdp is not None,
-        args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches),
+        args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best),
+        model=transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+            )
+        ),
     )  # fmt: skip
+
+
+TENSOR = accelerate.ParallelismConfig(tp_size=2)
 
 
 @pytest.mark.parametrize(
     "how, said",
     [
-        ({"parallelism": accelerate.ParallelismConfig(tp_size=2)}, "parallelism_config: got tensor, context"),
-        ({"parallelism": accelerate.ParallelismConfig(cp_size=2)}, "parallelism_config: got tensor, context"),
-        ({"parallelism": accelerate.ParallelismConfig(sp_backend="deepspeed", sp_size=2)}, "parallelism_config"),
+        ({"parallelism": TENSOR}, "model: got a head that is whole, with tp_size=2"),
+        ({"parallelism": TENSOR, "fsdp": 2}, "parallelism_config: got tp_size=2 with data parallelism, FSDP or Deep"),
+        (
+            {"parallelism": accelerate.ParallelismConfig(tp_size=2, dp_shard_size=2)},
+            "parallelism_config: got tp_size=2",
+        ),
+        ({"parallelism": accelerate.ParallelismConfig(cp_size=2)}, "parallelism_config: got cp_size=2, takes sp_size"),
         ({"zero_stage": 1, "autotp": 2}, "deepspeed: got autotp_size=2, takes ZeRO alone"),
         ({"fsdp": 1}, "fsdp: got version 1, takes version 2"),
         ({"fsdp": 2, "sync": True}, "sync_ref_model: got True with FSDP"),
-        ({"zero_stage": 3, "sync": True}, "sync_ref_model: got True with FSDP or ZeRO-3"),
+        ({"zero_stage": 3, "sync": True}, "sync_ref_model: got True with FSDP, ZeRO-3 or"),
         ({"dispatch_batches": True}, "accelerator_config: got dispatch_batches=True"),
         ({"even_batches": False}, "accelerator_config: .* even_batches=False in several processes, takes .* True"),
         ({"dispatch_batches": True, "even_batches": False, "processes": 1}, None),
@@ -531,32 +540,18 @@ def test_refused_launches(how, said):
             _refuse_launch(launched(**how))
 
 
-def test_images_are_refused(tiny, tmp_path):
-    pil = pytest.importorskip("PIL.Image")
-    text = transformers.AutoConfig.from_pretrained(tiny)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
-    processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
-        transformers.AutoTokenizer.from_pretrained(tiny), patch_size=4,
-    )  # fmt: skip
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
-    rows = [row | {"images": [pil.new("RGB", (8, 8))]} for row in trl_runs.pairs(tiny, 2)]
-    args = EpsilonDPOConfig(**trl_runs.options(tmp_path, max_length=None))
-    with pytest.raises(ValueError, match="train_dataset: got images, takes text"):
-        EpsilonDPOTrainer(
-            model=transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava"), args=args,
-            processing_class=processor,
-            train_dataset=datasets.Dataset.from_list(rows),
-        )  # fmt: skip
+@pytest.mark.parametrize("name, argument", [("load_best_model_at_end", "best"), ("sync_ref_model", "sync")])
+def test_what_a_split_model_does_not_go_with(monkeypatch, name, argument):
+    monkeypatch.setattr(checks, "vocab_group", lambda head: "a group")
+    _refuse_launch(launched(parallelism=TENSOR))
+    with pytest.raises(ValueError, match=f"{name}: got True with .*(tp_size=2|tensor parallelism)"):
+        _refuse_launch(launched(parallelism=TENSOR, **{argument: True}))
 
 
 def test_refused_batches(tiny, tmp_path):
     trainer = make(tiny, tmp_path)
     batch = next(iter(trainer.get_train_dataloader())) | {"token_type_ids": torch.zeros(1)}
-    with pytest.raises(ValueError, match="token_type_ids"):
+    with pytest.raises(ValueError, match="got a batch with .'token_type_ids'., takes input_ids, attention_mask, comp"):
         trainer.compute_loss(trainer.model, batch)
 
 

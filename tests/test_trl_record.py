@@ -206,7 +206,8 @@ def test_evaluations_outside_of_training(tiny, tmp_path):
     trainer.evaluate(data.select(range(10, 18)))
     trainer.evaluate({"x": data.select(range(4)), "y": data.select(range(7))})
     found, rows = audit(tmp_path / "run"), frame(tmp_path / "run")
-    assert found.ok and not found.limits, str(found)
+    assert found.ok and {name for name, _ in found.limits} == {"no_pairs"}, str(found)
+    assert all("@" in values["split"] for _, values in found.limits)
     counts = rows.query("split != 'train'").groupby("split").size().to_dict()
     # Of data that were given, rows of the same name are others: the name says of which.
     assert sorted((name.split("@")[0], "@" in name, n) for name, n in counts.items()) == [

@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
-pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: make test-zero")
 
 
 from epsdpo_kernels.record import read  # noqa: E402

@@ -18,8 +18,8 @@ def pairs(folder: Path, count: int | None = None) -> Dataset:
     return Dataset.from_list([row | {name: " " + row[name] for name in ("chosen", "rejected")} for row in rows])
 
 
-def model(folder: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def model(folder: Path, split=None):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=split)
 
 
 def options(run: Path, **more) -> dict:

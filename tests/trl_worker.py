@@ -11,21 +11,27 @@ from pathlib import Path
 
 import transformers
 import trl.trainer.base_trainer
+from accelerate import ParallelismConfig
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
 import gloo
 import trl_runs
+import vision
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer
 from fsdp_on_cpu import shard_on_cpu
+from tensor_on_cpu import split_on_cpu
 from zero_on_cpu import zero_on_cpu
 
 
 def data(job: dict, pairs: int):
-    """The job's first pairs, as a data set or a stream."""
+    """The job's first pairs, as a data set or a stream; about pictures where the job names a model that sees."""
     found = trl_runs.pairs(Path(job["tiny"]), pairs)
+    if job["sees"]:
+        found = vision.pairs(job["sees"], found, pairs)
     return found.to_iterable_dataset() if job["stream"] else found
 
 
@@ -45,14 +51,27 @@ def main(folder: Path) -> None:
         shard_on_cpu(EpsilonDPOTrainer)
     if job["options"].get("deepspeed"):
         zero_on_cpu()
+    split = DistributedConfig(tp_size=2) if job["tensor"] else None
+    if job["tensor"]:
+        split_on_cpu()
+    if job["tensor"] == "both":  # TRL loads the reference as it does the policy
+        job["options"]["model_init_kwargs"] = {"distributed_config": split, "dtype": "float32"}
+    if sizes := job["options"].get("parallelism_config"):
+        job["options"]["parallelism_config"] = ParallelismConfig(**sizes)
     args = EpsilonDPOConfig(**job["options"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["tiny"])
+    models = [job["tiny"] if job["tensor"] == "both" else trl_runs.model(Path(job["tiny"]), split), None]
+    if job["sees"]:
+        tokenizer = vision.processor(job["sees"], job["tiny"])
+        image = tokenizer.tokenizer.convert_tokens_to_ids("<image>")
+        models = [vision.build(job["sees"], image) for _ in models]
     trainer = EpsilonDPOTrainer(
-        model=trl_runs.model(Path(job["tiny"])),
+        *models,
         args=args,
         data_collator=trl_runs.Masked(job["masked"], args.process_index, args.world_size) if job["masked"] else None,
         train_dataset=data(job, job["pairs"]),
         eval_dataset=data(job, 7),
-        processing_class=transformers.AutoTokenizer.from_pretrained(job["tiny"]),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if job["lora"] else None,
     )
     trainer.train(resume_from_checkpoint=job.get("resume"))

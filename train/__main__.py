@@ -11,6 +11,8 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from accelerate.state import AcceleratorState
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from epsdpo_kernels.integrations.batches import check_fits
 from epsdpo_kernels.integrations.checkpoints import (
@@ -21,6 +23,8 @@ from epsdpo_kernels.integrations.checkpoints import (
     run_settings,
 )
 from epsdpo_kernels.integrations.checks import check_vocabulary
+from epsdpo_kernels.integrations.recording import RecordElsewhere
+from epsdpo_kernels.integrations.sequence import sequence_ranks, tensor_ranks
 from epsdpo_kernels.integrations.transformers import Reference, check_head
 from epsdpo_kernels.record import Record, parts, set_aside
 
@@ -87,6 +91,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     if args.fsdp and options.method == "tr-dpo":
         raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
     refuse_under_deepspeed(options, args)
+    refuse_under_tensor_parallelism(options, args)
     if options.cache_reference and options.method == "tr-dpo":
         raise ValueError("cache_reference: tr-dpo's reference follows the policy, takes no cache")
     if args.do_eval and not (options.eval_dataset or options.eval_fraction):
@@ -129,12 +134,13 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     done = checkpoint_step(resume) if resume else None
     # What began at the start was evaluated there.
     args.eval_on_start = args.eval_on_start and not resume
-    record = Record(
+    rank, copy_of_it = divmod(args.process_index, sequence_ranks(args) * tensor_ranks(args))
+    record = RecordElsewhere() if copy_of_it else Record(
         args.output_dir, loss_fn, options=dataclasses.asdict(options), pairs={"train": pairs, "eval": held_out},
         facts={
             "transformers": transformers.__version__, "training_arguments": args.to_sanitized_dict(), "data": reports,
         },
-        label=options.label_column, rank=args.process_index, resume_step=done,
+        label=options.label_column, rank=rank, resume_step=done,
     )  # fmt: skip
     trainer = PairTrainer(
         model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record, ref_model=ref_model,
@@ -146,6 +152,20 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     if cached:
         trainer.add_callback(FirstStep(cached))
     return trainer
+
+
+def refuse_under_tensor_parallelism(options: PairOptions, args: TrainingArguments) -> None:
+    if tensor_ranks(args) == 1:
+        return
+    if options.method == "tr-dpo":
+        raise ValueError("parallelism_config: tr-dpo mixes whole weights into its reference, takes no tp_size")
+    if options.cache_reference:
+        raise ValueError("cache_reference: got tp_size, takes none: one rank writes the cache, with a whole model")
+    if options.lora_r or find_adapter_config_file(options.model):
+        raise ValueError(
+            "lora_r, model: got an adapter with tp_size, takes none: PEFT's layers fail in training where transformers "
+            "has split the model's"
+        )
 
 
 def refuse_under_deepspeed(options: PairOptions, args: TrainingArguments) -> None:
@@ -226,9 +246,10 @@ def main(arguments: list[str] | None = None) -> PairTrainer:
 
 
 def leave_process_group() -> None:
-    """Ends this process's part in the group, if there is one, once all that holds it (DDP's reducer) is gone."""
-    gc.collect()
+    """Ends this process's part in its groups, if there are any, once all that holds them (DDP's reducer) is gone."""
     if torch.distributed.is_initialized():
+        AcceleratorState().device_mesh = None
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

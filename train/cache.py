@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from epsdpo_kernels.integrations.packing import Packing
+from epsdpo_kernels.integrations.sequence import Share
 from epsdpo_kernels.integrations.transformers import HeadInputs, causal_lm, head_inputs
 
 from .data import BLANK, Collator
@@ -210,6 +211,8 @@ class CachedReference:
                 found[j], starts[j] = part, prompt - 1
         if isinstance(attention_mask, Packing):
             states = torch.cat(found)
+            if isinstance(attention_mask, Share):
+                states = states[attention_mask.own.to(states.device)]
         else:
             states = torch.zeros(*input_ids.shape, self.facts["width"], dtype=dtype)
             for j, (start, part) in enumerate(zip(starts, found, strict=True)):

@@ -123,13 +123,15 @@ def load_pairs(
 
     source: a local file (.jsonl, .json, either with .gz, .parquet) or a data set's name on the hub. Rows have `chosen`
         and `rejected`, and each is read as what it is:
-        - strings, with a string `prompt`: used as they are;
+        - strings, with a string `prompt`: used as they are, but for a prompt that both repeat at their beginning;
         - messages, with all fields that the tokenizer's chat template reads: `prompt`, `chosen` and `rejected` are each
-          messages or a string. A completion is all that follows the prompt. Without `prompt`, or where it is a string
-          that is in them, the last two are whole conversations, which share the prompt and go on with the assistant.
+          messages or a string. A completion is all that follows the prompt, which it may repeat: where both hold the
+          prompt, what is before it belongs to it. Without `prompt`, or where it is a string that is in their texts,
+          the last two are whole conversations, which share the prompt and go on with the assistant.
           `tools` and `chat_template_kwargs`, as such or in JSON, go to the template;
-        - transcripts, "\\n\\nHuman: …\\n\\nAssistant: …", whose prompt ends with the last "\\n\\nAssistant:". The turns
-          go through the chat template where the tokenizer has one, else the text is used as it is;
+        - transcripts, "\\n\\nHuman: …\\n\\nAssistant: …", whose prompt ends with the last "\\n\\nAssistant:" and holds
+          `prompt`, if there is one. The turns go through the chat template where the tokenizer has one, else the text
+          is used as it is;
         - strings that begin alike, without `prompt`: it is their longest common prefix, cut to end before its last
           whitespace. What the completions still share cancels in the margin.
     split: of a hub data set; a file has none.
@@ -177,9 +179,9 @@ def load_pairs(
         lengths = pc.list_value_length(found.data.column(name)).to_numpy()[kept]
         numbers = np.percentile(lengths, (50, 95, 100), method="higher").tolist()
         report.lengths[name.removesuffix("_ids")] = dict(zip(("p50", "p95", "max"), numbers, strict=True))
+    found = found.select_columns(list(COLUMNS))
     for name, values in labels.items():
         found = found.add_column(name, values)
-    found = found.select_columns([*COLUMNS, *labels])
     return found if kept.all() else found.select(np.flatnonzero(kept)), report
 
 
@@ -197,7 +199,10 @@ def _nothing_left(report: Report) -> str:
     if report.dropped[MALFORMED] < report.read:
         return f"no pair is left\n{report}"
     names = ", ".join(map(repr, report.columns["read"] + report.columns["unread"]))
-    takes = "chosen and rejected as strings or messages, and with a column prompt one in every row"
+    takes = (
+        "chosen and rejected as strings, or as messages of role and content, which end with the role assistant; tools "
+        "as a list of objects; and with a column prompt a string or messages in every row"
+    )
     return f"source: {report.source} has the columns {names}, takes {takes}\n{report}"
 
 

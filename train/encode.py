@@ -24,6 +24,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 # What a row may not set: all that is not for the template to see.
 RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"tools", "documents"}
 REFUSED = "refused by the chat template"
+REWRITTEN = "text that spells a control token, which the chat template rewrites"
 NOTHING = "a completion that the chat template writes nothing of"
 
 
@@ -49,7 +50,8 @@ class Encoder:
     """Renders pairs and tokenises them. A control token that a template writes is one; the data's text spells none.
 
     Before anything is rendered, such text becomes a numbered mark, and at tokenisation the ids of the text as text. The
-    tokenizer sees other pieces than it otherwise would only where a mark is.
+    tokenizer sees other pieces than it otherwise would only where a mark is. A template that escapes, cuts or counts
+    text does so with a mark too: where marks do not stand for what it writes of the text itself, there is no pair.
 
     prerendered: whether texts (not messages) hold control tokens that are meant as such; None to refuse them.
     """
@@ -61,6 +63,7 @@ class Encoder:
         special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self.control = tuple(dict.fromkeys([*special, *tokenizer.all_special_tokens]))
         self.guarded = sorted({MARK, *self.control}, key=len, reverse=True)
+        self.marks = {token: f"{MARK}{i}{MARK}" for i, token in enumerate(self.guarded)}
         self.pattern = re.compile("|".join(map(re.escape, self.guarded)))
         whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
         self.start = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
@@ -91,16 +94,22 @@ class Encoder:
             raise ValueError("tokenizer: got one without a chat template, takes one to write messages with")
         if pair.template_kwargs and RESERVED & pair.template_kwargs.keys():
             raise NoPair("chat_template_kwargs that no template sees")
-        prompt, *sides = map(self._messages, pair[:3])
-        options = self._guard({"tools": pair.tools} | (pair.template_kwargs or {}))
-        start = self._apply(prompt, options, add_generation_prompt=True)
-        chosen, rejected = (self._closed(self._apply(prompt + side, options), True) for side in sides)
+        parts: list[Any] = [*map(self._messages, pair[:3]), {"tools": pair.tools} | (pair.template_kwargs or {})]
+        guarded = self._guard(parts)
+        start, *wholes = written = self._written(*guarded)
+        if guarded != parts and list(map(self._unguard, written)) != self._written(*parts):
+            raise NoPair(REWRITTEN)
+        chosen, rejected = (self._closed(whole, True) for whole in wholes)
         for whole in (chosen, rejected):
             shared = start if whole.startswith(start) else os.path.commonprefix((start, whole))
             completion = whole[len(shared) :]
             if not self.pattern.sub("", completion).strip():
                 raise NoPair(NOTHING)
         return Rendered(start, chosen, rejected, raw=False)
+
+    def _written(self, prompt: list, chosen: list, rejected: list, options: dict[str, Any]) -> list[str]:
+        start = self._apply(prompt, options, add_generation_prompt=True)
+        return [start, *(self._apply(prompt + side, options) for side in (chosen, rejected))]
 
     def unwritten(self, pair: Pair) -> list[str]:
         """Fields of the pair's messages, tools and variables that the chat template does not mention."""
@@ -139,7 +148,7 @@ class Encoder:
     def _messages(self, messages: Any) -> list[Message]:
         if not self._reads_parts:
             messages = [m | {"content": text_of(m)} if isinstance(m.get("content"), list) else m for m in messages]
-        return self._guard(messages)
+        return messages
 
     @cached_property
     def _reads_parts(self) -> bool:
@@ -153,10 +162,14 @@ class Encoder:
 
     def _guard(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self.pattern.sub(lambda match: f"{MARK}{self.guarded.index(match[0])}{MARK}", value)
+            return self.pattern.sub(lambda match: self.marks[match[0]], value)
         if isinstance(value, dict):
             return {self._guard(name): self._guard(part) for name, part in value.items()}
         return [self._guard(part) for part in value] if isinstance(value, list) else value
+
+    def _unguard(self, text: str) -> str:
+        texts = {mark: token for token, mark in self.marks.items()}
+        return MARKED.sub(lambda match: texts.get(match[0], match[0]), text)
 
     # Tokenising
 

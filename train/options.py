@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 import transformers
 import yaml
+from accelerate import ParallelismConfig
 from transformers import HfArgumentParser
 
 
@@ -122,7 +124,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "it smooths over a vocabulary; give label_smoothing, over chosen and rejected"),
     "length_column_name": ("length", "pairs are not grouped by length"),
     "liger_kernel_config": (None, "see use_liger_kernel"),
-    "parallelism_config": (None, "a decision needs whole completions and the whole vocabulary on one rank"),
     "remove_unused_columns": (False, "rows carry columns that no model's forward names"),
     "use_cache": (False, "training keeps no keys and values"),
     "use_liger_kernel": (False, "it replaces the forward that the loss runs in, and the layers of the policy alone"),
@@ -149,9 +150,13 @@ class TrainingArguments(transformers.TrainingArguments):
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "see transformers"})
     # Rows carry columns that no model's forward names.
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay false"})
+    parallelism_config: dict | str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": 'accelerate\'s, as a mapping: {"sp_size": 4}; see docs/parallel.md'}
+    )
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "see transformers"})
 
     def __post_init__(self):
+        self.parallelism_config = _parallelism(self.parallelism_config)
         super().__post_init__()
         for name, (taken, why) in REFUSED.items():
             if (value := getattr(self, name, taken)) != taken:
@@ -172,6 +177,15 @@ class TrainingArguments(transformers.TrainingArguments):
     def autocast_dtype(self) -> torch.dtype | None:
         """What training computes in, where that is not the weights' dtype."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
+
+
+def _parallelism(given: Any) -> ParallelismConfig | None:
+    if given is None or isinstance(given, ParallelismConfig):
+        return given
+    try:
+        return ParallelismConfig(**(json.loads(given) if isinstance(given, str) else given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"parallelism_config: got {given!r}, takes accelerate's sizes by name: {error}") from None
 
 
 def veto_bounds(veto: list[str] | None) -> dict[str, float]:

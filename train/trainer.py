@@ -22,13 +22,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from epsdpo_kernels.integrations.batches import PackedBatches
 from epsdpo_kernels.integrations.checkpoints import as_metadata, set_later_aside
-from epsdpo_kernels.integrations.checks import NotFiniteError, check_checkpoint, check_gradient, check_launch
+from epsdpo_kernels.integrations.checks import (
+    NotFiniteError,
+    check_checkpoint,
+    check_gradient,
+    check_launch,
+    check_prompt_learning,
+)
 from epsdpo_kernels.integrations.packing import part
-from epsdpo_kernels.integrations.recording import Recorded
+from epsdpo_kernels.integrations.recording import Recorded, RecordElsewhere
 from epsdpo_kernels.integrations.sharding import prepare_reference
 from epsdpo_kernels.integrations.transformers import (
     AfterStep,
     Reference,
+    load_renamed,
     pair_metrics,
     run_loss_in_forward,
     weighs_pairs_itself,
@@ -101,7 +108,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
     """
 
     def __init__(
-        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None, record: Record | None = None,
+        self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None,
+        record: Record | RecordElsewhere | None = None,
         ref_model=None, packed: bool = True, max_tokens: int | None = None,
         settings: Mapping[str, Any] | None = None, **kwargs,
     ):  # fmt: skip
@@ -111,6 +119,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
                 kwargs[name] = WithBlank(kwargs[name])
         super().__init__(model, args, **kwargs)
         check_launch(self)
+        check_prompt_learning(model, args)
         if args.fsdp and not self.accelerator.is_fsdp2:
             raise ValueError(
                 f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
@@ -148,7 +157,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
 
     def _sampler(self, dataset: Any, batch_size: int, seed: int | None) -> PairSampler:
         # One rank's last batch may be short, and its loader can drop it by itself.
-        multiple = self.args.world_size * batch_size if self.args.world_size > 1 else 1
+        multiple = self.data_ranks * batch_size if self.data_ranks > 1 else 1
         return PairSampler(len(dataset), multiple, seed, self.args.dataloader_drop_last)
 
     def labels_of(self, batch):
@@ -166,7 +175,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs of an optimizer step, over micro-batches and ranks: ()."""
         pairs = sum(((batch["row"] != BLANK).sum() for batch in batch_samples), torch.tensor(0)).to(device)
-        return self.accelerator.reduce(pairs, "sum")
+        return self.count_once(pairs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels, row = inputs["labels"], inputs["row"]
@@ -183,10 +192,10 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             self.record.append(out, labels, step=step, row=row, epoch=epoch, beta=beta)
         if model.training:
             # Ranks' gradients are averaged, hence times their number.
-            loss = loss * ((row != BLANK).sum() * self.args.world_size / num_items_in_batch)
+            loss = loss * ((row != BLANK).sum() * self.averaged_over / num_items_in_batch)
             self._window.append((row, out.losses))
             if self._board:
-                self._betas.append(torch.where(row != BLANK, out.beta, torch.nan))
+                self._betas.append(torch.where((row != BLANK) & self.first_of_row, out.beta, torch.nan))
             if self.accelerator.gradient_state.sync_gradients:
                 self._stop_if_not_finite()
         return (loss, out) if return_outputs else loss
@@ -268,6 +277,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
 
     def _load_state(self, checkpoint: Path) -> None:
         """β, and the reference where it moves: the model at that step goes with them."""
+        load_renamed(self, checkpoint)
         state = load_file(checkpoint / LOSS_STATE)
         if state.keys() != self.loss_fn.state_dict().keys():
             raise ValueError(f"resume_from_checkpoint: got {checkpoint} of another method, takes one of the same")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,9 +33,10 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
+from . import sequence
 from .packing import IGNORE, Packing, Segments, pack, to
 from .sharding import gathers_itself
-from .transformers import causal_lm, evaluating, head_inputs
+from .transformers import causal_lm, evaluating, has_virtual_tokens, head_inputs
 
 # torch 2.11 takes as many heads of keys and values as of queries.
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -43,7 +45,7 @@ ran: set[str] = set()  # the functions that have run, for the log
 BLOCK = 128  # tokens, of FlexAttention's block masks
 
 
-def pack_rows(models: Iterable[nn.Module]) -> str | None:
+def pack_rows(models: Iterable[nn.Module], group: ProcessGroup | None = None) -> str | None:
     """Prepares models for packed rows, if all of them compute on a packed row what they compute on padded ones.
 
     One small batch is run in each layout, and each of its rows alone, which says what rounding is. Where a model
@@ -51,13 +53,17 @@ def pack_rows(models: Iterable[nn.Module]) -> str | None:
 
     Args:
         models: causal language models, within PEFT or not; policy and reference.
+        group: whose ranks will share a row's tokens, which is then run too.
 
     Returns:
         None where packed rows may be used, else the reason why not.
     """
+    models = list(models)
+    if any(map(has_virtual_tokens, models)):
+        return "prompt learning puts virtual tokens before every row's own"
     inner = [causal_lm(model) for model in models]
     before = [model.config._attn_implementation for model in inner]
-    reason = None
+    reason, everywhere = None, group is None or "meta" not in _of_all_ranks(inner[0].device.type)
     for model in inner:
         # What a model of any kind may raise when its row is not what it expects is not ours to foresee.
         try:
@@ -66,20 +72,25 @@ def pack_rows(models: Iterable[nn.Module]) -> str | None:
                 # Around its own call only: what holds of the policy holds of its like.
                 reason = None if _alike(model, inner[0]) else "the reference is sharded, and not of the policy's kind"
             elif model.device.type != "meta":  # where FSDP's loading leaves the weights to the first rank
-                reason = _difference(model)
+                reason = _difference(model, group if everywhere else None)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         if reason:
             break
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        reasons: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(reasons, reason)
-        reason = next(filter(None, reasons), None)
+    reason = next(filter(None, _of_all_ranks(reason)), None)
     if reason:
         for model, name in zip(inner, before, strict=True):
             if model.config._attn_implementation != name:
                 model.set_attn_implementation(name)
     return reason
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _alike(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -88,8 +99,8 @@ def _alike(one: PreTrainedModel, other: PreTrainedModel) -> bool:
     return all(own[name] == others.get(name) for name in own if name not in ("_name_or_path", "use_cache", "dtype"))
 
 
-def _difference(model: PreTrainedModel) -> str | None:
-    """Says in what the hidden states of a packed row are not those of padded rows."""
+def _difference(model: PreTrainedModel, group: ProcessGroup | None) -> str | None:
+    """Says in what the hidden states of a packed row, or of this rank's share of it, are not those of padded rows."""
     vocabulary = model.config.get_text_config().vocab_size
     # Hard cases: one token, the same first tokens of both answers, prompts longer than a window (of 4, below).
     lengths, rows, scored = [(1, 1, 3), (4, 2, 1), (7, 5, 9), (12, 4, 5)], [], []
@@ -101,20 +112,22 @@ def _difference(model: PreTrainedModel) -> str | None:
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
     ids = pad_sequence(rows, batch_first=True).to(model.device)
     labels = pad_sequence(scored, batch_first=True, padding_value=IGNORE).to(model.device)
-    packing = to(pack(ids, mask, labels), model.device)
+    row = pack(ids, mask, labels)
+    packing = to(row, model.device)
     with evaluating(model), _windows_of(model, 4):
         with _embeddings(model) as embeddings:
             packed = head_inputs(model, ids, packing).hidden
         strangers = _strangers(packing, packed, embeddings[0])
         with torch.no_grad():
             padded = head_inputs(model, ids, mask).hidden[labels != IGNORE]
+            shared = _run_share(model, row, packed, group)
             alone = []
-            for row, real, own in zip(ids, mask.bool(), labels, strict=True):
-                states = head_inputs(model, row[real][None], torch.ones_like(row[real])[None]).hidden
+            for row_ids, real, own in zip(ids, mask.bool(), labels, strict=True):
+                states = head_inputs(model, row_ids[real][None], torch.ones_like(row_ids[real])[None]).hidden
                 alone.append(states[0, own[real] != IGNORE])
-    # How each of the two differs from rows alone, in units of a token's length; the padded one's is rounding.
+    # How each of them differs from rows alone, in units of a token's length; the padded one's is rounding.
     exact = torch.cat(alone).float()
-    errors = [((a.float() - exact).norm(dim=1) / exact.norm(dim=1)).max().item() for a in (packed, padded)]
+    errors = [((a.float() - exact).norm(dim=1) / exact.norm(dim=1)).max().item() for a in (packed, padded, shared)]
     allowed = min(4 * torch.finfo(packed.dtype).eps + 4 * errors[1], 0.1)
     if strangers:
         return f"the layers of {type(model).__name__} carry something along a row, from one answer to the next"
@@ -123,7 +136,21 @@ def _difference(model: PreTrainedModel) -> str | None:
             f"the hidden states of {type(model).__name__} in a packed row are off by {errors[0]:.2g} of their length, "
             f"where {allowed:.2g} is rounding"
         )
+    if not errors[2] <= allowed:
+        return (
+            f"with a row's tokens on several ranks, the hidden states of {type(model).__name__} are off by "
+            f"{errors[2]:.2g} of their length, where {allowed:.2g} is rounding"
+        )
     return None
+
+
+def _run_share(model: PreTrainedModel, row: Packing, packed: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The packed row's hidden states, those of this rank's tokens from a run with them alone."""
+    if group is None:
+        return packed
+    share = sequence.share(row, group, model.device)
+    own = head_inputs(model, share.input_ids, to(share, model.device)).hidden
+    return packed.detach().index_copy(0, share.own.to(own.device), own)
 
 
 def _strangers(packing: Packing, hidden: Tensor, embeddings: Tensor) -> bool:
@@ -224,9 +251,14 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))
     options = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
+    if (group := segments.group) is not None:
+        query, key, value = sequence.all_tokens((query, key, value), group, segments.tokens)
+        if options["s_aux"] is not None:
+            options["s_aux"] = sequence.own_heads(options["s_aux"], group)
     name = backend(query, value, kwargs.get("dropout", 0.0), options["softcap"], options["s_aux"])
     ran.add(name)
-    return globals()[name](module, query, key, value, segments, dropout=kwargs.get("dropout", 0.0), **options), None
+    out = globals()[name](module, query, key, value, segments, dropout=kwargs.get("dropout", 0.0), **options)
+    return (out if group is None else sequence.all_heads(out, group)), None
 
 
 def backend(query: Tensor, value: Tensor, dropout: float, softcap: float | None, s_aux: Tensor | None) -> str:

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from . import attention
+from .checks import check_resume
 from .memory import GIB, expected_memory
 from .packing import Packing, pack, part, to
+from .sequence import SharedRows, share
 from .sharding import whole_shape
 from .transformers import causal_lm, lm_head, positions
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-class PackedBatches:
+class PackedBatches(SharedRows):
     """To be named before a transformers.Trainer among a trainer's bases.
 
     The trainer calls :meth:`set_layout` when it has its models, :meth:`lay_out` on the batches of an optimizer step,
@@ -52,12 +54,20 @@ class PackedBatches:
         """A pair of the batch's kind of which nothing is scored."""
         raise NotImplementedError
 
-    def set_layout(self, models: Sequence[nn.Module], packed: bool, max_tokens: int | None) -> None:
+    def set_layout(
+        self, models: Sequence[nn.Module], packed: bool, max_tokens: int | None, images: bool = False
+    ) -> None:
         """Chooses packed rows where they are wanted and all models can, and says what was chosen and why.
 
+        Args:
+            models: policy and reference, where that is a second one.
+            packed: whether packed rows are wanted.
+            max_tokens: of a micro-batch; one of more is cut.
+            images: whether batches have images, which belong to rows as each processor has it.
+
         Raises:
-            ValueError: max_tokens is not positive, or a batch may not be cut; or the data hold what a model has no
-                place for.
+            ValueError: max_tokens is not positive, or a batch may not be cut; rows that are to be spread over ranks
+                cannot be packed; or the data hold what a model has no place for.
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens_per_batch: got {max_tokens}, takes a positive number of tokens")
@@ -65,17 +75,32 @@ class PackedBatches:
             raise ValueError(
                 "max_tokens_per_batch: got a loss whose β is a batch's, which cutting would change; takes none"
             )
+        if max_tokens is not None and images:
+            raise ValueError(
+                f"max_tokens_per_batch: got {max_tokens} with images, which are no rows that could be cut; takes none. "
+                "Set per_device_train_batch_size"
+            )
+        if self.by_batch and self.sequence_group is not None:
+            raise ValueError("parallelism_config: got sp_size with a loss whose β is a batch's, takes none")
         self.max_tokens, self._models = max_tokens, list(models)
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
             pairs = getattr(dataset, "pairs", dataset)
-            if hasattr(pairs, "with_format") and set(COLUMNS) <= set(pairs.column_names or ()):
+            if not images and hasattr(pairs, "with_format") and set(COLUMNS) <= set(pairs.column_names or ()):
                 for model in models:
                     check_fits(pairs, model, name, getattr(self.args, "max_length", None))
+        reason: str | None = "packed is False"
+        if packed:
+            with self.accelerator.autocast():
+                reason = "a prompt's images are read in each of its rows"
+                if not images:
+                    reason = attention.pack_rows(models, self.sequence_group)
+        if reason and self.sequence_group is not None:
+            raise ValueError(
+                f"parallelism_config: got sp_size={self.sequence_ranks}, takes rows that can be packed: {reason}"
+            )
         if not packed:
             return
-        with self.accelerator.autocast():
-            reason = attention.pack_rows(models)
         self.packed = reason is None
         self.accelerator.print(
             f"rows: packed, attention by {', '.join(sorted(attention.ran))}"
@@ -84,9 +109,10 @@ class PackedBatches:
             flush=True,
         )
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        check_resume(self, resume_from_checkpoint)
         self._say_memory()
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _say_memory(self) -> None:
         """Prints what the run expects to need and, on CUDA, what is there."""
@@ -107,13 +133,13 @@ class PackedBatches:
         total = int(longest.values.sum())
         if self.max_tokens:
             total = min(total, max(self.max_tokens, int(longest.values[0])))
+        most_scored = min(total, int(scored.topk(len(longest.values)).values.sum()))
         shards = self.accelerator.num_processes if self.is_fsdp_enabled else 1
         try:
             with self.accelerator.autocast():
                 expected: Any = expected_memory(
-                    policy, reference[0] if reference else None, tokens=total,
-                    scored=min(total, int(scored.topk(len(longest.values)).values.sum())),
-                    optimizer=str(self.args.optim), shards=shards,
+                    policy, reference[0] if reference else None, tokens=-(-total // self.sequence_ranks),
+                    scored=-(-most_scored // self.sequence_ranks), optimizer=str(self.args.optim), shards=shards,
                 )  # fmt: skip
         except Exception as error:  # it is only said; the run may well do what its measurement cannot
             expected = f"memory: not foreseen ({type(error).__name__}: {error})"
@@ -128,7 +154,7 @@ class PackedBatches:
         if not self.packed or self.by_batch or not set(COLUMNS) <= set(getattr(dataset, "column_names", COLUMNS)):
             return sampler
         tokens = pair_lengths(dataset).sum(1).tolist()
-        batches = self.args.world_size * self.args.gradient_accumulation_steps
+        batches = self.data_ranks * self.args.gradient_accumulation_steps
         return DealtSampler(sampler, tokens, self.args.train_batch_size, batches)
 
     def lay_out(self, batches: list[dict[str, Any]]) -> None:
@@ -158,7 +184,9 @@ class PackedBatches:
             with self.accelerator.no_sync(model):
                 loss += super().training_step(model, self._counted(one), num_items_in_batch)  # type: ignore[misc]
         state._set_sync_gradients(sync)
-        return loss + super().training_step(model, self._counted(last), num_items_in_batch)  # type: ignore[misc]
+        loss += super().training_step(model, self._counted(last), num_items_in_batch)  # type: ignore[misc]
+        # Of ranks that share rows each has the whole of their loss, and transformers logs the mean over ranks.
+        return loss / self.sequence_ranks
 
     def get_batch_samples(self, *args, **kwargs):
         self._clock = self._clock or time.perf_counter()
@@ -166,8 +194,7 @@ class PackedBatches:
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._clock:
-            ran = torch.tensor(self._ran, device=self.accelerator.device)
-            tokens, padded = self.accelerator.reduce(ran, "sum").tolist()
+            tokens, padded = self.count_once(torch.tensor(self._ran, device=self.accelerator.device)).tolist()
             logs["tokens"], logs["padding_saved"] = tokens, 1 - tokens / max(padded, 1)
             logs["tokens_per_second"] = tokens / (time.perf_counter() - self._clock)
             # The clock starts again with the next batches, after what evaluation and checkpoints take.
@@ -190,13 +217,16 @@ class PackedBatches:
     def _packed(self, batch: dict[str, Any]) -> dict[str, Any]:
         packing = None
         if self.packed:
+            device = batch["input_ids"].device
             packing = pack(batch["input_ids"], batch["attention_mask"], self.labels_of(batch))
-            packing = to(packing, batch["input_ids"].device)
+            if self.sequence_group is not None:
+                packing = share(packing, self.sequence_group, device)
+            packing = to(packing, device)
         return batch | {"packing": packing}
 
     def _counted(self, one: dict[str, Any]) -> dict[str, Any]:
         padded = one["input_ids"].numel()
-        own = padded if one["packing"] is None else one["packing"].input_ids.numel()
+        own = padded if one["packing"] is None else one["packing"].segments.tokens
         self._ran = self._ran[0] + own, self._ran[1] + padded
         return one
 

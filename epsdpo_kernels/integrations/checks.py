@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .sharding import local, whole_shape
+from .sharding import local, vocab_group, whole_shape
 from .transformers import (
     HeadInputs,
     as_reference,
@@ -23,6 +23,7 @@ from .transformers import (
     check_head,
     evaluating,
     few_tokens,
+    has_virtual_tokens,
     head_inputs,
     lm_head,
     perturbed,
@@ -30,11 +31,15 @@ from .transformers import (
 
 # Names of what a forward does at random in training: dropout of values, layers and paths, noise on a router's inputs.
 RANDOM = re.compile("drop|jitter")
+_NO_ENCODER = "PEFT saves the virtual tokens that its encoder puts out, and not the encoder"
+_NOT_LOADED = "transformers saves whole weights, without the optimizer, and does not load them into split layers"
 # Initialisations of LoRA that take what the adapter begins with out of the base, which alone is another model then.
 FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> None:
+def turn_off_dropout(
+    model: nn.Module, autocast: torch.dtype | None = None, batch: dict[str, Any] | None = None
+) -> None:
     """Makes the forward in training the forward in evaluation: the check of a pair would read the noise of any other.
 
     Sets to 0 the dropout of all layers, adapters' included, and of functions that take it from an attribute; in the
@@ -43,6 +48,7 @@ def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> N
     Args:
         model: a causal language model, within PEFT or not.
         autocast: dtype that training computes in, where that is not the weights'.
+        batch: what to run it on in place of a few tokens, as :func:`check_head` takes it.
 
     Raises:
         ValueError: its forward stays random, or becomes another one, so that policy and reference would differ.
@@ -50,10 +56,10 @@ def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> N
     inner = causal_lm(model)
     measured = inner.device.type != "meta"  # FSDP's memory-saving loading: only the first rank holds weights
     with perturbed(model) if measured else contextlib.nullcontext():
-        before = _hidden(model, False, autocast) if measured else None
+        before = _hidden(model, False, autocast, batch) if measured else None
 
         def quiet() -> bool:
-            return all(_close(_hidden(model, training, autocast), before) for training in (False, True, True))
+            return all(_close(_hidden(model, training, autocast, batch), before) for training in (False, True, True))
 
         for module in model.modules():
             if isinstance(getattr(module, "p", None), float) and RANDOM.search(type(module).__name__.lower()):
@@ -71,6 +77,37 @@ def turn_off_dropout(model: nn.Module, autocast: torch.dtype | None = None) -> N
         )
 
 
+def check_causal(model: nn.Module, batch: dict[str, Any], autocast: torch.dtype | None = None) -> None:
+    """Checks that a token's hidden state does not know of the tokens after it, which it has to predict.
+
+    What a batch has beside its ids may say otherwise: of PaliGemma's prompts all tokens see each other.
+
+    Args:
+        model: a causal language model, within PEFT or not.
+        batch: input_ids, attention_mask, 0 to the right of tokens, and what else its backbone takes.
+        autocast: dtype that training computes in, where that is not the weights'.
+
+    Raises:
+        ValueError: the last token of a row is seen from before it.
+    """
+    inner = causal_lm(model)
+    if inner.device.type == "meta":
+        return
+    ids, mask = batch["input_ids"].clone(), batch["attention_mask"].bool()
+    last = mask.sum(1, keepdim=True) - 1
+    one, other = few_tokens(inner)["input_ids"][0, :2]
+    before = _hidden(model, False, autocast, batch)
+    changed = ids.scatter(1, last, torch.where(ids.gather(1, last) == one, other, one))
+    after = _hidden(model, False, autocast, batch | {"input_ids": changed})
+    earlier = (torch.arange(mask.shape[1], device=mask.device) < last)[mask]
+    difference, eps = (after - before)[earlier].norm(dim=-1), torch.finfo(autocast or inner.dtype).eps
+    if not (difference <= 8 * eps * before[earlier].norm(dim=-1)).all():
+        raise ValueError(
+            f"model: in the collator's batches a token of {type(inner).__name__} sees those after it, which it has to "
+            "predict. Its attention is not causal in an answer, which token_type_ids may say"
+        )
+
+
 def _zero(owner: Any) -> None:
     for name, value in list(vars(owner).items()):
         if RANDOM.search(name) and _is_number(value):
@@ -84,14 +121,14 @@ def _is_number(value: Any) -> bool:
 
 
 @torch.no_grad()
-def _hidden(model: nn.Module, training: bool, autocast: torch.dtype | None) -> Tensor:
+def _hidden(model: nn.Module, training: bool, autocast: torch.dtype | None, batch: dict[str, Any] | None) -> Tensor:
     """(tokens, H) fp32 last hidden states of a few tokens. The random generators stay where they were."""
     inner = causal_lm(model)
-    ids, mask = few_tokens(inner, 32)
+    batch = batch or few_tokens(inner, 32)
     devices = [inner.device] if inner.device.type == "cuda" else []
     with evaluating(model, autocast), torch.random.fork_rng(devices):
         model.train(training)
-        return head_inputs(model, ids, mask).hidden[mask.bool()].float()
+        return head_inputs(model, **batch).hidden[batch["attention_mask"].bool()].float()
 
 
 def _close(found: Tensor, expected: Tensor | None) -> bool:
@@ -105,6 +142,7 @@ def check_reference(
     reference: nn.Module | None,
     autocast: torch.dtype | None = None,
     inputs: Callable[..., HeadInputs] = head_inputs,
+    batch: dict[str, Any] | None = None,
 ) -> None:
     """Checks the reference as :func:`check_head` does a policy, and that training leaves it as it is.
 
@@ -113,6 +151,7 @@ def check_reference(
         reference: a second model, or None where the policy without its adapter is the reference.
         autocast: dtype that training computes in, where that is not the weights'.
         inputs: what gives the second model's hidden states and head where :func:`head_inputs` itself does not.
+        batch: what to run them on in place of a few tokens, as :func:`check_head` takes it.
 
     Raises:
         TypeError, ValueError: its head cannot be fused, its vocabulary is another, it shares weights that train, or it
@@ -126,11 +165,18 @@ def check_reference(
     if reference is None:
         _check_initialisation(policy)
         with as_reference(policy):
-            check_head(policy, autocast, argument="ref_model")
-        shared = _trained_in_reference(policy, autocast)
+            check_head(policy, autocast, argument="ref_model", batch=batch)
+        shared = _trained_in_reference(policy, autocast, batch)
     else:
-        check_head(reference, autocast, argument="ref_model", inputs=inputs)
+        check_head(reference, autocast, argument="ref_model", inputs=inputs, batch=batch)
         check_vocabulary(policy, whole_shape(lm_head(causal_lm(reference), "ref_model").weight)[0])
+        split, other = (vocab_group(lm_head(causal_lm(model))) is not None for model in (policy, reference))
+        if split != other:
+            raise ValueError(
+                "ref_model: got a model that tensor parallelism has split beside one that is whole, takes both loaded "
+                "alike (TRL: model by name, with distributed_config in model_init_kwargs): they round otherwise, which "
+                "the check would read"
+            )
         trained = {_storage(p) for p in policy.parameters() if p.requires_grad} - {0}
         shared = [name for name, p in reference.named_parameters() if _storage(p) in trained]
     if shared:
@@ -163,14 +209,14 @@ def _storage(parameter: Tensor) -> int:
     return local(parameter).untyped_storage().data_ptr()
 
 
-def _trained_in_reference(model: Any, autocast: torch.dtype | None) -> list[str]:
+def _trained_in_reference(model: Any, autocast: torch.dtype | None, batch: dict[str, Any] | None) -> list[str]:
     """Names of the weights that train and have a part in the hidden states or the head of a model's own reference."""
     inner = causal_lm(model)
     if inner.device.type == "meta":
         return []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with evaluating(model, autocast), as_reference(model), torch.enable_grad():
-        head = head_inputs(model, *few_tokens(inner))
+        head = head_inputs(model, **(batch or few_tokens(inner)))
         parts = [t.float().square().sum() for t in (head.hidden, head.weight, head.bias) if t is not None]
         total = torch.stack(parts).sum()
         # Of an adapter that is switched off PEFT asks no gradient.
@@ -181,14 +227,41 @@ def _trained_in_reference(model: Any, autocast: torch.dtype | None) -> list[str]
     return [name for name, gradient in zip(asked, gradients, strict=True) if gradient is not None]
 
 
+def check_prompt_learning(model: Any, args: Any) -> None:
+    """Raises ValueError where an option would train another model than PEFT's prompt learning makes.
+
+    Args:
+        model: a causal language model, within PEFT or not.
+        args: ``transformers.TrainingArguments``.
+    """
+    if not has_virtual_tokens(model):
+        return
+    config = model.active_peft_config
+    if args.gradient_checkpointing and config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(
+            f"gradient_checkpointing: got True with {type(config).__name__}, takes False: transformers drops the keys "
+            "and values of a prefix from layers that it runs again, and the prefix would have no part in the model"
+        )
+    if args.load_best_model_at_end and _has_encoder(model):
+        raise ValueError(f"load_best_model_at_end: got True with {type(config).__name__}, takes False: {_NO_ENCODER}")
+
+
+def _has_encoder(model: Any) -> bool:
+    """Whether virtual tokens come out of more than a table of them."""
+    encoder = model.prompt_encoder[model.active_adapter]
+    return [name for name, _ in encoder.named_parameters()] != ["embedding.weight"]
+
+
 def check_launch(trainer: Any) -> None:
     """Raises ValueError where the model would be split in a way that the loss does not know."""
     parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.tp_size > 1 or parallelism.cp_size > 1 or parallelism.sp_size > 1):
+    if parallelism is not None and parallelism.cp_size > 1:
         raise ValueError(
-            "parallelism_config: got tensor, context or sequence parallelism, takes data parallelism and FSDP2: a "
-            "pair's decision needs its whole completions and the whole vocabulary on one rank"
+            f"parallelism_config: got cp_size={parallelism.cp_size}, takes sp_size: context parallelism drops the mask "
+            "and takes a row as one causal text, where answers would see each other"
         )
+    if parallelism is not None and parallelism.tp_size > 1:
+        _check_tensor_parallelism(trainer)
     if trainer.is_deepspeed_enabled:
         config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
         if (size := config.get("tensor_parallel", {}).get("autotp_size", 0)) > 1:
@@ -197,11 +270,45 @@ def check_launch(trainer: Any) -> None:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
 
 
+def _check_tensor_parallelism(trainer: Any) -> None:
+    parallelism = trainer.accelerator.parallelism_config
+    ranks, data = parallelism.tp_size, parallelism.dp_replicate_size * parallelism.dp_shard_size
+    if data > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"parallelism_config: got tp_size={ranks} with data parallelism, FSDP or DeepSpeed, takes it alone, over "
+            "all ranks, and gradient_accumulation_steps"
+        )
+    if hasattr(trainer.model, "peft_config"):
+        raise ValueError(
+            f"peft_config: got an adapter with tp_size={ranks}, takes none: PEFT's layers fail in training where "
+            "transformers has split the model's"
+        )
+    if vocab_group(lm_head(causal_lm(trainer.model))) is None:
+        raise ValueError(
+            f"model: got a head that is whole, with tp_size={ranks}, takes a model that was loaded split, by "
+            "from_pretrained(…, distributed_config=DistributedConfig(tp_size=…)), and whose tp_plan splits its head"
+        )
+    if trainer.args.load_best_model_at_end:
+        raise ValueError(f"load_best_model_at_end: got True with tp_size={ranks}, takes False: {_NOT_LOADED}")
+
+
+def check_resume(trainer: Any, checkpoint: Any) -> None:
+    """Raises ValueError where a run is to go on from a checkpoint that its engine does not load."""
+    if checkpoint and trainer.get_tp_size() > 1:
+        raise ValueError(f"resume_from_checkpoint: got {checkpoint} with tensor parallelism, takes none: {_NOT_LOADED}")
+
+
 def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:
     """Raises ValueError where a checkpoint lacks what ``transformers.Trainer`` would go on without, and not say so.
 
     ``own`` are files beside transformers' that it has to have.
     """
+    if has_virtual_tokens(trainer.model) and _has_encoder(trainer.model):
+        config = type(trainer.model.active_peft_config).__name__
+        raise ValueError(
+            f"resume_from_checkpoint: got {folder} of {config}, which takes none: {_NO_ENCODER}. A plain table of "
+            "tokens (PromptTuningConfig, PrefixTuningConfig without prefix_projection) is resumed"
+        )
     rank, world = trainer.args.process_index, trainer.args.world_size
     names = [*own, f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
     # DeepSpeed has formats of its own, in which a schedule that it was given is too, and says what it misses.

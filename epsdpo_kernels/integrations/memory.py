@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import tile_budget
+from .sharding import local
 from .transformers import causal_lm, head_inputs, lm_head
 
 # Numbers of a parameter's dtype that an optimizer keeps for each of them; others are not foreseen.
@@ -54,28 +55,38 @@ def expected_memory(
     """
     weights, trained = {}, {}
     for p in (p for model in (policy, reference) if model is not None for p in model.parameters()):
-        weights[p.data_ptr()] = p.numel() * p.element_size()
+        own = local(p)
+        weights[own.data_ptr()] = own.numel() * own.element_size()
         if p.requires_grad:
-            trained[p.data_ptr()] = p.numel() * p.element_size()
+            trained[own.data_ptr()] = own.numel() * own.element_size()
     model = causal_lm(policy)
-    head, config = lm_head(model).weight, model.config.get_text_config()
-    kept = _kept_by_token(policy)
+    head, config = local(lm_head(model).weight), model.config.get_text_config()
+    kept = kept_by_token(policy)
     if getattr(model, "is_gradient_checkpointing", False):
-        # Each layer's input, and while it is run again all that one layer keeps.
         layers = config.num_hidden_layers
-        kept = kept / layers + layers * config.hidden_size * head.element_size()
+        kept = kept_with_checkpointing(kept / layers, layers, config.hidden_size * head.element_size())
     states = OPTIMIZER_STATES.get(optimizer)
-    tiles = min(8 * scored * head.shape[0], tile_budget(*head.shape))
-    loss = tiles + 4 * (scored * head.shape[1] + head.numel() * head.requires_grad)
     return Expected(
         sum(weights.values()) // shards, sum(trained.values()) // shards,
-        None if states is None else states * sum(trained.values()) // shards, int(kept * tokens), loss,
+        None if states is None else states * sum(trained.values()) // shards, int(kept * tokens),
+        loss_memory(scored, len(head), head.shape[1], head.requires_grad),
     )  # fmt: skip
 
 
-def _kept_by_token(model: nn.Module) -> float:
+def kept_with_checkpointing(layer: float, layers: int, state: float) -> float:
+    """Bytes a token: each layer's input, and while a layer is run again all that it keeps."""
+    return layer + layers * state
+
+
+def loss_memory(scored: int, vocabulary: int, width: int, trains_head: bool) -> int:
+    """Bytes of a call of the loss: tiles, dX and, of a head that trains, dW."""
+    tiles = min(8 * scored * vocabulary, tile_budget(vocabulary, width))
+    return tiles + 4 * (scored * width + vocabulary * width * trains_head)
+
+
+def kept_by_token(model: nn.Module) -> float:
     """Bytes that autograd keeps of a forward for each token, parameters aside: the slope between two lengths."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
 
     def kept(length: int) -> int:
         found: dict[int, int] = {}
@@ -83,7 +94,7 @@ def _kept_by_token(model: nn.Module) -> float:
         def pack(tensor: Tensor) -> Tensor:
             if tensor.layout is not torch.strided:  # an adapter's sparse weights, which do not grow with tokens
                 return tensor
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             if storage.data_ptr() not in own:
                 found[storage.data_ptr()] = storage.nbytes()
             return tensor

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 IGNORE = -100
 Row = TypeVar("Row", "Segments", "Packing")
@@ -35,6 +36,12 @@ class Segments:
     keys: Tensor  # (K,) int64, places in the row
     max_queries: int  # the longest segment's
     max_keys: int
+    group: ProcessGroup | None = None  # of ranks that share the row's tokens; see sequence.py
+
+    @property
+    def tokens(self) -> int:
+        """N, of the whole row."""
+        return sum(map(sum, self.lengths))
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,11 @@ def part(batch: dict[str, Any], first: int, last: int) -> dict[str, Any]:
         name: torch.cat((t[first:last], t[pairs + first : pairs + last])) if len(t) == 2 * pairs else t[first:last]
         for name, t in batch.items()
     }
+
+
+def of_pairs(rows: Tensor, pairs: Tensor) -> Tensor:
+    """The rows of some pairs, of rows (2B, …) chosen first; pairs (n,) int64."""
+    return torch.cat([half[pairs] for half in rows.chunk(2)])
 
 
 def _shared(chosen: Tensor, rejected: Tensor, chosen_targets: Tensor, rejected_targets: Tensor) -> int:

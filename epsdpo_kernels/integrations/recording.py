@@ -18,11 +18,26 @@ from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
 from ..record.recorder import TRAIN, numbers
 from .checkpoints import checkpoint_of, set_later_aside
+from .sequence import sequence_ranks
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
 # rows first, so that whoever takes rows out of a batch takes these too.
 ROW, PAIR_ID = "epsdpo_row", "epsdpo_pair_id"
 NO_ROW, NO_ID = -1, 0
+
+
+class RecordElsewhere:
+    """In the place of a :class:`Record` on a rank whose pairs another one records."""
+
+    trained = False
+
+    def append(self, out: EpsilonDPOOutput, labels: Tensor, *, split: str = TRAIN, **_: Any) -> None:
+        self.trained |= split == TRAIN and bool((labels != -100).any())
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
 
 
 class Recorded:
@@ -31,7 +46,7 @@ class Recorded:
     Rows past a checkpoint come again when it is resumed; rows before it would not, so they are written first.
     """
 
-    record: Any = None  # a Record, or None
+    record: Any = None  # a Record, a RecordElsewhere, or None
 
     def train(self, *args, **kwargs):
         try:
@@ -66,6 +81,10 @@ class RecordedTRL(Recorded):
     eval_dataset: Any
     _signature_columns: Any
     is_in_train: bool
+    data_ranks: int
+    data_rank: int
+    first_of_row: bool
+    _is_vision_dataset: bool
     _facts: dict[str, Any] | None = None  # of the run; None where nothing is to be recorded
     _files: list[str] | None = None  # that the training data were read from
     _evaluation = "eval"  # the split of the evaluation that is under way
@@ -83,6 +102,12 @@ class RecordedTRL(Recorded):
         self._own_file = own
         self.data_collator = WithIdentity(self.data_collator)
         self.add_callback(_Moments(self))  # type: ignore[attr-defined]
+
+    def numbered(self, dataset: Any) -> Any:
+        """A data set with images, or several by name, or None, with its rows' numbers: TRL prepares nothing of them."""
+        if isinstance(dataset, dict):
+            return {name: self.numbered(one) for name, one in dataset.items()}
+        return None if dataset is None else identified(dataset, self.args, "eval", images=True)
 
     def start_recording(self, options: dict[str, Any]) -> None:
         """To be called after that, where there is to be a record; ``options`` are those that run.json is to hold."""
@@ -109,6 +134,8 @@ class RecordedTRL(Recorded):
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         self._given = not (eval_dataset is None or isinstance(eval_dataset, str))
+        if self._given and self._is_vision_dataset:
+            eval_dataset = self.numbered(eval_dataset)
         try:
             return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -137,7 +164,7 @@ class RecordedTRL(Recorded):
 
     def _own_parts(self) -> list[Path]:
         found = parts(Path(self.args.output_dir, "record"))
-        return [part for part in found if numbers(part)[0] == self.args.process_index]
+        return [part for part in found if numbers(part)[0] == self.data_rank]
 
     def _begin(self, step: int) -> None:
         """The record of a training that begins after ``step``; one that only holds evaluations before it goes on."""
@@ -164,9 +191,9 @@ class RecordedTRL(Recorded):
             facts = dict(self._facts or {})
             if begins_after:
                 facts["begins_after"] = begins_after
-            self.record = Record(
+            self.record = RecordElsewhere() if not self.first_of_row else Record(
                 self.args.output_dir, self.loss_fn, options=facts.pop("options"), facts=facts,
-                rank=self.args.process_index, resume_step=resume_step,
+                rank=self.data_rank, resume_step=resume_step,
             )  # fmt: skip
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -185,11 +212,11 @@ class RecordedTRL(Recorded):
 
         To be called with every batch, in their order.
         """
-        pairs, ranks = len(batch["input_ids"]) // 2, self.accelerator.num_processes
+        pairs, ranks = len(batch["input_ids"]) // 2, self.data_ranks
         state = self.accelerator.gradient_state
         if ranks == 1 or state.remainder == 0 or self.args.dataloader_drop_last:
             return pairs
-        rank, last = self.accelerator.process_index, state.end_of_dataloader
+        rank, last = self.data_rank, state.end_of_dataloader
         data = getattr(state.active_dataloader, "dataset", None)
         if isinstance(data, datasets.Dataset):
             # accelerate's own remainder is not there when a run is resumed within an epoch.
@@ -261,17 +288,22 @@ class WithIdentity:
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         identity = [(one.get(ROW, NO_ROW), one.get(PAIR_ID, NO_ID)) for one in examples]
-        batch = self.collator([{k: v for k, v in one.items() if k not in (ROW, PAIR_ID)} for one in examples])
+        batch = dict(self.collator([{k: v for k, v in one.items() if k not in (ROW, PAIR_ID)} for one in examples]))
         ids = batch.get("input_ids")
         if ids is not None and len(ids) == 2 * len(examples):
             batch[ROW], batch[PAIR_ID] = torch.tensor(identity, dtype=torch.int64).T.repeat(1, 2)
         return batch
 
 
-def identified(dataset: Any, args: Any, name: str) -> Any:
-    """A data set as the user gave it, with each pair's row in it and its id by its texts."""
+def identified(dataset: Any, args: Any, name: str, images: bool = False) -> Any:
+    """A data set as the user gave it, with each pair's row in it and its id by its texts.
+
+    Pairs with ``images`` have no id, which would be that of the same words about another image.
+    """
     if ROW in next(iter(dataset)):
         return dataset
+    if images and isinstance(dataset, datasets.Dataset):  # without images read, and written once more
+        return dataset.add_column(ROW, list(range(len(dataset))))
     # datasets keeps results by the function's name: another reader would find the ids of this one.
     reader = hashlib.blake2b(Path(sources.__file__).read_bytes(), digest_size=8).hexdigest()
     if isinstance(dataset, datasets.Dataset):
@@ -280,7 +312,8 @@ def identified(dataset: Any, args: Any, name: str) -> Any:
             desc=f"Numbering {name} dataset",
         )  # fmt: skip
     # Where a stream is dealt out before it is numbered, a place is nobody's.
-    dealt = max(args.dataloader_num_workers, args.world_size) > 1 and dataset.num_shards > 1
+    readers = max(args.dataloader_num_workers, args.world_size // sequence_ranks(args))
+    dealt = readers > 1 and dataset.num_shards > 1
     dealt = dealt or getattr(dataset, "_distributed", None) is not None
     return dataset.map(_identity, with_indices=True, fn_kwargs={"reader": reader, "numbered": not dealt})
 

@@ -1,7 +1,8 @@
-"""Weights that FSDP2 or DeepSpeed's ZeRO-3 has split over ranks, whole where the loss or a check needs them.
+"""Weights that FSDP2 or DeepSpeed's ZeRO-3 has split over ranks, whole where the loss or a check needs them; and slices
+of the vocabulary, which tensor parallelism has made and the loss takes as they are.
 
-Both gather a module's weights around that module's own forward, and the loss runs no head's. What is held on to in
-DeepSpeed, all of it here: what a split parameter has (``ds_id``, ``ds_shape``, ``ds_tensor``, ``all_gather``,
+The former two gather a module's weights around that module's own forward, and the loss runs no head's. What is held on
+to in DeepSpeed, all of it here: what a split parameter has (``ds_id``, ``ds_shape``, ``ds_tensor``, ``all_gather``,
 ``partition``), and that a module whose hooks gather has a ``ds_id`` too.
 """
 
@@ -15,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+TENSOR = ("tp",)  # transformers' name of the ranks that share a model's layers
 
 
 def is_split(model: nn.Module) -> bool:
@@ -25,7 +29,8 @@ def is_split(model: nn.Module) -> bool:
 
 def gathers_itself(model: nn.Module) -> bool:
     """Whether a model's weights are whole while its own forward runs, and not otherwise: FSDP2, ZeRO-3's engine."""
-    return hasattr(model, "ds_id") or any(isinstance(p, DTensor) for p in model.parameters())
+    dtensors = (p for p in model.parameters() if isinstance(p, DTensor))
+    return hasattr(model, "ds_id") or any(p.device_mesh.mesh_dim_names != TENSOR for p in dtensors)
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -57,10 +62,33 @@ def whole_head(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor 
     def forward(*inputs: Tensor) -> tuple[Tensor | None, ...]:
         return *inputs, *(_Alias.apply(own[name]) if name in own else None for name in ("weight", "bias"))
 
-    if torch.is_grad_enabled() and any(p.requires_grad for p in own.values()):
-        # ZeRO gathers once more to take the gradient in, and lets go when that of hidden is through.
-        return _called(head, forward, hidden)
-    return hidden, *_called(head, forward)
+    with another_forward(head, forward):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in own.values()):
+            # ZeRO gathers once more to take the gradient in, and lets go when that of hidden is through.
+            return head(hidden)
+        return hidden, *head()
+
+
+def vocab_group(head: nn.Linear) -> ProcessGroup | None:
+    """The ranks of which each holds a slice of a head's vocabulary, in their order, None where it is not split so.
+
+    Raises:
+        ValueError: the head is split otherwise by tensor parallelism.
+    """
+    weight: Any = dict(head.named_parameters(recurse=False))["weight"]
+    if not isinstance(weight, DTensor) or weight.device_mesh.mesh_dim_names != TENSOR:
+        return None
+    if weight.placements != (Shard(0),):
+        raise ValueError(
+            f"model: tp_plan splits the head's weight as {weight.placements}, takes (Shard(dim=0),): its vocabulary"
+        )
+    return weight.device_mesh.get_group()
+
+
+def own_slice(words: int, group: ProcessGroup) -> slice:
+    """Which of a vocabulary's words are this rank's, as DTensor deals them."""
+    size = -(-words // group.size())
+    return slice(group.rank() * size, (group.rank() + 1) * size)
 
 
 class _Alias(torch.autograd.Function):
@@ -75,12 +103,13 @@ class _Alias(torch.autograd.Function):
         return gradient
 
 
-def _called(module: nn.Module, forward: Callable[..., Any], *inputs: Tensor) -> Any:
-    """A module's call, hooks and all, with another forward."""
+@contextlib.contextmanager
+def another_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """What a call of the module, hooks and all, runs in the meantime."""
     own = vars(module).get("forward")
     module.forward = forward
     try:
-        return module(*inputs)
+        yield
     finally:
         del module.forward
         if own is not None:

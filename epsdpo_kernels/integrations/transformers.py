@@ -7,15 +7,29 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..linear import EpsilonDPOOutput
-from .packing import Packing, no_mask
-from .sharding import is_split, local, runnable, whole_head, whole_shape
+from .packing import Packing, no_mask, of_pairs
+from .sequence import whole_row
+from .sharding import (
+    another_forward,
+    gathers_itself,
+    is_split,
+    local,
+    own_slice,
+    runnable,
+    vocab_group,
+    whole_head,
+    whole_shape,
+)
 
 
 class HeadInputs(NamedTuple):
@@ -26,17 +40,18 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    vocab_group: ProcessGroup | None = None  # of ranks that hold a slice of weight and bias each
     router_loss: Tensor | None = None  # (), the load-balancing loss of a mixture of experts, weighted as the model does
 
     def logits(self, amplified: float = 1.0) -> Tensor:
-        """(rows, T, V), for checks; ``amplified`` multiplies what the head puts out, before scale and softcap."""
+        """(rows, T, V), for checks, of the words that are here; ``amplified`` multiplies what the head puts out."""
         logits = nn.functional.linear(self.hidden, self.weight, self.bias) * amplified * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# (input_ids, attention_mask, row) -> the reference's side of the loss; the mask may be a Packing, and row (B,) int64 is
-# where the pairs are in the data
-Reference = Callable[[Tensor, Tensor | Packing, Tensor | None], HeadInputs]
+# (row=…, input_ids=…, attention_mask=…, …) -> the reference's side of the loss, for what head_inputs takes; row (B,)
+# int64 is where the pairs are in the data, or None
+Reference = Callable[..., HeadInputs]
 
 # Names of configurations for what multiplies the logits, what divides them, and what caps them after that.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -49,15 +64,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
     Raises:
         TypeError: it is something else.
-        ValueError: it has an adapter that the loss would run without.
     """
     unwrap: Any = getattr(model, "get_base_model", None)
     inner = unwrap() if unwrap else model
-    if unwrap and (config := model.active_peft_config).is_prompt_learning:  # type: ignore[union-attr]
-        raise ValueError(
-            f"model: got {type(config).__name__}, takes adapters on the backbone's layers, like LoRA. The loss runs "
-            "the backbone itself, without the tokens that prompt learning puts before a prompt"
-        )
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model: got {type(inner).__name__}, takes a transformers PreTrainedModel, or one within PEFT")
     return inner
@@ -95,39 +104,69 @@ def logit_transforms(model: PreTrainedModel) -> tuple[float, float | None]:
     return math.prod(given(MULTIPLIERS)) / divisor, next(iter(given(SOFTCAPS)), None)
 
 
-def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Packing) -> HeadInputs:
+def has_virtual_tokens(model: Any) -> bool:
+    """Whether it is a PEFT model of prompt learning (prompt, prefix, p-tuning) that is not switched off."""
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.is_prompt_learning and model.has_active_enabled_adapter
+
+
+def _run_backbone(wrapper: nn.Module, model: PreTrainedModel, **inputs: Any) -> Any:
+    """What the model's backbone puts out; within PEFT's prompt learning, with the virtual tokens' states in front."""
+    # A few classes carry the name of a parent's backbone.
+    backbone = model.base_model if model.base_model is not model else model.model
+    if not has_virtual_tokens(wrapper):
+        return backbone(**inputs)
+    # PEFT puts the tokens there in its own forward, which calls the model's: the backbone in its place.
+    with another_forward(
+        model, lambda **given: backbone(**{name: value for name, value in given.items() if value is not None})
+    ):
+        return type(wrapper).forward(wrapper, **inputs)
+
+
+def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Packing, **beside: Any) -> HeadInputs:
     """Runs the backbone, never the head.
 
     Args:
-        model: a causal language model, within PEFT or not.
+        model: a causal language model, within PEFT or not. Of virtual tokens, which PEFT puts before a row's own, no
+            hidden states are returned.
         input_ids: (rows, T) int64.
         attention_mask: (rows, T), 1 on tokens, 0 on padding to their right; or how the rows are packed as one, which
             takes ``input_ids``'s place and gives the scored hidden states only.
+        beside: what the backbone takes beside them, like pixel_values.
 
     Raises:
         TypeError, ValueError: the model's head cannot be fused; see :func:`lm_head`.
     """
-    model = causal_lm(model)
-    head, (scale, softcap) = lm_head(model), logit_transforms(model)
-    # A few classes carry the name of a parent's backbone.
-    backbone = model.base_model if model.base_model is not model else model.model
-    if isinstance(attention_mask, Packing):
+    inner = causal_lm(model)
+    head, (scale, softcap) = lm_head(inner), logit_transforms(inner)
+    if isinstance(attention_mask, Packing):  # without virtual tokens, or the row would not be packed
         packing, mask = attention_mask, None
-        out = backbone(
-            input_ids=packing.input_ids, position_ids=packing.position_ids, attention_mask=no_mask(packing.input_ids),
-            segments=packing.segments, use_cache=False,
+        out = _run_backbone(
+            model, inner, input_ids=packing.input_ids, position_ids=packing.position_ids,
+            attention_mask=no_mask(packing.input_ids), segments=packing.segments, use_cache=False, **beside,
         )  # fmt: skip
         hidden = out.last_hidden_state[0].index_select(0, packing.scored)
     else:
-        mask = attention_mask
-        out = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        hidden = out.last_hidden_state
+        out = _run_backbone(
+            model, inner, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **beside
+        )  # fmt: skip
+        virtual = out.last_hidden_state.shape[1] - input_ids.shape[1]
+        hidden = out.last_hidden_state[:, virtual:]
+        mask = nn.functional.pad(attention_mask, (virtual, 0), value=1)
     if not torch.is_autocast_enabled(hidden.device.type):
         # Of models whose head has another dtype, those run without autocast that cast to it.
         hidden = hidden.to(next(head.parameters()).dtype)
-    hidden, weight, bias = whole_head(head, hidden)
-    router_loss = _router_loss(model, getattr(out, "router_logits", None), mask)
-    return HeadInputs(hidden, weight, bias, scale, softcap, router_loss)
+    of_words = vocab_group(head)
+    if of_words is None:
+        hidden, weight, bias = whole_head(head, hidden)
+    else:
+        weight, bias = local(head.weight), None if head.bias is None else local(head.bias)
+    router_logits = getattr(out, "router_logits", None)
+    if router_logits and mask is None and (group := packing.segments.group):
+        # The loss is not a sum over tokens.
+        router_logits = tuple(whole_row(one, group, packing.segments.tokens) for one in router_logits)
+    router_loss = _router_loss(inner, router_logits, mask)
+    return HeadInputs(hidden, weight, bias, scale, softcap, of_words, router_loss)
 
 
 def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor | None:
@@ -152,6 +191,7 @@ def check_head(
     *,
     argument: str = "model",
     inputs: Callable[..., HeadInputs] = head_inputs,
+    batch: dict[str, Any] | None = None,
 ) -> None:
     """Compares what follows from :func:`head_inputs` with what the model's own forward gives, on a few tokens.
 
@@ -163,6 +203,7 @@ def check_head(
         autocast: dtype that training computes in, where that is not the weights'.
         argument: what errors call the model.
         inputs: what gives its hidden states and head where :func:`head_inputs` itself does not.
+        batch: what to run it on in place of a few tokens: input_ids, attention_mask and what else its backbone takes.
 
     Raises:
         TypeError, ValueError: they differ, so a fused loss would train something else than this model; or there is
@@ -174,17 +215,22 @@ def check_head(
     head, name = lm_head(inner, argument), type(inner).__name__
     try:
         with evaluating(model, autocast), perturbed(model), torch.no_grad():
-            ids, mask = few_tokens(inner)
-            ours = inputs(model, ids, mask)
+            batch = batch or few_tokens(inner)
+            mask = batch["attention_mask"].bool()
+            ours = inputs(model, **batch)
             largest = ours._replace(logit_scale=1.0, softcap=None).logits().abs().max().item()
             factor = 2.0 ** round(math.log2(64 / largest)) if 0 < largest < math.inf else 1.0
             with head.register_forward_hook(lambda module, args, output: output * factor):
-                own = model(input_ids=ids, attention_mask=mask, use_cache=False)
-            expected, found = (logits[mask.bool()].float() for logits in (own.logits, ours.logits(factor)))
+                own = model(**batch, use_cache=False)
+            theirs = own.logits
+            if ours.vocab_group is not None:
+                theirs = theirs[..., own_slice(theirs.shape[-1], ours.vocab_group)]
+            # PEFT's virtual tokens have logits too, in front.
+            expected, found = (logits[:, -mask.shape[1] :][mask].float() for logits in (theirs, ours.logits(factor)))
             dtypes = {ours.hidden.dtype, ours.weight.dtype, own.logits.dtype, autocast or own.logits.dtype}
             eps = max(torch.finfo(dtype).eps for dtype in dtypes)
             router_losses = ours.router_loss, _own_router_loss(inner, own)
-        idle = _idle(model, autocast, inputs)
+        idle = _idle(model, autocast, inputs, batch)
     except Exception as error:
         raise ValueError(
             f"{argument}: the head of {name} cannot be measured, because its forward fails with "
@@ -220,7 +266,9 @@ def check_head(
         )
 
 
-def _idle(model: nn.Module, autocast: torch.dtype | None, inputs: Callable[..., HeadInputs]) -> list[str]:
+def _idle(
+    model: nn.Module, autocast: torch.dtype | None, inputs: Callable[..., HeadInputs], batch: dict[str, Any]
+) -> list[str]:
     """Names of the layers that run, with an adapter that trains and gets no gradient.
 
     An embedding's may be one of tokens that are not among the few.
@@ -245,7 +293,7 @@ def _idle(model: nn.Module, autocast: torch.dtype | None, inputs: Callable[..., 
     hooks = [model.get_submodule(name).register_forward_hook(functools.partial(hook, name=name)) for name in found]
     try:
         with evaluating(model, autocast), perturbed(model), torch.enable_grad():
-            total = inputs(model, *few_tokens(causal_lm(model))).hidden.float().square().sum()
+            total = inputs(model, **batch).hidden.float().square().sum()
             asked = [p for weights in found.values() for p in weights]
             got = torch.autograd.grad(total, asked, allow_unused=True) if total.requires_grad else [None] * len(asked)
     finally:
@@ -290,8 +338,8 @@ def positions(model: PreTrainedModel) -> int | None:
     return count if learned or fixed else None
 
 
-def few_tokens(model: PreTrainedModel, length: int = 8) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), (2, length) each, to measure a model with; the second row has padding.
+def few_tokens(model: PreTrainedModel, length: int = 8) -> dict[str, Tensor]:
+    """input_ids and attention_mask, (2, length) each, to measure a model with; the second row has padding.
 
     Shorter where the model has fewer positions.
     """
@@ -303,7 +351,7 @@ def few_tokens(model: PreTrainedModel, length: int = 8) -> tuple[Tensor, Tensor]
     ids = torch.tensor((plain * 2 * length)[: 2 * length], device=model.device).view(2, length)
     mask = torch.ones_like(ids)
     mask[1, 3 * length // 4 :] = 0
-    return ids, mask
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 @contextlib.contextmanager
@@ -335,8 +383,8 @@ def frozen_reference(ref_model: nn.Module, inputs: Callable[..., HeadInputs] = h
     """A second model, without gradients and without dropout; ``inputs`` gives its hidden states and head."""
     ref_model.requires_grad_(False).eval()
 
-    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
-        return inputs(ref_model, input_ids, attention_mask)
+    def reference(row: Tensor | None = None, **batch) -> HeadInputs:
+        return inputs(ref_model, **batch)
 
     return reference
 
@@ -355,15 +403,15 @@ def by_call(model: Any) -> Callable[..., HeadInputs]:
         return out._replace(weight=out.weight.clone(), bias=None if out.bias is None else out.bias.clone())
 
     model.forward = forward
-    return lambda model, ids, mask: model(input_ids=ids, attention_mask=mask, head_only=True)
+    return lambda model, **inputs: model(**inputs, head_only=True)
 
 
 def without_adapter(model: Any) -> Reference:
     """A PEFT model's own reference, which costs no second model; see :func:`as_reference`."""
 
-    def reference(input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
+    def reference(row: Tensor | None = None, **batch) -> HeadInputs:
         with as_reference(model):
-            return head_inputs(model, input_ids, attention_mask)
+            return head_inputs(model, **batch)
 
     return reference
 
@@ -385,6 +433,10 @@ def copy_adapter(model: Any) -> None:
                 f"model: its adapter cannot have a copy beside it as the reference: {error} Merge it into the weights "
                 "(with lora_r for a new one on top), or give ref_model, a model of its own"
             ) from error
+    if model.active_peft_config.is_prompt_learning:  # of which PEFT saves what an encoder puts out, not the encoder
+        copy = model.prompt_encoder["ref"].requires_grad_(False)
+        copy.load_state_dict(model.prompt_encoder[active].state_dict())
+        return
     own = peft.get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     peft.set_peft_model_state_dict(model, own, adapter_name="ref")
     model.set_adapter(active)
@@ -409,27 +461,51 @@ def as_reference(model: Any) -> Iterator[None]:
 def run_loss_in_forward(model: nn.Module, reference: Reference, loss_fn: nn.Module) -> None:
     """Teaches ``model.forward`` to return the loss of pairs when it is given ``pair_labels``; else it is as before.
 
-    ``attention_mask`` may be a :class:`Packing`, which comes with labels of its own.
+    ``attention_mask`` may be a :class:`Packing`, which comes with labels of its own. Where ``pairs`` (n,) int64 says
+    which of the batch's pairs the labels are of, the others run and play no part in the loss.
     """
     plain_forward = model.forward
 
-    def forward(*args, pair_labels: Tensor | None = None, row: Tensor | None = None, **inputs):
+    def forward(
+        *args, pair_labels: Tensor | None = None, row: Tensor | None = None, pairs: Tensor | None = None, **inputs
+    ):
         if pair_labels is None:
             return plain_forward(*args, **inputs)
         with torch.no_grad():
-            ref = reference(inputs["input_ids"], inputs["attention_mask"], row)
-        policy = head_inputs(model, inputs["input_ids"], inputs["attention_mask"])
-        packing, bounds = inputs["attention_mask"], None
+            ref = reference(row=row, **inputs)
+        policy = head_inputs(model, **inputs)
+        packing, bounds, group = inputs["attention_mask"], None, None
         if isinstance(packing, Packing):
-            pair_labels, bounds = packing.labels, packing.cu_seqlens
+            pair_labels, bounds, group = packing.labels, packing.cu_seqlens, packing.segments.group
+        if pairs is not None:
+            policy, ref = (side._replace(hidden=of_pairs(side.hidden, pairs)) for side in (policy, ref))
         out = loss_fn(
             policy.hidden, policy.weight, pair_labels, ref.hidden, ref.weight, bias=policy.bias, ref_bias=ref.bias,
             logit_scale=policy.logit_scale, softcap=policy.softcap, ref_logit_scale=ref.logit_scale,
-            ref_softcap=ref.softcap, cu_seqlens=bounds,
+            ref_softcap=ref.softcap, cu_seqlens=bounds, vocab_group=policy.vocab_group, sequence_group=group,
         )  # fmt: skip
         return out if policy.router_loss is None else out._replace(loss=out.loss + policy.router_loss)
 
     model.forward = forward
+
+
+def load_renamed(trainer: Any, checkpoint: Path) -> None:
+    """Loads a checkpoint's weights into a trainer's model where they are there under other names.
+
+    ``save_pretrained`` writes mixtures of experts and many vision models as they are published. transformers' trainer
+    takes the names as they stand, and goes on with the weights at hand where there are others.
+    """
+    model = trainer.model
+    if not isinstance(model, PreTrainedModel) or gathers_itself(model) or trainer.is_deepspeed_enabled:
+        return  # adapters are saved as they are, and FSDP and DeepSpeed have formats of their own
+    saved: set[str] = set()
+    for path in checkpoint.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved.update(file.keys())
+    if not saved <= model.state_dict().keys():
+        # In float32, of which any other dtype is made without loss.
+        whole = type(model).from_pretrained(checkpoint, dtype=torch.float32)
+        model.load_state_dict(whole.state_dict())
 
 
 def weighs_pairs_itself(trainer: Any) -> None:

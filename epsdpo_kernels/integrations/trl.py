@@ -10,8 +10,9 @@ rank it is in, where TRL averages micro-batches: the two differ where a micro-ba
 What this module holds on to in TRL and transformers, all of it here:
 
 - public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``evaluation_loop``, ``ref_model``,
-  ``data_collator``, ``accelerator``, ``args``, ``state``; what its collator returns (``input_ids``,
-  ``attention_mask``, ``completion_mask``); and "ref" as the name of the copy of a pre-trained adapter.
+  ``data_collator``, ``accelerator``, ``args``, ``state``; what its collators return (``input_ids``,
+  ``attention_mask``, ``completion_mask``, and for a vision model more); and "ref" as the name of the copy of a
+  pre-trained adapter.
 - private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint``,
   ``_load_optimizer_and_scheduler`` and ``_load_best_model`` (transformers' places for what belongs to a checkpoint);
   ``_get_grad_norm`` (called once before every optimizer step); ``_get_train_sampler``; ``_prepare_dataset`` with the
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import is_peft_model
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
@@ -45,13 +46,15 @@ from .batches import PackedBatches
 from .checkpoints import as_metadata, check_settings, run_settings
 from .checks import (
     NotFiniteError,
+    check_causal,
     check_checkpoint,
     check_gradient,
     check_launch,
+    check_prompt_learning,
     check_reference,
     turn_off_dropout,
 )
-from .packing import part
+from .packing import of_pairs, part
 from .recording import PAIR_ID, ROW, RecordedTRL
 from .seams import check_trl
 from .sharding import gathers_itself
@@ -64,6 +67,7 @@ from .transformers import (
     copy_adapter,
     frozen_reference,
     head_inputs,
+    load_renamed,
     pair_metrics,
     run_loss_in_forward,
     weighs_pairs_itself,
@@ -152,6 +156,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     args: DPOConfig
     model: Any
     loss_fn: _Loss
+    _beside: frozenset[str] = frozenset()  # names of what the models were measured with beside ids and mask
 
     _tag_names = ["trl", "dpo", "epsilon-dpo"]
     _name = "ε-DPO"
@@ -167,14 +172,10 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         loss_fn = _Loss(settings.beta, config.epsilon, config.beta_update, settings.label_smoothing)
         if args is not None:
             _refuse_arguments(args)
-        _refuse_adapters(model, ref_model, kwargs.get("peft_config"))
+        _refuse_adapters(model, ref_model)
         super().__init__(model, ref_model, args, *rest, **kwargs)
-        if self._is_vision_dataset:
-            raise ValueError(
-                "train_dataset: got images, takes text. The loss reads the hidden states of a text model; train vision "
-                "models with trl.DPOTrainer"
-            )
         _refuse_launch(self)
+        check_prompt_learning(self.model, self.args)
         self.loss_fn = loss_fn.to(self.args.device)
         weighs_pairs_itself(self)
         text_config = causal_lm(self.model).config.get_text_config()
@@ -182,13 +183,18 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             text_config.output_router_logits = self.aux_loss_enabled
             text_config.router_aux_loss_coef = self.router_aux_loss_coef
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        check_head(self.model, autocast)
+        batch = self._first_batch() if self._is_vision_dataset else None
+        check_head(self.model, autocast, batch=batch)
+        if batch is not None:
+            check_causal(self.model, batch, autocast)
         if self.args.disable_dropout:
-            turn_off_dropout(self.model, autocast)
-        run_loss_in_forward(self.model, self._reference(autocast), self.loss_fn)
+            turn_off_dropout(self.model, autocast, batch)
+        run_loss_in_forward(self.model, self._reference(autocast, batch), self.loss_fn)
         self.add_callback(AfterStep(self._move_beta))
         models = [self.model] if self.ref_model is None else [self.model, self._plain(self.ref_model)]
-        self.set_layout(models, config.packed, config.max_tokens_per_batch)
+        self.set_layout(models, config.packed, config.max_tokens_per_batch, images=self._is_vision_dataset)
+        if self._is_vision_dataset:
+            self.train_dataset, self.eval_dataset = map(self.numbered, (self.train_dataset, self.eval_dataset))
         self.keep_identities(LOSS_STATE)
         self._settings = self._run_settings()
         if config.record:
@@ -217,15 +223,24 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         self.loss_fn.update_beta()
         self._metrics["train"]["kl/beta"] = [self.loss_fn.beta.item()]
 
-    def _reference(self, autocast: torch.dtype | None) -> Reference:
+    def _first_batch(self) -> dict[str, Tensor]:
+        """The first pair with images as its collator gives it to the models, to measure them with."""
+        seen = (row for row in self.train_dataset if row.get("image") or row.get("images"))
+        first = next(seen, None) or next(iter(self.train_dataset))
+        batch = send_to_device(dict(self.data_collator([first])), causal_lm(self.model).device)
+        batch.pop("completion_mask")
+        self._beside = frozenset(batch) - {"input_ids", "attention_mask"}
+        return batch
+
+    def _reference(self, autocast: torch.dtype | None, batch: dict[str, Tensor] | None) -> Reference:
         if self.ref_model is None:
             if "ref" in self.model.peft_config:
                 copy_adapter(self.model)  # TRL's copy leaves embeddings' adapters out
-            check_reference(self.model, None, autocast)
+            check_reference(self.model, None, autocast, batch=batch)
             return without_adapter(self.model)
         ref_model = self._plain(self.ref_model)
         inputs = by_call(ref_model) if gathers_itself(ref_model) else head_inputs
-        check_reference(self.model, ref_model, autocast, inputs)
+        check_reference(self.model, ref_model, autocast, inputs, batch)
         return frozen_reference(ref_model, inputs)
 
     def _plain(self, model: Any) -> Any:
@@ -257,7 +272,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             batches[-1] = self._without_repeats(batches[-1])
         pairs = sum(_pairs(batch).sum() for batch in batches)
         self.lay_out(batches)
-        pairs = self.accelerator.reduce(torch.as_tensor(pairs, device=device), "sum")
+        pairs = self.count_once(torch.as_tensor(pairs, device=device))
         # Of a step with nothing to score the loss is 0, not 0 · 0/0.
         return batches, pairs.clamp(min=1)
 
@@ -266,6 +281,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         pairs, mine = len(batch["input_ids"]) // 2, self.own_pairs(batch)
         if mine == pairs:
             return batch
+        if self._is_vision_dataset:  # images are no rows that could be cut
+            scored = torch.arange(pairs, device=batch["input_ids"].device).repeat(2) < mine
+            return batch | {"completion_mask": batch["completion_mask"] * scored[:, None]}
         # A rank has to take part in the step.
         return part(batch, 0, mine) if mine else self.blank_of(batch)
 
@@ -288,31 +306,56 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         known = {"input_ids", "attention_mask", "completion_mask", "packing", ROW, PAIR_ID}
-        unknown = sorted(set(inputs) - known)
-        if unknown:
+        beside = {name: value for name, value in inputs.items() if name not in known}
+        if unknown := sorted(set(beside) - self._beside):
+            taken = ", ".join(["input_ids", "attention_mask", "completion_mask", *sorted(self._beside)])
             raise ValueError(
-                f"data_collator: got a batch with {unknown}, takes input_ids, attention_mask and completion_mask: the "
-                "model's backbone would run without the others"
+                f"data_collator: got a batch with {unknown}, takes {taken}: with nothing else were the models "
+                "measured when the trainer was made"
             )
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels, packing = self.labels_of(inputs), self.packing_of(inputs)
         training = self.model.training
         self.loss_fn.train(training)
-        out = model(input_ids=ids, attention_mask=mask if packing is None else packing, pair_labels=labels)
-        loss = out.loss
         # Training has left the repeats out.
-        own = len(ids) // 2 if training else self.own_pairs(inputs)
+        own, pairs = len(ids) // 2 if training else self.own_pairs(inputs), None
+        if self._is_vision_dataset:
+            inputs, labels, pairs = self._scored_alone(inputs, labels, own)
+            own = len(pairs)
+        try:
+            out = model(
+                input_ids=ids, attention_mask=mask if packing is None else packing, pair_labels=labels, pairs=pairs,
+                **beside,
+            )  # fmt: skip
+        except ValueError as error:
+            if "features and image tokens do not match" not in str(error) or self.args.max_length is None:
+                raise
+            raise ValueError(
+                f"max_length: got {self.args.max_length}, which cuts an image's tokens off ({error}). Take more or None"
+            ) from error
+        loss = out.loss
         self.append_to_record(out, labels, inputs, own)
-        self._add_metrics("train" if training else "eval", out, labels, mask, own)
+        self._add_metrics("train" if training else "eval", out, labels, inputs["attention_mask"], own)
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.
-            loss = loss * (_pairs(inputs).sum() * self.args.world_size / num_items_in_batch)
+            loss = loss * (_pairs(inputs).sum() * self.averaged_over / num_items_in_batch)
         if not training:
             self._metrics["eval"]["kl/beta"] = [self.loss_fn.beta.item()]
         if return_outputs:
             with torch.no_grad():
-                return loss, model(input_ids=ids, attention_mask=mask, use_cache=False)
+                return loss, model(input_ids=ids, attention_mask=mask, use_cache=False, **beside)
         return loss
+
+    def _scored_alone(self, batch: dict[str, Any], labels: Tensor, own: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Of a batch with images, rows and labels of those of its first pairs that have anything to score, and which.
+
+        max_length may leave a pair without, which nobody knows before its images are read.
+        """
+        pairs = _pairs(batch)[:own].nonzero().flatten()
+        if not len(pairs):  # a rank has to take part in the step
+            pairs, labels = torch.arange(len(labels) // 2, device=labels.device), torch.full_like(labels, IGNORE)
+        rows = ("input_ids", "attention_mask", "completion_mask", ROW, PAIR_ID)
+        return {name: of_pairs(batch[name], pairs) for name in rows if name in batch}, of_pairs(labels, pairs), pairs
 
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor, own: int) -> None:
         """Hands TRL's log the figures of the first ``own`` pairs of every rank, so that its mean is theirs."""
@@ -345,7 +388,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             total, tokens = (sum(figures[len(of_pair) + 2 * i + k]) for k in (0, 1))
             metrics[name].append(total / tokens)
         if split == "train":
-            self._total_train_tokens += int(sum(figures[-1]))
+            self._total_train_tokens += int(sum(figures[-1])) // self.row_ranks
         metrics["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:
             router_loss = (out.loss - out.losses.mean()).detach() / self.router_aux_loss_coef
@@ -395,6 +438,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
 
     def _load_state(self, checkpoint: Path) -> None:
         """β, and the reference where it moves, as they were with a checkpoint's model."""
+        load_renamed(self, checkpoint)
         self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE))
         if self.args.sync_ref_model:
             load_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))
@@ -406,22 +450,30 @@ class _Loss(EpsilonDPOLoss):
     logits: Tensor | None  # (2B,) sums over a completion's tokens of the mean logit; None where logits are capped
 
     @torch.no_grad()
-    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds) -> None:
+    def _read_logits(self, hidden, weight, labels, bias, logit_scale, softcap, bounds, words, group) -> None:
         self.logits = None
         if softcap is None:
             # The mean over the vocabulary of x·Wᵀ + b is x·mean(W) + mean(b).
+            sums = [weight.sum(0, dtype=torch.float32), weight.new_full((1,), len(weight), dtype=torch.float32)]
+            if bias is not None:
+                sums.append(bias.sum(0, keepdim=True, dtype=torch.float32))
+            means = torch.cat(sums)
+            if words is not None:  # of which each rank of this group has a slice
+                torch.distributed.all_reduce(means, group=words)
+            mean, count, *of_bias = means.split([weight.shape[1], *[1] * (len(sums) - 1)])
             with torch.autocast(hidden.device.type, enabled=False):
-                means = hidden.float() @ weight.mean(0, dtype=torch.float32)
-            means = logit_scale * (means if bias is None else means + bias.mean(dtype=torch.float32))
+                means = hidden.float() @ (mean / count)
+            means = logit_scale * (means + sum(of_bias) / count)
             if bounds is None:
                 self.logits = torch.where(labels == IGNORE, 0, means).sum(1)
             else:
                 self.logits = torch.segment_reduce(means, "sum", offsets=bounds)
+            if group is not None:
+                torch.distributed.all_reduce(self.logits, group=group)
 
     def forward(self, hidden, weight, labels, ref_hidden, ref_weight, **kwargs) -> EpsilonDPOOutput:
-        self._read_logits(
-            hidden, weight, labels, kwargs["bias"], kwargs["logit_scale"], kwargs["softcap"], kwargs["cu_seqlens"]
-        )
+        names = ("bias", "logit_scale", "softcap", "cu_seqlens", "vocab_group", "sequence_group")
+        self._read_logits(hidden, weight, labels, *(kwargs[name] for name in names))
         return super().forward(hidden, weight, labels, ref_hidden, ref_weight, **kwargs)
 
 
@@ -462,20 +514,13 @@ def _refuse_arguments(args: DPOConfig) -> None:
         )
 
 
-def _refuse_adapters(model: Any, ref_model: Any, peft_config: Any) -> None:
+def _refuse_adapters(model: Any, ref_model: Any) -> None:
     by_name = isinstance(model, str) and find_adapter_config_file(model)
     if by_name or (ref_model is None and getattr(model, "_hf_peft_config_loaded", False)):
         raise ValueError(
             "model: got an adapter that transformers loads into the layers of its base, which would be the reference "
             "without it. Load it with peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True): its copy is "
             "then the reference"
-        )
-    if peft_config is None and not isinstance(model, str) and is_peft_model(model):
-        peft_config = model.active_peft_config
-    if peft_config is not None and peft_config.is_prompt_learning:
-        raise ValueError(
-            f"peft_config: got {type(peft_config).__name__}, takes adapters on the backbone's layers, like LoraConfig. "
-            "The loss runs the backbone itself, without the tokens that prompt learning puts before a prompt"
         )
 
 
@@ -489,8 +534,10 @@ def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
             "then all rejected ones, and cannot be dealt out; and all ranks take part in every step"
         )
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    if trainer.args.sync_ref_model and (trainer.is_fsdp_enabled or zero3):
+    parallelism = trainer.accelerator.parallelism_config
+    tensor = parallelism is not None and parallelism.tp_size > 1
+    if trainer.args.sync_ref_model and (trainer.is_fsdp_enabled or zero3 or tensor):
         raise ValueError(
-            "sync_ref_model: got True with FSDP or ZeRO-3, takes False: a sharded reference would not be in the "
-            "checkpoints. Use DDP, or keep the reference fixed"
+            "sync_ref_model: got True with FSDP, ZeRO-3 or tensor parallelism, takes False: a sharded reference would "
+            "not be in the checkpoints. Use DDP, or keep the reference fixed"
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import torch
 from ..pair import BETA_DPO_MOMENTUM, beta_dpo, losses_and_coefficients, lsc_dpo, pair_beta, perturbation_step
 from .recorder import BEFORE, END, SCHEMA, TRAIN, in_order, numbers, parts
 from .run import steps_done
+from .schema import check_columns, read_facts
 from .words import words
 
 # A figure may differ from what follows by 8 roundings of float32, relative to the largest number that went into it.
@@ -124,12 +126,11 @@ def audit(run: Path) -> Audit:
     """Checks the record in ``run``.
 
     Raises:
-        FileNotFoundError: the folder holds no run.json, or no part of a record that can be read.
+        FileNotFoundError: the folder holds no run.json, or no part of a record. ValueError: a run.json, or no part but
+            such, that can't be read or holds what no run writes.
     """
     run = Path(run)
-    if not (run / "run.json").is_file():
-        raise FileNotFoundError(f"run: {run} holds no run.json")
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8", errors="replace"))
+    facts = read_facts(run)
     found = parts(run / "record")
     links, tables, unreadable = [], [], []
     for part in found:
@@ -139,6 +140,7 @@ def audit(run: Path) -> Audit:
             table.validate(full=True)  # text that is no UTF-8, too
             if not table.schema.equals(SCHEMA):
                 raise ValueError("its columns are not the schema's")
+            check_columns(table, numbers(part)[0])
         except (pa.ArrowException, OSError, ValueError) as error:
             unreadable.append((part.name, " ".join(str(error).split())[:200]))
             links.append(Link(part, hashlib.sha256(data).hexdigest(), None))
@@ -148,8 +150,11 @@ def audit(run: Path) -> Audit:
         names = pa.array([part.name]).dictionary_encode().take(pa.array(np.zeros(len(table), np.int32)))
         table = table.cast(SCHEMA)
         tables.append(table.append_column("part", names).append_column("place", pa.array(np.arange(len(table)))))
+    if not found:
+        raise FileNotFoundError(f"run: {run / 'record'} holds no part of a record")
     if not tables:
-        raise FileNotFoundError(f"run: {run / 'record'} holds no part of a record that can be read")
+        name, problem = unreadable[0]
+        raise ValueError(f"{run / 'record' / name}: {problem}; no part of the record can be read")
     result = Audit(run, facts, in_order(pa.concat_tables(tables).unify_dictionaries()), len(found))
     for name, problem in unreadable:
         result.add("unreadable", "part", problem, "a part of a record", part=name)
@@ -211,7 +216,7 @@ def _check_end(result: Audit, end: Path | None, expected: Path, own: list[Link])
     if end is not None:
         try:
             told = json.loads(end.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
     well_formed = isinstance(told, dict) and all(isinstance(told.get(name), str) for name in ("part", "sha256"))
     digests = [link.digest for link in own]
@@ -249,6 +254,8 @@ def _note_unknown(result: Audit, rows: Columns) -> None:
                 result.limits.append((name, {"split": split, "n": f"{n:,}"}))
         if split in _streams(facts):
             result.limits.append(("stream", {"split": split}))
+        elif split not in facts.get("pairs", {}) and (own & (rows["row"] >= 0)).any():
+            result.limits.append(("no_pairs", {"split": split}))
 
 
 def _streams(facts: dict[str, Any]) -> list[str]:
@@ -312,7 +319,9 @@ def _check_values(result: Audit, rows: Columns) -> None:
     size = torch.stack(logps).abs().sum(0).numpy()
     _name_rows(result, rows, "value", "margin", _differ(rows["margin"], margin, size), margin.astype(np.float32))
     losses, coefficients = losses_and_coefficients(tuple(logps), torch.from_numpy(beta_used), smoothing)
-    loss, coefficient = (t.detach().numpy() for t in (losses, coefficients))
+    # A shift that is not finite stops a run, however finite the log-probs are.
+    shifts = np.isfinite(rows["relaxed_shift"]) & np.isfinite(rows["tightened_shift"])
+    loss, coefficient = (np.where(shifts, t.numpy(), np.nan) for t in (losses, coefficients))
     # beta-dpo leaves pairs out: β 0 and no loss at all, where the loss at β 0 would be log 2.
     loss = np.where(beta_used == 0, 0, loss)
     logit = 1 + beta_used * size
@@ -424,8 +433,10 @@ def _check_steps(result: Audit, rows: Columns) -> None:
     step, rank = rows["step"][train], rows["rank"][train]
     steps, count = np.unique(step, return_counts=True)
     first, last = int(result.facts.get("begins_after", 0)) + 1, int(steps.max(initial=0))
-    for begin, end in _ranges(np.setdiff1d(np.arange(first, last + 1), steps)):
-        result.add("gap", "step", "–", _range(begin, end), step=begin)
+    there = np.concatenate([[first - 1], steps[steps >= first]]).tolist()
+    for one, other in itertools.pairwise(there):
+        if other > one + 1:
+            result.add("gap", "step", "–", _range(one + 1, other - 1), step=one + 1)
     done = steps_done(result.run, result.facts.get("states_of_others", ()))
     if done > last:
         result.add("end", "step", last, done)
@@ -484,19 +495,18 @@ def _check_epochs(result: Audit, rows: Columns, of: np.ndarray) -> None:
         double = np.zeros(len(rows["row"]), bool)
         double[of] = _again(epoch, rows["row"][of])
         _name_rows(result, rows, "double", "row", double, "–")
-    pairs = _pairs(result, TRAIN, len(np.unique(rows["row"][of])))
+    least = _least_of_an_epoch(result, rows)
     over = np.unique(epoch)[:-1]  # the last one may still go on
     if result.facts.get("begins_after"):
         over = over[1:]
-    if pairs and not arguments.get("dataloader_drop_last"):
-        for one in over:
-            there = len(np.unique(rows["row"][of][epoch == one]))
-            if there < pairs:
-                result.add("missing", "pairs", there, pairs, pairs - there, epoch=int(one))
+    for one in over:
+        there = len(np.unique(rows["row"][of][epoch == one]))
+        if there < least:
+            result.add("missing", "pairs", there, least, least - there, epoch=int(one))
 
 
 def _check_evaluations(result: Audit, rows: Columns, split: str, of: np.ndarray) -> None:
-    pairs = _pairs(result, split, 0)
+    pairs = _pairs(result, split)
     for step in np.unique(rows["step"][of]):
         # After one step there may be several evaluations, each of all pairs.
         row, times = np.unique(rows["row"][of][rows["step"][of] == step], return_counts=True)
@@ -507,12 +517,21 @@ def _check_evaluations(result: Audit, rows: Columns, split: str, of: np.ndarray)
             result.add("missing", f"{split} pairs", len(row), pairs, pairs - len(row), step=int(step))
 
 
-def _pairs(result: Audit, split: str, otherwise: int) -> int:
-    """Pairs of a split, as the run counted them; 0 where it couldn't."""
+def _pairs(result: Audit, split: str) -> int:
+    """Pairs of a split, as the run counted them; 0 where it couldn't, or didn't say."""
     if split in _streams(result.facts):
         return 0
-    pairs = result.facts.get("pairs", {}).get(split, otherwise)
-    return pairs if isinstance(pairs, int) else 0
+    return result.facts.get("pairs", {}).get(split, 0)
+
+
+def _least_of_an_epoch(result: Audit, rows: Columns) -> int:
+    """The fewest pairs of an epoch of training that is over; 0 where nobody knows how many there are."""
+    pairs, arguments = _pairs(result, TRAIN), result.facts.get("training_arguments", {})
+    if not arguments.get("dataloader_drop_last"):
+        return pairs
+    # Less than one batch of every rank was left out.
+    batches = len(np.unique(rows["rank"][rows["train"]])) * arguments.get("per_device_train_batch_size", pairs)
+    return max(pairs - batches + 1, 0)
 
 
 def _again(epoch: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -538,7 +557,7 @@ def _ends_of_epochs(result: Audit, rows: Columns) -> np.ndarray:
     ends = [step[epoch == one].max() for one in np.unique(epoch) if one < last]
     of_last = rows["row"][known][epoch == last]
     # Of a stream, and without rows, nobody knows whether the last one is over.
-    if len(np.unique(of_last[of_last >= 0])) >= _pairs(result, TRAIN, 0):
+    if len(np.unique(of_last[of_last >= 0])) >= _least_of_an_epoch(result, rows):
         ends.append(step.max())
     return np.concatenate([np.array(ends, np.int64), unknown])
 

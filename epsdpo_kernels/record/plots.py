@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 
 from .words import words
 
@@ -26,12 +29,7 @@ def draw(runs: list[dict[str, Any]], language: str, out: Path) -> list[Path]:
 
     Japanese labels need a font that has them; where there is none, the pictures (not the page) are in English.
     """
-    import matplotlib
-
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib import font_manager
-
     if language == "ja":
         # matplotlib's list of fonts may be older than the fonts.
         for path in filter(JAPANESE_FILE.search, font_manager.findSystemFonts()):
@@ -52,19 +50,23 @@ def draw(runs: list[dict[str, Any]], language: str, out: Path) -> list[Path]:
     with plt.rc_context({"font.family": family, "axes.grid": True, "grid.alpha": 0.3, "axes.unicode_minus": False}):
         for i, run in enumerate(runs):
             number = f"-{i + 1}" if len(runs) > 1 else ""
-            save(_margin(plt, run, say), f"margin{number}.png")
-            save(_beta(plt, run, say), f"beta{number}.png")
-            save(_decisions(plt, run, say), f"decisions{number}.png")
-        save(_curves(plt, runs, say), "curves.png")
+            save(_margin(run, say), f"margin{number}.png")
+            save(_beta(run, say), f"beta{number}.png")
+            save(_decisions(run, say), f"decisions{number}.png")
+        save(_curves(runs, say), "curves.png")
     return written
 
 
+def _plain(text: str) -> str:
+    """A name from outside: a dollar sign would begin mathematics, an underscore at its start hide it in a legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def _title(axes, text: str) -> None:
-    # A name from outside: a dollar sign would begin mathematics.
-    axes.set_title(text.replace("$", r"\$"), loc="left", fontsize=11)
+    axes.set_title(_plain(text), loc="left", fontsize=11)
 
 
-def _margin(plt, run, say):
+def _margin(run, say):
     figure, axes = plt.subplots(figsize=(7, 5.5), layout="constrained")
     dots = {name: np.array(run["dots"][name], float) for name in ("x", "y", "decision")}
     for (name, (colour, shape)), sign in zip(LOOKS.items(), (1, 0, -1), strict=True):
@@ -78,7 +80,7 @@ def _margin(plt, run, say):
     return figure
 
 
-def _beta(plt, run, say):
+def _beta(run, say):
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     share = np.array(run["map"]["share"], float).T
     # Greys, from one that is seen on white.
@@ -93,7 +95,7 @@ def _beta(plt, run, say):
     return figure
 
 
-def _decisions(plt, run, say):
+def _decisions(run, say):
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     series = run["series"]
     for name, (colour, shape) in LOOKS.items():
@@ -105,16 +107,14 @@ def _decisions(plt, run, say):
     return figure
 
 
-def _curves(plt, runs, say):
+def _curves(runs, say):
     figure, grid = plt.subplots(3, 2, figsize=(11, 9), layout="constrained")
     for axes, name in zip(grid.flat, CURVES, strict=True):
         for i, run in enumerate(runs):
             colour, line = RUNS[i % len(RUNS)], LINES[i % len(LINES)]
-            axes.plot(
-                run["series"]["step"], run["series"][name], line, color=colour, label=run["name"].replace("$", r"\$")
-            )
+            axes.plot(run["series"]["step"], run["series"][name], line, color=colour, label=_plain(run["name"]))
             for shape, held_out in zip(itertools.cycle(SHAPES), run["evaluation"]):
-                label = held_out["name"].replace("$", r"\$") if len(run["evaluation"]) > 1 else None
+                label = _plain(held_out["name"]) if len(run["evaluation"]) > 1 else None
                 axes.plot(held_out["step"], held_out[name], shape, color=colour, markeredgecolor="white", label=label)
         axes.set(xlabel=say["optimizer_step"])
         _title(axes, say[name])

@@ -2,7 +2,7 @@
 
 A record is a folder of Parquet parts that one `Recorder` a rank appends to and `read` puts together. Each part holds
 the SHA-256 of the part before it, and a small file the last part's, so that an alteration shows unless all that comes
-after it was rewritten too. `python -m epsdpo_kernels.record.recorder` prints docs/record.md.
+after it was rewritten too. `python -m epsdpo_kernels.record` prints docs/record.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
             "step", pa.int64(), "", "optimizer step that the pair was part of, from 1; in evaluation, steps done before"
         ),
         _field("micro", pa.int32(), "", "micro-batch within the step, or batch within the evaluation, from 0"),
-        _field("rank", pa.int16(), "", "process that computed the pair, from 0"),
+        _field("rank", pa.int16(), "", "process that computed the pair, from 0; those that share a row count as one"),
         _field("epoch", pa.float64(), "passes", "passes over the data done before the step", nullable=True),
         _field("split", pa.string(), "", "train, or the prefix of an evaluation's metrics: eval, eval_NAME"),
         _field("method", pa.string(), "", "eps-dpo, dpo, tr-dpo, beta-dpo or lsc-dpo"),
@@ -149,9 +149,18 @@ class Recorder:
         self._count += lengths.pop()
 
     def flush(self) -> None:
-        """Writes what was appended since the last part as a part. When it returns the rows are on disk."""
+        """Writes what was appended since the last part as a part. When it returns the rows are on disk.
+
+        Raises:
+            FileExistsError: the last part of this rank is another than this recorder wrote: there are two of them.
+        """
         if not self._count:
             return
+        own = [part for part in parts(self.folder) if numbers(part)[0] == self.rank]
+        if (own[-1] if own else None) != self._last:
+            raise FileExistsError(
+                f"folder: {self.folder} got parts of rank {self.rank} from another recorder, takes one"
+            )
         lengths = [max(array.size for array in arrays.values()) for arrays in self._rows]
         table = {}
         for field in SCHEMA:
@@ -266,54 +275,3 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-PAGE = """# The record of a run
-
-Every training and evaluation batch appends one row a pair to `RUN/record/`. `python -m train` and `EpsilonDPOTrainer`
-(`RUN` is their `output_dir`) do it by themselves; a loop of your own does with `epsdpo_kernels.record.Record`, as the
-README shows. `epsdpo audit RUN` checks a record against itself; `epsdpo report RUN` draws it.
-
-```python
-from epsdpo_kernels.record import read
-
-table = read("RUN/record")  # a pyarrow.Table; .to_pandas() for a data frame
-```
-
-A part is named `part-RANK-FIRSTSTEP-NUMBER.parquet`. It is closed at the end of a step once it holds {steps} steps, and
-whenever a checkpoint is saved; it appears under its name whole, or not at all. A run that is killed loses the open
-part at most, and one that is resumed removes the rows past its checkpoint before it goes on.
-
-Each part's metadata hold the SHA-256 of the rank's part before it (`sha256_before`), and `end-RANK.json` that of the
-last, with `closed` once the run has said that it is over. Every rank keeps its own end, so that none waits for
-another. [What this proves, and what not](report.md#what-is-proved-and-what-is-not).
-
-`RUN/run.json` holds the run's settings and how many pairs there are. A TRL run that begins anew in a folder finds the
-record of the last one there: it goes to `RUN/earlier-1/` with its checkpoints, where it can be audited too. A run that
-goes on from another checkpoint than its last moves the later ones there.
-
-What is not known is null: the row and id of a pair where a data collator or a stream that several workers read lost
-them, or your loop didn't give them; the epoch where it wasn't given. Rows that fill up a rank's last batch are not
-recorded. A stream's row is the place in one pass. Data that are given to `evaluate()`, other than those the trainer was
-made with, have a split of their own, `eval@` and the fingerprint of the data.
-
-Texts stay in the data set: `pair_id` and `row` lead there. Everything below is as the loss computed it, in its
-precision, before the optimizer step. The table is made from the schema (`python -m epsdpo_kernels.record.recorder`).
-
-| column | type | unit | |
-| --- | --- | --- | --- |
-"""
-
-
-def document() -> str:
-    """docs/record.md, from the schema."""
-    page = PAGE.format(steps=STEPS_PER_PART)
-    for field in SCHEMA:
-        unit, description = (field.metadata[key].decode() for key in (b"unit", b"description"))
-        kind = f"{field.type}, may be null" if field.nullable else str(field.type)
-        page += f"| `{field.name}` | {kind} | {unit} | {description} |\n"
-    return page
-
-
-if __name__ == "__main__":
-    print(document(), end="")

@@ -262,13 +262,12 @@ def page(runs: list[dict[str, Any]], language: str) -> str:
     )
     title = words("page", language)["title"] + ": " + ", ".join(run["name"] for run in runs)
     value = {"words": {s: words(s, language) for s in ("page", "history", "findings")}, "runs": runs}
-    # The data come last, so that nothing they hold is taken for a place to fill in.
-    for name, text in (
-        ("language", language), ("policy", html.escape(policy)), ("title", html.escape(title)),
-        ("style", style), ("script", script), ("data", embed(value)),
-    ):  # fmt: skip
-        body = body.replace(f"[[{name}]]", text, 1)
-    return body
+    filled = {
+        "language": language, "policy": html.escape(policy), "title": html.escape(title), "style": style,
+        "script": script, "data": embed(value),
+    }  # fmt: skip
+    # In one pass, so that nothing that was filled in is taken for a place to fill in.
+    return re.sub(r"\[\[(\w+)\]\]", lambda place: filled[place[1]], body)
 
 
 def report(runs: list[Path], out: Path | None = None, language: str = "en", texts: bool = False) -> Path:
@@ -279,7 +278,8 @@ def report(runs: list[Path], out: Path | None = None, language: str = "en", text
         out: folder to write to; by default ``report`` in the first run.
 
     Raises:
-        FileNotFoundError: a folder that holds no record. ValueError: one without a step of training, or no texts.
+        FileNotFoundError: a folder that holds no record. ValueError: one without a step of training, or that can't be
+            read, or no texts. OSError: ``out`` can't be written to. ModuleNotFoundError: matplotlib is missing.
     """
     from . import plots
 
@@ -289,9 +289,12 @@ def report(runs: list[Path], out: Path | None = None, language: str = "en", text
     limit = VISITS // len(runs)
     described = [describe(audit(run), name, language, limit, texts) for run, name in zip(runs, names, strict=True)]
     out = out or runs[0] / "report"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.html").write_text(page(described, language), encoding="utf-8", newline="\n")
-    plots.draw(described, language, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.html").write_text(page(described, language), encoding="utf-8", newline="\n")
+        plots.draw(described, language, out)
+    except OSError as problem:
+        raise OSError(f"out: {out} can't be written to, takes a folder with room in it ({problem})") from problem
     return out / "report.html"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from .. import __version__
 from ..pair import losses_and_coefficients
 from .recorder import TRAIN, Recorder, parts, write_file
+from .schema import check_facts, read_facts
 
 if TYPE_CHECKING:
     from ..linear import EpsilonDPOOutput
@@ -36,15 +38,17 @@ class Record:
         loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, of which β and the settings are read.
         options: of the run, over those of ``loss_fn``. ``dataset`` is where ``epsdpo report --texts`` finds the texts:
             a file or a list of files, or a hub name with ``dataset_split``.
-        facts: other things to keep in run.json; ``pairs`` is the number of pairs by split, against which the audit
-            counts.
-        pairs: data sets by split, with ``row`` and ``pair_id``, in which :meth:`append` looks ids up.
+        facts: other things to keep in run.json; ``pairs`` is the number of pairs by split that an epoch or evaluation
+            takes, against which the audit counts.
+        pairs: data sets by split, with ``row`` and ``pair_id``, in which :meth:`append` looks ids up; their lengths are
+            the numbers of pairs where ``facts`` give none.
         label: a categorical column of theirs to carry along.
         rank: of this process, by default torch.distributed's, or 0.
         resume_step: steps in the checkpoint that the run goes on from; see :class:`Recorder`.
 
     Raises:
         FileExistsError: the run has a record and ``resume_step`` was not given.
+        ValueError: options or facts that run.json doesn't take, or a run.json there is that can't be read.
     """
 
     def __init__(
@@ -64,10 +68,11 @@ class Record:
             rank = torch.distributed.get_rank() if distributed else 0
         self.loss_fn, self.run = loss_fn, Path(run)
         begun = bool(parts(self.run / "record"))
+        self._pairs = {split: _Pairs(split, data, label) for split, data in (pairs or {}).items() if data is not None}
+        told = json.dumps(self._facts(options or {}, facts or {}, begun, resume_step), indent=1, default=str)
+        check_facts(json.loads(told), "facts")
         self._recorder = Recorder(self.run / "record", rank, resume_step=resume_step)
-        self._pairs = {split: _Pairs(data, label) for split, data in (pairs or {}).items() if data is not None}
-        told = self._facts(options or {}, facts or {}, begun, resume_step)
-        options = told["options"]
+        options = json.loads(told)["options"]
         self._decides = options["method"] == "eps-dpo"
         self._constants = {
             "method": options["method"],
@@ -77,7 +82,7 @@ class Record:
         self._place, self._micro = ("", 0), 0
         self.trained = False  # whether a row of training was appended
         if rank == 0:
-            write_file(self.run / "run.json", json.dumps(told, indent=1, default=str).encode())
+            write_file(self.run / "run.json", told.encode())
 
     def _facts(self, options: Mapping, facts: Mapping, begun: bool, resume_step: int | None) -> dict[str, Any]:
         told: dict[str, Any] = {"version": __version__, "torch": torch.__version__} | dict(facts)
@@ -90,7 +95,7 @@ class Record:
                 told["states_of_others"] = states
             return told
         if begun and (self.run / "run.json").is_file():
-            old = json.loads((self.run / "run.json").read_text(encoding="utf-8"))
+            old = read_facts(self.run)
             told |= {name: old[name] for name in ("states_of_others", "begins_after") if name in old}
             if "beta" not in options:  # the one at the start; the loss may hold the checkpoint's by now
                 told["options"]["beta"] = old["options"]["beta"]
@@ -127,7 +132,8 @@ class Record:
             cu_seqlens: (2B+1,) int, bounds of the completions in packed ``labels``.
 
         Raises:
-            ValueError: ``out`` does not follow from ``beta``, which moved in between; or steps fall.
+            ValueError: ``out`` does not follow from ``beta``, which moved in between; steps fall; rows or ids of
+                another number or kind than the pairs, or a row that ``pairs`` do not have.
         """
         split = split or (TRAIN if self.loss_fn.training else "eval")
         scored = labels != IGNORE
@@ -145,7 +151,7 @@ class Record:
         if (split, step) != self._place:
             self._place, self._micro = (split, step), 0
         columns = figures | self._constants | {"split": split, "step": step, "micro": self._micro, "epoch": epoch}
-        columns |= self._identity(split, row, pair_id)
+        columns |= self._identity(split, row, pair_id, len(figures["loss"]))
         self._recorder.append(columns)
         self._micro += 1
         self.trained |= split == TRAIN
@@ -167,22 +173,42 @@ class Record:
                 "loss returned before loss_fn.update_beta()"
             )
 
-    def _identity(self, split: str, row: Any, pair_id: Any) -> dict[str, Any]:
+    def _identity(self, split: str, row: Any, pair_id: Any, pairs: int) -> dict[str, Any]:
         """Row, id and label of a batch's pairs, as far as they are known."""
-        found: dict[str, Any] = {"pair_id": pair_id}
+        found: dict[str, Any] = {}
+        if pair_id is not None:
+            found["pair_id"] = _ids(pair_id, pairs)
         if row is not None:
-            rows = np.array([int(r) for r in row])
-            found["row"] = np.array([r if r >= 0 else None for r in rows.tolist()], object)
+            rows = _rows(row, pairs)
+            found["row"] = np.array([one if one >= 0 else None for one in rows.tolist()], object)
             if pair_id is None and split in self._pairs:
                 found |= self._pairs[split].at(rows)
         return found
 
 
+def _rows(row: Any, pairs: int) -> np.ndarray:
+    try:
+        rows = [operator.index(one) for one in (row.tolist() if hasattr(row, "tolist") else row)]
+    except TypeError:
+        raise ValueError(f"row: got {row!r:.80}, takes {pairs} integers, below 0 where a row is unknown") from None
+    if len(rows) != pairs:
+        raise ValueError(f"row: got {len(rows)} rows, takes {pairs}, one a pair")
+    return np.array(rows, np.int64)
+
+
+def _ids(pair_id: Any, pairs: int) -> np.ndarray:
+    if isinstance(pair_id, str) or not all(one is None or isinstance(one, str) for one in pair_id):
+        raise ValueError(f"pair_id: got {pair_id!r:.80}, takes {pairs} strings, None where an id is unknown")
+    if len(pair_id) != pairs:
+        raise ValueError(f"pair_id: got {len(pair_id)} ids, takes {pairs}, one a pair")
+    return np.array(pair_id, object)
+
+
 class _Pairs:
     """Ids and labels of a split's pairs by their row."""
 
-    def __init__(self, data: Any, label: str | None):
-        rows = np.array(data["row"], np.int64)
+    def __init__(self, split: str, data: Any, label: str | None):
+        self.split, rows = split, np.array(data["row"], np.int64)
         self.order = np.argsort(rows)
         self.rows = rows[self.order]
         self.columns = {"pair_id": pa.array(list(data["pair_id"]), pa.string())}
@@ -194,8 +220,16 @@ class _Pairs:
         return len(self.rows)
 
     def at(self, rows: np.ndarray) -> dict[str, list]:
-        places = self.order[np.searchsorted(self.rows, rows)]
-        return {name: column.take(pa.array(places)).to_pylist() for name, column in self.columns.items()}
+        """The columns at some rows, null where a row is below 0. ValueError: a row that the data don't have."""
+        place = np.searchsorted(self.rows, rows).clip(max=max(len(self) - 1, 0))
+        there = self.rows[place] == rows if len(self) else np.zeros(len(rows), bool)
+        if (rows[~there] >= 0).any():
+            absent = sorted(set(rows[~there & (rows >= 0)].tolist()))
+            raise ValueError(f"row: got {absent}, which pairs[{self.split!r}] do not have; takes theirs, or below 0")
+        places = pa.array(
+            [int(self.order[p]) if known else None for p, known in zip(place, there, strict=True)], pa.int64()
+        )
+        return {name: column.take(places).to_pylist() for name, column in self.columns.items()}
 
 
 def _settings(loss_fn: Any) -> dict[str, Any]:
@@ -215,6 +249,9 @@ def _figures(out: EpsilonDPOOutput, tokens: Tensor, beta: Tensor, label_smoothin
     """The columns that the loss measured, (B,) float64 each, and one transfer for all that a GPU holds of them."""
     logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
     _, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), out.beta.double(), label_smoothing)
+    # As in the loss, a shift that is not finite leaves no gradient.
+    finite = torch.isfinite(out.relaxed_shift) & torch.isfinite(out.tightened_shift)
+    coefficient = torch.where(finite, coefficient, torch.nan)
     columns = {
         "chosen_tokens": tokens[0], "rejected_tokens": tokens[1],
         "chosen_logp": logps[0], "rejected_logp": logps[1], "ref_chosen_logp": logps[2], "ref_rejected_logp": logps[3],
@@ -265,6 +302,6 @@ def steps_done(run: Path, states_of_others: Sequence[str] = ()) -> int:
             continue
         try:
             done = max(done, int(json.loads(state.read_text(encoding="utf-8"))["global_step"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return done

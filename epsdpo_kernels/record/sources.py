@@ -11,19 +11,29 @@ from typing import Any, NamedTuple
 
 from .rows import Record, read_rows
 
-# The columns that a pair is read from; `system` is only looked for in the prompt.
-PARTS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "system", "system_prompt")
+# Columns whose text has to be in the prompt; in these and the two below, case, spaces and hyphens do not matter.
+SYSTEM = ("system", "system_prompt", "system_message")
+# The columns that a pair is read from; a system text is only looked for in the prompt.
+PARTS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *SYSTEM)
 # Columns that can be a prompt, and say so where there is no `prompt`.
-QUESTIONS = ("question", "instruction", "instructions", "input", "query", "problem", "context", "history", "dialogue",
-             "conversation", "conversations", "messages", "system", "system_prompt")  # fmt: skip
+QUESTIONS = ("prompt", "question", "instruction", "instructions", "input", "query", "problem", "context", "history",
+             "dialogue", "conversation", "conversations", "messages", *SYSTEM)  # fmt: skip
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 BROKEN, MALFORMED, DIFFERENT = "broken line", "malformed row", "different prompts"
+NOT_HELD = "a prompt that is not in its conversations"
 MEDIA_FOUND = "pictures or sounds, where only text is read; remove them"
 CONTENT = "content that is neither text nor a list of texts"
+# Roles that come before a conversation, not as an answer in it.
+INSTRUCTS = ("system", "developer")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # JSON can spell half a surrogate pair, which no tokenizer and no table takes.
 SURROGATE = re.compile("[\ud800-\udfff]")
-AS_JSON = re.compile(r"""\s*\[\s*\{\s*["'](role|from)["']""")
+# What a message written in JSON or as Python prints it begins with, any plain fields before its role, and what it says.
+QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+FIELD = rf"{QUOTED}\s*:\s*(?:{QUOTED}|[\w.+-]+)\s*,\s*"
+WRAPPED = r"""(?:\{\s*["'](?:messages|conversations?)["']\s*:\s*)?(?:\[\s*)?\{\s*"""
+ROLE = re.compile(rf"""{WRAPPED}(?:{FIELD})*["'](?:role|from)["']\s*:""", re.DOTALL)
+SAYS = re.compile(r"""["'](?:content|value|tool_calls)["']\s*:""")
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -109,16 +119,18 @@ def pair_of(record: Record | None) -> Pair:
     """
     if record is None:
         raise NoPair(BROKEN)
-    if any(record.get(name) for name in MEDIA):
+    if _named(record, MEDIA):
         raise NoPair(MEDIA_FOUND)
     parts = [record.get(name) for name in ("prompt", "chosen", "rejected")]
     if not all(isinstance(side, str | list | dict) for side in parts[1:]):
         raise NoPair(MALFORMED)
+    if any(isinstance(part, str) and _is_written(part.strip()) for part in parts):
+        raise NoPair("messages written as text; make them lists")
     pair = _texts(record) if not any(isinstance(part, list | dict) for part in parts) else _conversations(record)
     if SURROGATE.search(pair.canonical()):
         raise NoPair(MALFORMED)
-    for name in ("system", "system_prompt"):
-        if isinstance(text := record.get(name), str) and text.strip() not in _spoken(pair.prompt):
+    for name, value in _named(record, SYSTEM):
+        if isinstance(value, str | list | dict) and not all(text in _spoken(pair.prompt) for text in _said(value)):
             raise NoPair(f"a column {name} that is not in the prompt; make it the prompt's first message")
     if _is_empty(pair.chosen) or _is_empty(pair.rejected):
         raise NoPair("empty completion")
@@ -127,8 +139,24 @@ def pair_of(record: Record | None) -> Pair:
     return pair
 
 
+def _is_written(text: str) -> bool:
+    """Whether a text is a message, or messages, in JSON or as Python prints them."""
+    return text.endswith(("}", "]")) and bool(ROLE.match(text) and SAYS.search(text))
+
+
 def _spoken(prompt: Text) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(map(text_of, prompt))
+
+
+def _named(record: Record, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The columns of those names that hold something."""
+    return [(name, value) for name, value in record.items() if value and re.sub(r"[ -]", "_", name.lower()) in names]
+
+
+def _said(value: Any) -> list[str]:
+    """The texts of a text, a message, or several of them."""
+    values = value if isinstance(value, list) else [value]
+    return [(each if isinstance(each, str) else text_of(_message(each))).strip() for each in values]
 
 
 def _is_empty(side: Text) -> bool:
@@ -140,23 +168,27 @@ def _is_empty(side: Text) -> bool:
 
 def _refuse_guess(record: Record) -> None:
     """Raises NoPair where there is no prompt, but a column that can be one."""
-    if found := [name for name in QUESTIONS if record.get(name) and isinstance(record[name], str | list | dict)]:
+    if found := [name for name, value in _named(record, QUESTIONS) if isinstance(value, str | list | dict)]:
         raise NoPair(f"no column prompt beside {', '.join(found)}; make one of them")
 
 
 def _texts(record: Record) -> Pair:
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
-    if AS_JSON.match(chosen) and AS_JSON.match(rejected):
-        raise NoPair("messages written as text; make them lists")
     if _tools(record) or _template_kwargs(record):
         raise NoPair("tools or chat_template_kwargs beside texts; make the texts messages")
-    if isinstance(prompt, str):
-        return Pair(prompt, chosen, rejected)
     if chosen.startswith(HUMAN) or rejected.startswith(HUMAN):
-        (prompt, chosen), (other, rejected) = map(_transcript, (chosen, rejected))
-        if prompt != other:
+        (before, chosen), (other, rejected) = map(_transcript, (chosen, rejected))
+        if before != other:
             raise NoPair(DIFFERENT)
-        return Pair(prompt, chosen, rejected, transcript=True)
+        if isinstance(prompt, str) and prompt.strip() not in before:
+            raise NoPair(NOT_HELD)
+        return Pair(before, chosen, rejected, transcript=True)
+    if isinstance(prompt, str):
+        if _repeated(prompt, chosen, rejected):
+            if not all(side.startswith(prompt) for side in (chosen, rejected)):
+                raise NoPair("completions that repeat the prompt after other text or space")
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        return Pair(prompt, chosen, rejected)
     # A column that others have in full is not one to do without.
     if "prompt" in record:
         raise NoPair(MALFORMED)
@@ -166,6 +198,16 @@ def _texts(record: Record) -> Pair:
     if not prompt and chosen != rejected:
         raise NoPair(DIFFERENT)
     return Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+
+
+def _repeated(prompt: str, chosen: str, rejected: str) -> bool:
+    """Whether both completions hold a prompt's text, as words of its own, behind the same beginning."""
+    text = prompt.strip()
+    if not text or text not in os.path.commonprefix((chosen, rejected)):
+        return False
+    words = re.compile(rf"(?:\b|(?<!\w)){re.escape(text)}(?:\b|(?!\w))")
+    one, other = words.search(chosen), words.search(rejected)
+    return one is not None and other is not None and chosen[: one.end()] == rejected[: other.end()]
 
 
 def _transcript(text: str) -> tuple[str, str]:
@@ -185,23 +227,38 @@ def turns(transcript: str) -> list[Message]:
 def _conversations(record: Record) -> Pair:
     given = record.get("prompt")
     prompt = [] if given is None else _messages(given, "user")
-    chosen, rejected = (_after(prompt, _messages(record[side], "assistant")) for side in ("chosen", "rejected"))
-    if not prompt or isinstance(given, str) and _opens(chosen) and _opens(rejected):
-        # Whole conversations: what they share is the prompt, and what remains has to be the assistant's.
-        n = 0
-        while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
-            n += 1
-        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-        if not prompt and min(len(chosen), len(rejected)) < 2:
-            _refuse_guess(record)
-            raise NoPair(MALFORMED)
-        if not prompt or _opens(chosen) or _opens(rejected):
-            raise NoPair(DIFFERENT)
-        if isinstance(given, str) and given.strip() not in _spoken(prompt):
-            raise NoPair("a prompt that is not in its conversations")
-    if not all(side and side[-1]["role"] == "assistant" for side in (chosen, rejected)):
+    sides = [_messages(record[side], "assistant") for side in ("chosen", "rejected")]
+    if not all(side and side[-1]["role"] == "assistant" for side in sides):
         raise NoPair(MALFORMED)
+    ends = [_end_of(prompt, side) for side in sides]
+    others = [side[0]["role"] for side, end in zip(sides, ends, strict=True) if not end and _opens(side)]
+    if not prompt or isinstance(given, str) and len(others) == 2:
+        prompt, chosen, rejected = _shared(record, *sides)
+        if isinstance(given, str) and given.strip() not in _spoken(prompt):
+            raise NoPair(NOT_HELD)
+    else:
+        # One completion may go on with another's turn; two where an answer is due are other words for the prompt.
+        due = prompt[-1]["role"] not in ("assistant", *INSTRUCTS)
+        if due and len(others) == 2 or any(role in INSTRUCTS for role in others):
+            raise NoPair(NOT_HELD)
+        before, other = (side[: max(end - len(prompt), 0)] for side, end in zip(sides, ends, strict=True))
+        if before != other:
+            raise NoPair(DIFFERENT)
+        prompt, (chosen, rejected) = before + prompt, (side[end:] for side, end in zip(sides, ends, strict=True))
     return Pair(prompt, chosen, rejected, _tools(record), _template_kwargs(record))
+
+
+def _shared(record: Record, chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+    """Whole conversations: what they share is the prompt, and what remains has to be the assistant's."""
+    n = 0
+    while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
+        n += 1
+    if not n and min(len(chosen), len(rejected)) < 2:
+        _refuse_guess(record)
+        raise NoPair(MALFORMED)
+    if not n or _opens(chosen[n:]) or _opens(rejected[n:]):
+        raise NoPair(DIFFERENT)
+    return chosen[:n], chosen[n:], rejected[n:]
 
 
 def _opens(side: list[Message]) -> bool:
@@ -209,17 +266,21 @@ def _opens(side: list[Message]) -> bool:
     return bool(side) and side[0]["role"] != "assistant"
 
 
-def _after(prompt: list[Message], side: list[Message]) -> list[Message]:
-    """A side without the messages that it repeats of the prompt's end."""
-    for n in range(min(len(prompt), len(side)) if _opens(side) else 0, 0, -1):
-        if prompt[-n:] == side[:n]:
-            return side[n:]
-    return side
+def _end_of(prompt: list[Message], side: list[Message]) -> int:
+    """How many messages of a side are before the completion: those up to the prompt that it holds, or the prompt's end
+    that it begins with; 0 for none. Whitespace, and text that is a list of texts, make no difference.
+    """
+    said, told = ([message | {"content": text_of(message).split()} for message in part] for part in (prompt, side))
+    n = len(prompt) if prompt and _opens(side) else 0
+    whole = (end for end in range(n, len(side) + 1) if n and told[end - n : end] == said)
+    return next(whole, 0) or next((end for end in range(n - 1, 0, -1) if told[:end] == said[-end:]), 0)
 
 
 def _messages(value: Any, role: str) -> list[Message]:
     """A text, a message or messages as messages, fields that are null left out."""
     if isinstance(value, str):
+        if value.startswith(HUMAN):
+            raise NoPair("a transcript beside messages; make it messages")
         return [{"role": role, "content": value}]
     if not isinstance(value, list | dict):
         raise NoPair(MALFORMED)

@@ -327,6 +327,10 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
             "steps, don't show there.",
             "{split} の {n} 行はエポックが不明のため、ペアの欠落や重複、ペアの足りないステップを確認できません。",
         ),
+        "no_pairs": (
+            "The run did not say how many pairs {split} has, so pairs that are missing don't show there.",
+            "{split} のペア数が実行時に記録されていないため、欠落を確認できません。",
+        ),
         "stream": (
             "{split} came as a stream: a row is a place in one pass, and whether a pass is whole can't be told.",
             "{split} はストリームです。行番号は 1 周の中の位置であり、1 周が揃っているかは確認できません。",
