@@ -192,6 +192,30 @@ YAML = {
     "run_name: 5": ("run_name", "5"),
     "run_name: a run, with words": ("run_name", "a run, with words"),
     "report_to: [tensorboard]": ("report_to", ["tensorboard"]),
+    "report_to: null": ("report_to", []),
+    "trackio_static_space_id: false": ("trackio_static_space_id", False),
+    "fsdp: false": ("fsdp", False),
+    "fsdp: true": ("fsdp", True),
+    # What YAML 1.1 has for octal, base 60 and dates, and Python writes otherwise than it reads.
+    "seed: 010": ("seed", 10),
+    "seed: 0x10": ("seed", 16),
+    "seed: 0o10": ("seed", 8),
+    "seed: 1_000": ("seed", 1000),
+    "learning_rate: 010": ("learning_rate", 10.0),
+    "max_grad_norm: .inf": ("max_grad_norm", float("inf")),
+    "lr_scheduler_kwargs: {num_cycles: 010, at: 1:30, on: 2026-01-02}": (
+        "lr_scheduler_kwargs",
+        {"num_cycles": 10, "at": "1:30", "on": "2026-01-02"},
+    ),
+    "run_name: 12:30:00": ("run_name", "12:30:00"),
+    "run_name: 1.10": ("run_name", "1.10"),
+    "run_name: 2026-1-2 3:04:05": ("run_name", "2026-1-2 3:04:05"),
+    "run_name: TRUE": ("run_name", "TRUE"),
+    "label_column: 007": ("label_column", "007"),
+    "output_dir: 1e5": ("output_dir", "1e5"),
+    "hub_token: 0x10": ("hub_token", "0x10"),
+    "lora_r: 4\nlora_target_modules: 007": ("lora_target_modules", ["007"]),
+    "lora_r: 4\nlora_target_modules: [010, 1.10, true]": ("lora_target_modules", ["010", "1.10", "true"]),
     "beta: 0.3": ("beta", 0.3),
 }
 
@@ -227,6 +251,7 @@ def test_flags_overrule_a_yaml_file(tmp_path):
         ("beta: [0.1, 0.2]", "beta: got a list, takes float"),
         ("model: {name: x}", "model: got a dict, takes str"),
         ("max_length: [3]", "max_length: got a list, takes int"),
+        ("veto: [{entropy: 3}]", "veto: got a list, takes list.str."),
         ("- a\n- b", "run.yaml"),
         ("a: [", "run.yaml"),
     ],
@@ -242,7 +267,9 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         parse([str(tmp_path / "run.yaml")])
 
 
-@pytest.mark.parametrize("text", ["max_length: 12.5", "beta: much", "method: ppo", "dtype: int8", "bf16: perhaps"])
+@pytest.mark.parametrize(
+    "text", ["max_length: 12.5", "beta: much", "method: ppo", "dtype: int8", "bf16: perhaps", "seed: 12:30"]
+)
 def test_plain_values_are_checked_as_flags_are(tmp_path, text, capsys):
     with pytest.raises(SystemExit):
         from_yaml(tmp_path, text)
