@@ -9,6 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 
+from epsdpo_kernels.integrations.batches import check_kept  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
@@ -148,6 +149,24 @@ def test_a_short_last_batch_can_be_dropped(tiny, tmp_path):
     more = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 1, "dataloader_drop_last": True}
     trainer = main(flags(tiny, tmp_path, **more))
     assert trainer.state.global_step == 9 and len(order(tmp_path)) == 45
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"per_device_train_batch_size": 49, "max_steps": 1}, "got True with 48 pairs in train_dataset, .* least 49"),
+        ({"eval_fraction": 0.125}, "got True with 6 pairs in eval_dataset, .*: takes at least 8, a batch of 8$"),
+    ],
+)
+def test_pairs_that_would_all_be_dropped_are_refused(tiny, tmp_path, more, said):
+    with pytest.raises(ValueError, match=f"dataloader_drop_last: {said}"):
+        main(flags(tiny, tmp_path, dataloader_drop_last=True, **more))
+
+
+def test_every_rank_has_to_get_a_batch():
+    check_kept(10, "eval_dataset", 5, 2)
+    with pytest.raises(ValueError, match="got True with 9 pairs in eval_dataset.* 10, a batch of 5 on each of 2 ranks"):
+        check_kept(9, "eval_dataset", 5, 2)
 
 
 def test_tokens_are_counted(tiny, tmp_path):

@@ -198,6 +198,19 @@ def test_the_best_model_comes_with_its_beta_and_reference(tiny, tmp_path, method
         assert now[name] == pytest.approx(log[2][name], rel=1e-6) != pytest.approx(log[6][name], rel=1e-6)
 
 
+def test_a_metric_that_no_evaluation_gives_is_refused(tiny, tmp_path):
+    """At the start, with those that one gives."""
+    more = {"eval_fraction": 0.25, "max_steps": 1}
+    with pytest.raises(ValueError, match="metric_for_best_model: got 'accuracy', takes one of loss, ") as refusal:
+        main(flags(tiny, tmp_path / "a", metric_for_best_model="accuracy", **more))
+    trainer = main(flags(tiny, tmp_path / "b", metric_for_best_model="eval_rewards/accuracies", **more))
+    entry = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    logged = {name for name in entry if name.startswith("eval_")}
+    timed = {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
+    named = str(refusal.value).split(" takes one of ")[1].split(", ")
+    assert {f"eval_{name}" for name in named} == logged - timed and len(set(named)) == len(named)
+
+
 def test_a_second_run_into_a_folder_is_refused(tiny, tmp_path):
     arguments = flags(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     main(arguments)
