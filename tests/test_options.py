@@ -1,6 +1,7 @@
 """What a run is told: every option of transformers is honoured or refused, and a YAML file says what it says."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -167,6 +168,29 @@ def test_every_rank_has_to_get_a_batch():
     check_kept(10, "eval_dataset", 5, 2)
     with pytest.raises(ValueError, match="got True with 9 pairs in eval_dataset.* 10, a batch of 5 on each of 2 ranks"):
         check_kept(9, "eval_dataset", 5, 2)
+
+
+def labelled(path, **columns):
+    pairs = ({"prompt": "what is ", "chosen": "yes " + "and " * i, "rejected": "no"} | columns for i in range(8))
+    path.write_text("".join(json.dumps(one) + "\n" for one in pairs))
+    return path
+
+
+def test_a_label_that_a_data_set_lacks_is_refused(tiny, tmp_path):
+    """By the name of the data set; one that can't be carried, and the row's own number, are none."""
+    topic = labelled(tmp_path / "topic.jsonl", topic="x", kind=3)
+    plain = labelled(tmp_path / "plain.jsonl", words="x " * 64, row=1)
+    for data, held_out, label, said in (
+        (topic, topic, "topics", r"got 'topics', .* dataset \(.*topic.jsonl\) has: 'topic', 'kind'"),
+        (topic, plain, "topic", r"got 'topic', .* eval_dataset \(.*plain.jsonl\) has: none"),
+        (plain, topic, "topic", r"got 'topic', .* dataset \(.*plain.jsonl\) has: none"),
+        (plain, plain, "words", r"got 'words', takes a column of short strings, integers or booleans"),
+        (plain, plain, "row", r"got 'row'"),
+    ):
+        with pytest.raises(ValueError, match=f"label_column: {said}"):
+            main(flags(tiny, tmp_path / "run", dataset=data, eval_dataset=held_out, label_column=label))
+    main(flags(tiny, tmp_path / "run", dataset=topic, label_column="kind", max_steps=1))
+    assert set(read(tmp_path / "run" / "record")["label"].to_pylist()) == {"3"}
 
 
 def test_tokens_are_counted(tiny, tmp_path):
