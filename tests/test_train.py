@@ -140,6 +140,27 @@ def test_lora_takes_the_base_as_reference(tiny, tmp_path):
     assert trained <= {"lora_A", "lora_B"}
 
 
+def test_lora_on_all_linear_layers_but_the_head(tiny, tmp_path):
+    pytest.importorskip("peft", reason="the trainer's extra is not installed")
+    found = []
+    for name, more in (("a", {}), ("b", {"lora_target_modules": "all-linear"})):
+        trainer = main(flags(tiny, tmp_path / name, lora_r=4, max_steps=1, **more))
+        found.append({n.split(".")[-4] for n, p in trainer.model.named_parameters() if p.requires_grad})
+    attention, mlp = {f"{x}_proj" for x in "qkvo"}, {f"{x}_proj" for x in ("gate", "up", "down")}
+    assert found == [attention | mlp] * 2
+
+
+@pytest.mark.parametrize("names, unknown", [("q_proj w_proj", "w_proj"), ("all-linear q_proj", "all-linear")])
+def test_lora_on_a_layer_that_is_not_there_is_refused(tiny, tmp_path, names, unknown):
+    """Also beside one that is there."""
+    pytest.importorskip("peft", reason="the trainer's extra is not installed")
+    said = (
+        f"lora_target_modules: got {unknown}, which no layer of LlamaForCausalLM is called; .*: down_proj, .*, v_proj$"
+    )
+    with pytest.raises(ValueError, match=said):
+        main([*flags(tiny, tmp_path, lora_r=4), "--lora_target_modules", *names.split()])
+
+
 def test_a_lora_adapter_on_the_head_is_refused(tiny, tmp_path):
     pytest.importorskip("peft", reason="the trainer's extra is not installed")
     with pytest.raises(ValueError, match="An adapter on the head"):

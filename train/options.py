@@ -99,7 +99,7 @@ class PairOptions:
     )
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale times its rank"})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "by default all linear layers but the head"}
+        default=None, metadata={"help": "names of layers, or all-linear, the default: all linear ones but the head"}
     )
 
 
