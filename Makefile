@@ -18,8 +18,9 @@ PEERS := trl liger-kernel cut-cross-entropy datasets dill multiprocess
 demo: $(VENV)/.demo  ## train SmolLM2-135M with ε-DPO on this machine's CPU, in minutes
 	$(BIN)/python -m train.demo
 
+# A worker needs 2 GiB; tests of several processes start their own.
 test: $(VENV)/.test  ## the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # The ends of what pyproject.toml allows, and what a machine with a GPU was seen to have. torch comes from PyPI with CUDA's
 # libraries: 8 GB each.

@@ -159,7 +159,7 @@ def linear_pair_stats(
     """Per-sequence log-probs that carry gradient, for any other loss, and beside them all statistics of a pair.
 
     Two passes over the policy's logits (5 products instead of 4), because a general loss is not known before all
-    log-probs are. Arguments and errors as for :func:`linear_epsilon_dpo`.
+    log-probs are. Arguments and errors as for :func:`linear_epsilon_dpo`. torch.compile breaks its graph here.
     """
     settings = bind_settings(1.0, epsilon, 0.0, None, None, hidden)
     execution = bind_execution(engine, max_tile_bytes, vocab_group, sequence_group, hidden)

@@ -353,6 +353,7 @@ def test_cpu_program_times_in_turn(benchmark, tmp_path, monkeypatch):
 
     from bench import test_speed
 
+    benchmark.disabled = False  # xdist switches it off: figures could not be trusted
     case = Case("tiny", 16)
     monkeypatch.setattr(test_speed, "CASES", [(case, ["trl", "cut-cross-entropy"], [])])
     results = measure.Results(tmp_path / "speed.json", "cpu")

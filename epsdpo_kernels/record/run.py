@@ -117,7 +117,9 @@ class Record:
         beta: Tensor | float | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
-        """Adds the pairs of one call of the loss, none where nothing was scored. Reads them back from the device.
+        """Adds the pairs of one call of the loss. Reads them back from the device.
+
+        A call in which nothing was scored has no rows. A step of such calls alone is a gap to the audit.
 
         What isn't given is null in the record, and the audit says what it can't check for want of it.
 
