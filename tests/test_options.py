@@ -95,6 +95,7 @@ def test_an_evaluation_of_nothing_is_refused(tiny, tmp_path, more):
 def test_options_that_need_another_are_refused(tiny, tmp_path):
     for more, said in (
         ({"eval_fraction": 0.5, "eval_dataset": tiny / "pairs.jsonl"}, "eval_fraction: got 0.5 beside an eval_dataset"),
+        ({"lora_r": -1}, "lora_r: got -1, takes a rank, or 0"),
         ({"lora_target_modules": "q_proj"}, "lora_target_modules: got some without lora_r"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -22,6 +22,8 @@ from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
 from train.data import Collator  # noqa: E402
+from train.models import add_lora  # noqa: E402
+from train.options import PairOptions  # noqa: E402
 from train.trainer import NotFiniteError  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -150,15 +152,38 @@ def test_lora_on_all_linear_layers_but_the_head(tiny, tmp_path):
     assert found == [attention | mlp] * 2
 
 
-@pytest.mark.parametrize("names, unknown", [("q_proj w_proj", "w_proj"), ("all-linear q_proj", "all-linear")])
-def test_lora_on_a_layer_that_is_not_there_is_refused(tiny, tmp_path, names, unknown):
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ("q_proj w_proj", "LlamaForCausalLM has no layer w_proj"),
+        ("all-linear q_proj", "LlamaForCausalLM has no layer all-linear"),
+        ("w_proj", "Target modules {'w_proj'} not found"),
+    ],
+)
+def test_lora_on_a_layer_that_is_not_there_is_refused(tiny, tmp_path, names, said):
     """Also beside one that is there."""
     pytest.importorskip("peft", reason="the trainer's extra is not installed")
-    said = (
-        f"lora_target_modules: got {unknown}, which no layer of LlamaForCausalLM is called; .*: down_proj, .*, v_proj$"
-    )
-    with pytest.raises(ValueError, match=said):
+    got = names.replace(" ", ", ")
+    with pytest.raises(
+        ValueError, match=rf"lora_target_modules: got {got}, .* linear ones are down_proj, .*, v_proj\. {said}"
+    ):
         main([*flags(tiny, tmp_path, lora_r=4), "--lora_target_modules", *names.split()])
+
+
+def test_lora_on_experts_by_the_names_of_their_checkpoints(tiny, tmp_path):
+    """Where transformers has joined their weights PEFT finds these by other names."""
+    pytest.importorskip("peft", reason="the trainer's extra is not installed")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    adapted = add_lora(model, PairOptions("", "", lora_r=4, lora_target_modules=["w1", "w2", "w3", "q_proj"]))
+    trained = {
+        name.split(".lora_")[0].split("layers.0.")[1] for name, p in adapted.named_parameters() if p.requires_grad
+    }
+    assert trained == {"self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer"}
 
 
 def test_a_lora_adapter_on_the_head_is_refused(tiny, tmp_path):

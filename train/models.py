@@ -156,30 +156,25 @@ def add_lora(model: Any, options: PairOptions) -> Any:
     """The model with new adapters. ValueError: they are asked for on layers that it does not have."""
     import peft
 
+    names = options.lora_target_modules or [ALL_LINEAR]
     lora = peft.LoraConfig(
         r=options.lora_r, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",
-        target_modules=_targets(model, options.lora_target_modules or [ALL_LINEAR]),
+        target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
     )  # fmt: skip
-    return peft.get_peft_model(model, lora)
-
-
-def _targets(model: Any, names: list[str]) -> list[str] | str:
-    """As PEFT takes them: of several it passes over those that no layer has, and a word for all is no list."""
-    if names == [ALL_LINEAR]:
-        return ALL_LINEAR
-    layers = dict(model.named_modules())
-    if unknown := [one for one in names if not any(f".{layer}".endswith(f".{one}") for layer in layers)]:
-        head = model.get_output_embeddings()
-        linear = {
-            name.split(".")[-1]
-            for name, layer in layers.items()
-            if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
-        }
+    head, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D)
+    linear = {name.split(".")[-1] for name, one in model.named_modules() if isinstance(one, kinds) and one is not head}
+    try:
+        adapted: Any = peft.get_peft_model(model, lora)
+        # It passes over names that it doesn't find, if it finds one. Those of experts' weights it has put elsewhere.
+        found, asked = adapted.base_model.targeted_module_names, adapted.active_peft_config.target_modules
+        if unknown := [one for one in asked if not any(f".{name}".endswith(f".{one}") for name in found)]:
+            raise ValueError(f"{type(model).__name__} has no layer {', '.join(unknown)}.")
+    except ValueError as error:
         raise ValueError(
-            f"lora_target_modules: got {', '.join(unknown)}, which no layer of {type(model).__name__} is called; takes "
-            f"{ALL_LINEAR} alone, or names of layers. Its linear ones: {', '.join(sorted(linear))}"
-        )
-    return names
+            f"lora_target_modules: got {', '.join(names)}, takes {ALL_LINEAR} alone, or names of layers; linear ones "
+            f"are {', '.join(sorted(linear))}. {error}"
+        ) from error
+    return adapted
 
 
 def make_reference(

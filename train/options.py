@@ -225,6 +225,8 @@ def parse(arguments: list[str] | None = None) -> tuple[PairOptions, TrainingArgu
         raise ValueError(f"eval_fraction: got {options.eval_fraction}, takes a number in [0, 1)")
     if options.eval_fraction and options.eval_dataset:
         raise ValueError(f"eval_fraction: got {options.eval_fraction} beside an eval_dataset, takes one of the two")
+    if options.lora_r < 0:
+        raise ValueError(f"lora_r: got {options.lora_r}, takes a rank, or 0 for none")
     if options.lora_target_modules and not options.lora_r:
         raise ValueError("lora_target_modules: got some without lora_r, takes the rank of the adapters too")
     return options, args
