@@ -23,11 +23,12 @@ test: $(VENV)/.test  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # The ends of what pyproject.toml allows, and what a machine with a GPU was seen to have. torch comes from PyPI with CUDA's
-# libraries: 8 GB each.
+# libraries: 8 GB each. The interpreter of Triton 3.6, which nothing but tests needs, fails with NumPy 2.4.
 QUICK := pair checks module autograd models packing hub layout parallel data messages record methods cache train trl
 test-oldest: PACKAGES = --resolution lowest-direct -e '.[dev]'
 test-newest: PACKAGES = --upgrade -e '.[dev]'
-test-gpu-set: PACKAGES = torch==2.11.0 triton==3.6.0 transformers==5.17.0 accelerate peft pytest hypothesis -e .
+test-gpu-set: PACKAGES = torch==2.11.0 triton==3.6.0 numpy==2.3.5 transformers==5.17.0 accelerate peft pytest \
+	hypothesis -e .
 test-oldest test-newest test-gpu-set: test-%: | $(VENV)/bin/python  ## the quick tests: make test-oldest PYTHON=python3.10
 	$(PIP) uv
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(VENV)/$*
