@@ -1,6 +1,7 @@
 """What a run is told: every option of transformers is honoured or refused, and a YAML file says what it says."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 
+from epsdpo_kernels.integrations.batches import check_kept  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
@@ -93,6 +95,7 @@ def test_an_evaluation_of_nothing_is_refused(tiny, tmp_path, more):
 def test_options_that_need_another_are_refused(tiny, tmp_path):
     for more, said in (
         ({"eval_fraction": 0.5, "eval_dataset": tiny / "pairs.jsonl"}, "eval_fraction: got 0.5 beside an eval_dataset"),
+        ({"lora_r": -1}, "lora_r: got -1, takes a rank, or 0"),
         ({"lora_target_modules": "q_proj"}, "lora_target_modules: got some without lora_r"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -150,6 +153,47 @@ def test_a_short_last_batch_can_be_dropped(tiny, tmp_path):
     assert trainer.state.global_step == 9 and len(order(tmp_path)) == 45
 
 
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"per_device_train_batch_size": 49, "max_steps": 1}, "got True with 48 pairs in train_dataset, .* least 49"),
+        ({"eval_fraction": 0.125}, "got True with 6 pairs in eval_dataset, .*: takes at least 8, a batch of 8$"),
+    ],
+)
+def test_pairs_that_would_all_be_dropped_are_refused(tiny, tmp_path, more, said):
+    with pytest.raises(ValueError, match=f"dataloader_drop_last: {said}"):
+        main(flags(tiny, tmp_path, dataloader_drop_last=True, **more))
+
+
+def test_every_rank_has_to_get_a_batch():
+    check_kept(10, "eval_dataset", 5, 2)
+    with pytest.raises(ValueError, match="got True with 9 pairs in eval_dataset.* 10, a batch of 5 on each of 2 ranks"):
+        check_kept(9, "eval_dataset", 5, 2)
+
+
+def labelled(path, **columns):
+    pairs = ({"prompt": "what is ", "chosen": "yes " + "and " * i, "rejected": "no"} | columns for i in range(8))
+    path.write_text("".join(json.dumps(one) + "\n" for one in pairs))
+    return path
+
+
+def test_a_label_that_a_data_set_lacks_is_refused(tiny, tmp_path):
+    """By the name of the data set; one that can't be carried, and the row's own number, are none."""
+    topic = labelled(tmp_path / "topic.jsonl", topic="x", kind=3)
+    plain = labelled(tmp_path / "plain.jsonl", words="x " * 64, row=1)
+    for data, held_out, label, said in (
+        (topic, topic, "topics", r"got 'topics', .* dataset \(.*topic.jsonl\) has: 'topic', 'kind'"),
+        (topic, plain, "topic", r"got 'topic', .* eval_dataset \(.*plain.jsonl\) has: none"),
+        (plain, topic, "topic", r"got 'topic', .* dataset \(.*plain.jsonl\) has: none"),
+        (plain, plain, "words", r"got 'words', takes a column of short strings, integers or booleans"),
+        (plain, plain, "row", r"got 'row'"),
+    ):
+        with pytest.raises(ValueError, match=f"label_column: {said}"):
+            main(flags(tiny, tmp_path / "run", dataset=data, eval_dataset=held_out, label_column=label))
+    main(flags(tiny, tmp_path / "run", dataset=topic, label_column="kind", max_steps=1))
+    assert set(read(tmp_path / "run" / "record")["label"].to_pylist()) == {"3"}
+
+
 def test_tokens_are_counted(tiny, tmp_path):
     trainer = main(flags(tiny, tmp_path, include_num_input_tokens_seen=True))
     count = sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
@@ -192,6 +236,30 @@ YAML = {
     "run_name: 5": ("run_name", "5"),
     "run_name: a run, with words": ("run_name", "a run, with words"),
     "report_to: [tensorboard]": ("report_to", ["tensorboard"]),
+    "report_to: null": ("report_to", []),
+    "trackio_static_space_id: false": ("trackio_static_space_id", False),
+    "fsdp: false": ("fsdp", False),
+    "fsdp: true": ("fsdp", True),
+    # What YAML 1.1 has for octal, base 60 and dates, and Python writes otherwise than it reads.
+    "seed: 010": ("seed", 10),
+    "seed: 0x10": ("seed", 16),
+    "seed: 0o10": ("seed", 8),
+    "seed: 1_000": ("seed", 1000),
+    "learning_rate: 010": ("learning_rate", 10.0),
+    "max_grad_norm: .inf": ("max_grad_norm", float("inf")),
+    "lr_scheduler_kwargs: {num_cycles: 010, at: 1:30, on: 2026-01-02}": (
+        "lr_scheduler_kwargs",
+        {"num_cycles": 10, "at": "1:30", "on": "2026-01-02"},
+    ),
+    "run_name: 12:30:00": ("run_name", "12:30:00"),
+    "run_name: 1.10": ("run_name", "1.10"),
+    "run_name: 2026-1-2 3:04:05": ("run_name", "2026-1-2 3:04:05"),
+    "run_name: TRUE": ("run_name", "TRUE"),
+    "label_column: 007": ("label_column", "007"),
+    "output_dir: 1e5": ("output_dir", "1e5"),
+    "hub_token: 0x10": ("hub_token", "0x10"),
+    "lora_r: 4\nlora_target_modules: 007": ("lora_target_modules", ["007"]),
+    "lora_r: 4\nlora_target_modules: [010, 1.10, true]": ("lora_target_modules", ["010", "1.10", "true"]),
     "beta: 0.3": ("beta", 0.3),
 }
 
@@ -227,6 +295,7 @@ def test_flags_overrule_a_yaml_file(tmp_path):
         ("beta: [0.1, 0.2]", "beta: got a list, takes float"),
         ("model: {name: x}", "model: got a dict, takes str"),
         ("max_length: [3]", "max_length: got a list, takes int"),
+        ("veto: [{entropy: 3}]", "veto: got a list, takes list.str."),
         ("- a\n- b", "run.yaml"),
         ("a: [", "run.yaml"),
     ],
@@ -242,7 +311,9 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         parse([str(tmp_path / "run.yaml")])
 
 
-@pytest.mark.parametrize("text", ["max_length: 12.5", "beta: much", "method: ppo", "dtype: int8", "bf16: perhaps"])
+@pytest.mark.parametrize(
+    "text", ["max_length: 12.5", "beta: much", "method: ppo", "dtype: int8", "bf16: perhaps", "seed: 12:30"]
+)
 def test_plain_values_are_checked_as_flags_are(tmp_path, text, capsys):
     with pytest.raises(SystemExit):
         from_yaml(tmp_path, text)

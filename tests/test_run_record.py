@@ -1,6 +1,7 @@
 """What turns the loss's output into rows of the record, and the facts beside them."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,18 @@ def test_refusals(tmp_path):
     record.append(out, labels, step=3, beta=torch.tensor(0.1))
     with pytest.raises(ValueError, match="step: got 2 after 3"):
         record.append(out, labels, step=2, beta=0.1)
+
+
+@pytest.mark.parametrize("kind", ["a mapping", "datasets"])
+def test_pairs_without_a_column_are_refused(tmp_path, kind):
+    whole = {"row": [0], "pair_id": ["a"], "topic": ["x"]}
+    for missing in whole:
+        part: Any = {name: column for name, column in whole.items() if name != missing}
+        there = ", ".join(map(repr, part))
+        if kind == "datasets":
+            part = pytest.importorskip("datasets").Dataset.from_dict(part)
+        with pytest.raises(ValueError, match=rf"pairs\['eval'\]: got {there} without '{missing}', takes row, pair_id,"):
+            Record(tmp_path, EpsilonDPOLoss(), pairs={"train": whole, "eval": part}, label="topic")
 
 
 def test_what_run_json_does_not_take_is_refused_where_it_is_written(tmp_path):

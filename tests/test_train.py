@@ -22,6 +22,8 @@ from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
 from train.data import Collator  # noqa: E402
+from train.models import add_lora  # noqa: E402
+from train.options import PairOptions  # noqa: E402
 from train.trainer import NotFiniteError  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +142,50 @@ def test_lora_takes_the_base_as_reference(tiny, tmp_path):
     assert trained <= {"lora_A", "lora_B"}
 
 
+def test_lora_on_all_linear_layers_but_the_head(tiny, tmp_path):
+    pytest.importorskip("peft", reason="the trainer's extra is not installed")
+    found = []
+    for name, more in (("a", {}), ("b", {"lora_target_modules": "all-linear"})):
+        trainer = main(flags(tiny, tmp_path / name, lora_r=4, max_steps=1, **more))
+        found.append({n.split(".")[-4] for n, p in trainer.model.named_parameters() if p.requires_grad})
+    attention, mlp = {f"{x}_proj" for x in "qkvo"}, {f"{x}_proj" for x in ("gate", "up", "down")}
+    assert found == [attention | mlp] * 2
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ("q_proj w_proj", "LlamaForCausalLM has no layer w_proj"),
+        ("all-linear q_proj", "LlamaForCausalLM has no layer all-linear"),
+        ("w_proj", "Target modules {'w_proj'} not found"),
+    ],
+)
+def test_lora_on_a_layer_that_is_not_there_is_refused(tiny, tmp_path, names, said):
+    """Also beside one that is there."""
+    pytest.importorskip("peft", reason="the trainer's extra is not installed")
+    got = names.replace(" ", ", ")
+    with pytest.raises(
+        ValueError, match=rf"lora_target_modules: got {got}, .* linear ones are down_proj, .*, v_proj\. {said}"
+    ):
+        main([*flags(tiny, tmp_path, lora_r=4), "--lora_target_modules", *names.split()])
+
+
+def test_lora_on_experts_by_the_names_of_their_checkpoints(tiny, tmp_path):
+    """Where transformers has joined their weights PEFT finds these by other names."""
+    pytest.importorskip("peft.utils.transformers_weight_conversion", reason="PEFT does not know of joined weights")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    adapted = add_lora(model, PairOptions("", "", lora_r=4, lora_target_modules=["w1", "w2", "w3", "q_proj"]))
+    trained = {
+        name.split(".lora_")[0].split("layers.0.")[1] for name, p in adapted.named_parameters() if p.requires_grad
+    }
+    assert trained == {"self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer"}
+
+
 def test_a_lora_adapter_on_the_head_is_refused(tiny, tmp_path):
     pytest.importorskip("peft", reason="the trainer's extra is not installed")
     with pytest.raises(ValueError, match="An adapter on the head"):
@@ -198,6 +244,19 @@ def test_the_best_model_comes_with_its_beta_and_reference(tiny, tmp_path, method
         *(["eval_beta/running"] * (method == "eps-dpo")),
     ):
         assert now[name] == pytest.approx(log[2][name], rel=1e-6) != pytest.approx(log[6][name], rel=1e-6)
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused(tiny, tmp_path):
+    """At the start, with those that one gives."""
+    more = {"eval_fraction": 0.25, "max_steps": 1}
+    with pytest.raises(ValueError, match="metric_for_best_model: got 'accuracy', takes one of loss, ") as refusal:
+        main(flags(tiny, tmp_path / "a", metric_for_best_model="accuracy", **more))
+    trainer = main(flags(tiny, tmp_path / "b", metric_for_best_model="eval_rewards/accuracies", **more))
+    entry = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    logged = {name for name in entry if name.startswith("eval_")}
+    timed = {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
+    named = str(refusal.value).split(" takes one of ")[1].split(", ")
+    assert {f"eval_{name}" for name in named} == logged - timed and len(set(named)) == len(named)
 
 
 def test_a_second_run_into_a_folder_is_refused(tiny, tmp_path):

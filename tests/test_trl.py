@@ -223,15 +223,21 @@ def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, lora, packed):
         assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
 
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
+
+
+def random_model(family, **more):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, **more,
+    )  # fmt: skip
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
 def test_a_mixture_of_experts_keeps_its_balance(tiny, tmp_path):
     """TRL weighs the router's loss in by default; the reference is a second model, as from_pretrained would give it."""
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, router_aux_loss_coef=0.3,
-    )  # fmt: skip
-    start = transformers.MixtralForCausalLM(config)
-    logs = []
+    start, logs = random_model("Mixtral", **EXPERTS), []
     for name, trainer, more in (
         # Packed, a prompt's tokens count once.
         ("ours", EpsilonDPOTrainer, {"epsilon": 0.0, "packed": False}),
@@ -310,6 +316,38 @@ def test_the_best_model_comes_with_its_beta_and_reference(tiny, tmp_path, more):
     for name in names:
         assert again[name] == pytest.approx(held_out[0][name], rel=1e-6, abs=1e-9), name
     assert again["eval_kl/beta"] != pytest.approx(held_out[-1]["eval_kl/beta"], rel=1e-3)
+
+
+@pytest.mark.parametrize("family, more", [("Llama", {}), ("Mixtral", EXPERTS), ("Gemma2", {"head_dim": 8})])
+def test_a_metric_that_no_evaluation_gives_is_refused(tiny, tmp_path, family, more):
+    """When the trainer is made, with those that one gives: of experts also aux_loss, of capped logits none."""
+    held_out = trl_runs.pairs(tiny, 6)
+    model = random_model(family, attn_implementation="eager", **more)
+
+    def made(metric, eval_dataset=held_out, **more):
+        models = {"model": copy.deepcopy(model), "ref_model": copy.deepcopy(model)}
+        return make(tiny, tmp_path, eval_dataset=eval_dataset, metric_for_best_model=metric, **models, **more)
+
+    with pytest.raises(ValueError, match="metric_for_best_model: got 'accuracy', takes one of loss, ") as refusal:
+        made("accuracy")
+    timed = {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")}
+    logged = {name for name in made("eval_rewards/accuracies").evaluate() if name.startswith("eval_")}
+    named = str(refusal.value).split(" takes one of ")[1].split(", ")
+    assert {f"eval_{name}" for name in named} == logged - timed and len(set(named)) == len(named)
+    assert ("aux_loss" in named, "logits/chosen" in named) == (family == "Mixtral", family != "Gemma2")
+    with pytest.raises(ValueError, match="metric_for_best_model: got 'loss', takes one of a_loss, b_loss, rewards/"):
+        made("loss", {"a": held_out, "b": held_out})
+    made("eval_b_loss", {"a": held_out, "b": held_out})
+    made("words", compute_metrics=lambda prediction: {"words": 0})
+
+
+def test_pairs_that_would_all_be_dropped_are_refused(tiny, tmp_path):
+    for more, said in (
+        ({"count": 2}, "2 pairs in train_dataset"),
+        ({"eval_dataset": {"few": trl_runs.pairs(tiny, 7)}}, "7 pairs in few, .* takes at least 8"),
+    ):
+        with pytest.raises(ValueError, match=f"dataloader_drop_last: got True with {said}"):
+            make(tiny, tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8, **more)
 
 
 @pytest.mark.parametrize("more", [{"sync_ref_model": True, "ref_model_sync_steps": 2}, {"lora": True}], ids=str)

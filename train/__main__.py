@@ -45,17 +45,25 @@ FREE = (
 def load_data(options: PairOptions, tokenizer, seed: int):
     """(train, held out or None, reports) by the options; prints what was dropped and truncated."""
 
-    def load(source: str, split: str):
-        return data.load_pairs(
+    def load(argument: str, source: str, split: str):
+        pairs, report = data.load_pairs(
             source, tokenizer, split=split, max_length=options.max_length,
             max_prompt_length=options.max_prompt_length, prerendered=options.prerendered,
         )  # fmt: skip
+        label, carried = options.label_column, report.columns["carried"]
+        if label is not None and label not in carried:
+            there = ", ".join(f"{name!r:.64}" for name in carried) or "none"
+            raise ValueError(
+                f"label_column: got {label!r}, takes a column of short strings, integers or booleans, of which "
+                f"{argument} ({source}) has: {there}"
+            )
+        return pairs, report
 
-    pairs, report = load(options.dataset, options.dataset_split)
+    pairs, report = load("dataset", options.dataset, options.dataset_split)
     reports = {"train": report}
     held_out = None
     if options.eval_dataset:
-        held_out, reports["eval"] = load(options.eval_dataset, options.eval_split)
+        held_out, reports["eval"] = load("eval_dataset", options.eval_dataset, options.eval_split)
     elif options.eval_fraction:
         halves = pairs.train_test_split(options.eval_fraction, seed=seed)
         pairs, held_out = halves["train"], halves["test"]

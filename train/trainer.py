@@ -27,12 +27,14 @@ from epsdpo_kernels.integrations.checks import (
     check_checkpoint,
     check_gradient,
     check_launch,
+    check_metric,
     check_prompt_learning,
 )
 from epsdpo_kernels.integrations.packing import part
 from epsdpo_kernels.integrations.recording import Recorded, RecordElsewhere
 from epsdpo_kernels.integrations.sharding import prepare_reference
 from epsdpo_kernels.integrations.transformers import (
+    PAIR_METRICS,
     AfterStep,
     Reference,
     load_renamed,
@@ -47,6 +49,7 @@ from .data import BLANK
 
 LOSS_STATE = "loss.safetensors"
 REFERENCE_STATE = "reference.safetensors"
+RUNNING = "beta/running"  # in the log, beside what is logged of pairs
 
 
 class PairSampler(Sampler[int]):
@@ -103,7 +106,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         settings: what a run that goes on from a checkpoint has to keep; its checkpoints say so.
 
     Raises:
-        ValueError: ``args.fsdp`` is asked for where accelerate does not shard.
+        ValueError: ``args.fsdp`` is asked for where accelerate does not shard, or ``args.metric_for_best_model`` is no
+            figure of an evaluation.
         NotFiniteError: during training, before the optimizer step, naming step and pairs.
     """
 
@@ -120,6 +124,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         super().__init__(model, args, **kwargs)
         check_launch(self)
         check_prompt_learning(model, args)
+        check_metric(self, [*PAIR_METRICS, RUNNING])
         if args.fsdp and not self.accelerator.is_fsdp2:
             raise ValueError(
                 f"fsdp: accelerate makes {self.accelerator.distributed_type.value} of it here, takes several GPUs and "
@@ -235,7 +240,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             totals = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
             for name, (total, count) in zip(sums, totals.tolist(), strict=True):
                 logs[prefix + name] = total / count
-            logs[f"{prefix}beta/running"] = self.loss_fn.beta.item()
+            logs[prefix + RUNNING] = self.loss_fn.beta.item()
             sums.clear()
         if self._board and self._betas and "loss" in logs:
             self._log_betas(self._board)

@@ -67,7 +67,7 @@ class PackedBatches(SharedRows):
 
         Raises:
             ValueError: max_tokens is not positive, or a batch may not be cut; rows that are to be spread over ranks
-                cannot be packed; or the data hold what a model has no place for.
+                cannot be packed; the data hold what a model has no place for, or all of them would be dropped.
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens_per_batch: got {max_tokens}, takes a positive number of tokens")
@@ -86,6 +86,9 @@ class PackedBatches(SharedRows):
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
             pairs = getattr(dataset, "pairs", dataset)
+            if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
+                size = self.args.train_batch_size if name == "train_dataset" else self.args.eval_batch_size
+                check_kept(len(pairs), name, size, self.data_ranks)
             if not images and hasattr(pairs, "with_format") and set(COLUMNS) <= set(pairs.column_names or ()):
                 for model in models:
                     check_fits(pairs, model, name, getattr(self.args, "max_length", None))
@@ -311,6 +314,15 @@ def check_fits(dataset: Any, model: nn.Module, name: str, max_length: int | None
         raise ValueError(
             f"{name}: got rows of {longest} tokens, takes up to {places}, the positions of {type(inner).__name__}. Set "
             f"max_length to {places}, or take a model of more"
+        )
+
+
+def check_kept(pairs: int, name: str, batch_size: int, ranks: int) -> None:
+    """Raises ValueError where a data set is less than a batch on every rank, and dataloader_drop_last would drop it."""
+    if pairs < batch_size * ranks:
+        raise ValueError(
+            f"dataloader_drop_last: got True with {pairs} pairs in {name}, of which nothing would be left: takes at "
+            f"least {batch_size * ranks}, a batch of {batch_size}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +290,20 @@ def _check_tensor_parallelism(trainer: Any) -> None:
         )
     if trainer.args.load_best_model_at_end:
         raise ValueError(f"load_best_model_at_end: got True with tp_size={ranks}, takes False: {_NOT_LOADED}")
+
+
+def check_metric(trainer: Any, names: Iterable[str]) -> None:
+    """Raises ValueError where metric_for_best_model is nothing that an evaluation gives: its loss, or ``names``.
+
+    What a ``compute_metrics`` gives nobody knows before.
+    """
+    asked, held_out = trainer.args.metric_for_best_model, trainer.eval_dataset
+    if asked is None or held_out is None or trainer.compute_metrics is not None:
+        return
+    losses = [f"{name}_loss" for name in held_out] if isinstance(held_out, dict) else ["loss"]
+    there = [*losses, *names]
+    if asked.removeprefix("eval_") not in there:
+        raise ValueError(f"metric_for_best_model: got {asked!r}, takes one of {', '.join(there)}")
 
 
 def check_resume(trainer: Any, checkpoint: Any) -> None:

@@ -545,3 +545,6 @@ def pair_metrics(out: EpsilonDPOOutput) -> dict[str, Tensor]:
         "beta/tightened": (out.step == -1).float(),
         "beta/vetoed": out.vetoed.float(),
     }
+
+
+PAIR_METRICS = tuple(pair_metrics(EpsilonDPOOutput(*[torch.zeros(0)] * len(EpsilonDPOOutput._fields))))

@@ -50,6 +50,7 @@ from .checks import (
     check_checkpoint,
     check_gradient,
     check_launch,
+    check_metric,
     check_prompt_learning,
     check_reference,
     turn_off_dropout,
@@ -59,6 +60,7 @@ from .recording import PAIR_ID, ROW, RecordedTRL
 from .seams import check_trl
 from .sharding import gathers_itself
 from .transformers import (
+    PAIR_METRICS,
     AfterStep,
     Reference,
     by_call,
@@ -68,6 +70,7 @@ from .transformers import (
     frozen_reference,
     head_inputs,
     load_renamed,
+    logit_transforms,
     pair_metrics,
     run_loss_in_forward,
     weighs_pairs_itself,
@@ -79,6 +82,10 @@ check_trl()
 LOSS_STATE = "epsilon_dpo.safetensors"
 REFERENCE_STATE = "reference.safetensors"
 IGNORE = -100
+# A pair's figures by their names in TRL's log. Entropy is a token's there, and nothing is vetoed.
+OF_PAIRS = {
+    name: name.replace("beta/", "kl/") for name in PAIR_METRICS if name not in ("entropy", "beta/used", "beta/vetoed")
+}
 CITATION = """\
 @article{lee2025kl,
     title         = {{KL Penalty Control via Perturbation for Direct Preference Optimization}},
@@ -197,8 +204,16 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             self.train_dataset, self.eval_dataset = map(self.numbered, (self.train_dataset, self.eval_dataset))
         self.keep_identities(LOSS_STATE)
         self._settings = self._run_settings()
+        check_metric(self, self._metric_names())
         if config.record:
             self.start_recording(self._options())
+
+    def _metric_names(self) -> list[str]:
+        """What an evaluation gives beside its loss; a subclass with more says so here."""
+        names = [*OF_PAIRS.values(), "kl/beta", "entropy", "mean_token_accuracy", "num_tokens"]
+        if logit_transforms(causal_lm(self.model))[1] is None:
+            names += ["logits/chosen", "logits/rejected"]
+        return names + ["aux_loss"] * self.aux_loss_enabled
 
     def _options(self) -> dict[str, Any]:
         """What run.json says of the run beside its loss, under the names of ``python -m train``'s options."""
@@ -360,7 +375,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor, own: int) -> None:
         """Hands TRL's log the figures of the first ``own`` pairs of every rank, so that its mean is theirs."""
         chosen, rejected = (labels != IGNORE).sum(1).chunk(2)
-        of_pair = {name.replace("beta/", "kl/"): values for name, values in pair_metrics(out).items()}
+        of_pair = {OF_PAIRS[name]: values for name, values in pair_metrics(out).items() if name in OF_PAIRS}
         of_pair["losses"] = out.losses
         # Where TRL averages over tokens: sums over a pair's.
         sums = {
@@ -382,7 +397,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         for name, values in zip(of_pair, figures, strict=False):
             if name == "losses":
                 self._stop_if_not_finite(split, values)
-            elif name not in ("entropy", "kl/used", "kl/vetoed"):
+            else:
                 metrics[name].extend(values)
         for i, name in enumerate(sums):
             total, tokens = (sum(figures[len(of_pair) + 2 * i + k]) for k in (0, 1))

@@ -48,7 +48,8 @@ class Record:
 
     Raises:
         FileExistsError: the run has a record and ``resume_step`` was not given.
-        ValueError: options or facts that run.json doesn't take, or a run.json there is that can't be read.
+        ValueError: options or facts that run.json doesn't take, a run.json there is that can't be read, or pairs
+            without a column that they need.
     """
 
     def __init__(
@@ -210,12 +211,12 @@ class _Pairs:
     """Ids and labels of a split's pairs by their row."""
 
     def __init__(self, split: str, data: Any, label: str | None):
-        self.split, rows = split, np.array(data["row"], np.int64)
+        self.split, rows = split, np.array(_column(split, data, "row"), np.int64)
         self.order = np.argsort(rows)
         self.rows = rows[self.order]
-        self.columns = {"pair_id": pa.array(list(data["pair_id"]), pa.string())}
+        self.columns = {"pair_id": pa.array(list(_column(split, data, "pair_id")), pa.string())}
         if label:
-            labels = (None if value is None else str(value) for value in data[label])
+            labels = (None if value is None else str(value) for value in _column(split, data, label))
             self.columns["label"] = pa.array(labels, pa.string()).dictionary_encode()
 
     def __len__(self) -> int:
@@ -232,6 +233,16 @@ class _Pairs:
             [int(self.order[p]) if known else None for p, known in zip(place, there, strict=True)], pa.int64()
         )
         return {name: column.take(places).to_pylist() for name, column in self.columns.items()}
+
+
+def _column(split: str, data: Any, name: str) -> Any:
+    try:
+        return data[name]
+    except (KeyError, ValueError):  # a mapping's, a datasets.Dataset's
+        there = ", ".join(map(repr, getattr(data, "column_names", data)))
+        raise ValueError(
+            f"pairs[{split!r}]: got {there} without {name!r}, takes row, pair_id, and the column that label names"
+        ) from None
 
 
 def _settings(loss_fn: Any) -> dict[str, Any]:
