@@ -83,15 +83,7 @@ class PackedBatches(SharedRows):
         if self.by_batch and self.sequence_group is not None:
             raise ValueError("parallelism_config: got sp_size with a loss whose β is a batch's, takes none")
         self.max_tokens, self._models = max_tokens, list(models)
-        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
-        for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
-            pairs = getattr(dataset, "pairs", dataset)
-            if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
-                size = self.args.train_batch_size if name == "train_dataset" else self.args.eval_batch_size
-                check_kept(len(pairs), name, size, self.data_ranks)
-            if not images and hasattr(pairs, "with_format") and set(COLUMNS) <= set(pairs.column_names or ()):
-                for model in models:
-                    check_fits(pairs, model, name, getattr(self.args, "max_length", None))
+        self._check_data(models, images)
         reason: str | None = "packed is False"
         if packed:
             with self.accelerator.autocast():
@@ -111,6 +103,17 @@ class PackedBatches(SharedRows):
             else f"rows: padded. {reason}",
             flush=True,
         )
+
+    def _check_data(self, models: Sequence[nn.Module], images: bool) -> None:
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
+            pairs = getattr(dataset, "pairs", dataset)
+            if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
+                size = self.args.train_batch_size if name == "train_dataset" else self.args.eval_batch_size
+                check_kept(len(pairs), name, size, self.data_ranks)
+            if not images and hasattr(pairs, "with_format") and set(COLUMNS) <= set(pairs.column_names or ()):
+                for model in models:
+                    check_fits(pairs, model, name, getattr(self.args, "max_length", None))
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         check_resume(self, resume_from_checkpoint)
