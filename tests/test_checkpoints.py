@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 datasets = pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 pytest.importorskip("trl", reason="the extra 'trl' is not installed")
 
 import trl_runs  # noqa: E402
+from epsdpo_kernels.integrations.checkpoints import as_metadata, check_settings, run_settings  # noqa: E402
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
@@ -168,3 +170,18 @@ def test_trl_without_a_complete_checkpoint_nothing_is_resumed(tiny, tmp_path):
     cut(tmp_path / "checkpoint-2", "after β")
     with pytest.raises(ValueError, match="resume_from_checkpoint: got True, but .* has no complete checkpoint"):
         by_trl(tiny, tmp_path, "last")
+
+
+def test_ranks_that_share_a_row_are_a_setting(tmp_path, monkeypatch):
+    """As many processes with another sp_size are another number of batches."""
+    args = transformers.TrainingArguments(tmp_path, report_to="none", use_cpu=True)
+    one = run_settings(args, {}, "pair_id")
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    two = run_settings(args, {}, "pair_id")
+    assert (one["sp_size"], two["sp_size"]) == (1, 2)
+    metadata = as_metadata(one)
+    save_file({"beta": torch.ones(())}, tmp_path / "state.safetensors", metadata)
+    check_settings(tmp_path / "state.safetensors", one)
+    with pytest.raises(ValueError, match="other settings .sp_size was 1, is 2., takes one with the same"):
+        check_settings(tmp_path / "state.safetensors", two)

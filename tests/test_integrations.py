@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="the trainer's extra i
 peft = pytest.importorskip("peft", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 
-from epsdpo_kernels.integrations.checks import check_reference, turn_off_dropout  # noqa: E402
+from epsdpo_kernels.integrations.checks import check_launch, check_reference, turn_off_dropout  # noqa: E402
 from epsdpo_kernels.integrations.transformers import (  # noqa: E402
     as_reference,
     check_head,
@@ -535,6 +536,15 @@ def test_a_checkpoint_of_weights_alone_is_refused(tiny, tmp_path):
         ValueError, match="optimizer and learning rate would start over. save_only_model leaves them out"
     ):
         main([*arguments, "--resume_from_checkpoint=last"])
+
+
+@pytest.mark.parametrize("zero", [{}, {"stage": 0}])
+def test_deepspeed_without_zero_is_refused(zero):
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+    accelerator = SimpleNamespace(parallelism_config=None, state=SimpleNamespace(deepspeed_plugin=plugin))
+    trainer = SimpleNamespace(accelerator=accelerator, is_deepspeed_enabled=True, is_fsdp_enabled=False)
+    with pytest.raises(ValueError, match="deepspeed: got stage (0|None) of zero_optimization, takes 1, 2 or 3"):
+        check_launch(trainer)
 
 
 trl = pytest.importorskip("trl", reason="the extra 'trl' is not installed")

@@ -174,6 +174,19 @@ def test_a_pair_of_which_nothing_is_scored():
     assert all(g is not None and not g.any() for g in gradients)
 
 
+@pytest.mark.parametrize("kind, more, said", [
+    ("DeepseekV32", {"index_topk": 64}, "DeepseekV32ForCausalLM has index_topk: "),
+    ("Doge", {"keep_window_size": 64}, "DogeForCausalLM has keep_window_size: "),
+    ("Llama4Text", {"attn_temperature_tuning": True}, "Llama4ForCausalLM has attn_temperature_tuning: "),
+])  # fmt: skip
+def test_attention_that_short_rows_do_not_show_is_not_packed(kind, more, said):
+    config = getattr(transformers, f"{kind}Config")(num_hidden_layers=2, vocab_size=64, **more)
+    with torch.device("meta"):
+        model = getattr(transformers, said.split()[0])(config)
+    before = model.config._attn_implementation
+    assert pack_rows([model]).startswith(said) and model.config._attn_implementation == before
+
+
 def test_rows_that_cannot_be_packed():
     ids, mask, labels = padded([(3, 2, 4)])
     with pytest.raises(ValueError, match=r"got shapes \(2, 10\), \(2, 9\), \(2, 10\), takes one shape \(2B, T\)"):

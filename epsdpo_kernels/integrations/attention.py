@@ -43,6 +43,13 @@ GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 PREFIX = "packed-"
 ran: set[str] = set()  # the functions that have run, for the log
 BLOCK = 128  # tokens, of FlexAttention's block masks
+# What a configuration says of attention that is not the attention function's alone. The rows of the check below are too
+# short to show it.
+OWN_ATTENTION = {
+    "index_topk": "its layers pick the tokens that they attend to, by a mask of their own",
+    "keep_window_size": "its layers pick the tokens that they attend to, by a mask of their own",
+    "attn_temperature_tuning": "its attention's temperature goes by a token's place in the row",
+}
 
 
 def pack_rows(models: Iterable[nn.Module], group: ProcessGroup | None = None) -> str | None:
@@ -62,6 +69,10 @@ def pack_rows(models: Iterable[nn.Module], group: ProcessGroup | None = None) ->
     if any(map(has_virtual_tokens, models)):
         return "prompt learning puts virtual tokens before every row's own"
     inner = [causal_lm(model) for model in models]
+    for model in inner:
+        for name, why in OWN_ATTENTION.items():
+            if getattr(model.config.get_text_config(), name, None):
+                return f"{type(model).__name__} has {name}: {why}"
     before = [model.config._attn_implementation for model in inner]
     reason, everywhere = None, group is None or "meta" not in _of_all_ranks(inner[0].device.type)
     for model in inner:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..record.run import free_folder
+from .sequence import sequence_ranks
 
 STATE = "trainer_state.json"
 # What of a run's arguments decides which pairs are in which step.
@@ -73,7 +74,7 @@ def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> di
         ids: the column of them that holds the pairs' ids.
         own: everything else.
     """
-    found = own | {name: getattr(args, name, None) for name in ORDER}
+    found = own | {name: getattr(args, name, None) for name in ORDER} | {"sp_size": sequence_ranks(args)}
     known = {name: one for name, one in data.items() if ids in (getattr(one, "column_names", None) or ())}
     found |= {name: _digest(one, ids) for name, one in known.items()}
     return json.loads(json.dumps(found, default=str))

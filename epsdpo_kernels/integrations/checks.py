@@ -266,6 +266,8 @@ def check_launch(trainer: Any) -> None:
         config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
         if (size := config.get("tensor_parallel", {}).get("autotp_size", 0)) > 1:
             raise ValueError(f"deepspeed: got autotp_size={size}, takes ZeRO alone: the vocabulary has to be whole")
+        if (stage := config.get("zero_optimization", {}).get("stage")) not in (1, 2, 3):
+            raise ValueError(f"deepspeed: got stage {stage} of zero_optimization, takes 1, 2 or 3")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
 
