@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -260,3 +261,17 @@ def test_expected_memory():
     policy.gradient_checkpointing_enable()
     assert expected_memory(policy, None, tokens=1000, scored=400, optimizer="sgd").activations < expected.activations
     assert "memory: about" in str(expected) and json.dumps(expected._asdict())
+
+
+@pytest.mark.parametrize("more", [{"max_tokens_per_batch": 35}, {"cache_reference": "cache"}])
+def test_positions_that_go_by_the_longest_row_of_a_batch(tiny, tmp_path, more):
+    """A row's log-probs then depend on the rows beside it, which cutting and caching change."""
+    model = shutil.copytree(tiny, tmp_path / "dynamic")
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (model / "config.json").write_text(json.dumps(config))
+    (name,) = more
+    with pytest.raises(
+        ValueError, match=f"{name}: got .*rotary positions of kind dynamic, which go by"
+    ):
+        main(flags(tiny, tmp_path / "run", model=model, **more))

@@ -22,7 +22,7 @@ from .memory import GIB, expected_memory
 from .packing import Packing, pack, part, to
 from .sequence import SharedRows, share
 from .sharding import whole_shape
-from .transformers import causal_lm, lm_head, positions
+from .transformers import causal_lm, lm_head, positions, rope_of_a_batch
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -79,6 +79,11 @@ class PackedBatches(SharedRows):
             raise ValueError(
                 f"max_tokens_per_batch: got {max_tokens} with images, which are no rows that could be cut; takes none. "
                 "Set per_device_train_batch_size"
+            )
+        if max_tokens is not None and (kind := next(filter(None, map(rope_of_a_batch, models)), None)):
+            raise ValueError(
+                f"max_tokens_per_batch: got {max_tokens} with rotary positions of kind {kind}, which go by the longest "
+                "row of a batch, so that cutting would change log-probs; takes none"
             )
         if self.by_batch and self.sequence_group is not None:
             raise ValueError("parallelism_config: got sp_size with a loss whose β is a batch's, takes none")

@@ -110,6 +110,16 @@ def has_virtual_tokens(model: Any) -> bool:
     return config is not None and config.is_prompt_learning and model.has_active_enabled_adapter
 
 
+def rope_of_a_batch(model: nn.Module) -> str | None:
+    """The scaling of rotary positions that goes by the longest row of a batch, so that rows are not for themselves."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in ("dynamic", "longrope"):
+            if kind in (kinds.values() if isinstance(kinds, dict) else (kinds,)):
+                return kind
+    return None
+
+
 def _run_backbone(wrapper: nn.Module, model: PreTrainedModel, **inputs: Any) -> Any:
     """What the model's backbone puts out; within PEFT's prompt learning, with the virtual tokens' states in front."""
     # A few classes carry the name of a parent's backbone.
