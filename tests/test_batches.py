@@ -271,7 +271,5 @@ def test_positions_that_go_by_the_longest_row_of_a_batch(tiny, tmp_path, more):
     config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     (model / "config.json").write_text(json.dumps(config))
     (name,) = more
-    with pytest.raises(
-        ValueError, match=f"{name}: got .*rotary positions of kind dynamic, which go by"
-    ):
+    with pytest.raises(ValueError, match=f"{name}: got .*rotary positions of kind dynamic, which go by"):
         main(flags(tiny, tmp_path / "run", model=model, **more))

@@ -526,7 +526,9 @@ def test_refused_models(tiny, tmp_path):
 
 def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False, best=False, processes=2, **batches):
     """As much of a trainer as says how it was launched: launching it so takes GPUs."""
-    config = {"tensor_parallel": {"autotp_size": autotp}} if autotp else {}
+    config = {"zero_optimization": {"stage": zero_stage}}
+    if autotp:
+        config["tensor_parallel"] = {"autotp_size": autotp}
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage, deepspeed_config=config))
     accelerator = SimpleNamespace(
         parallelism_config=parallelism, is_fsdp2=fsdp == 2, state=state, num_processes=processes
