@@ -15,7 +15,7 @@ import trl_runs  # noqa: E402
 from epsdpo_kernels.integrations import batches  # noqa: E402
 from epsdpo_kernels.integrations.batches import DealtSampler, deal, pair_lengths  # noqa: E402
 from epsdpo_kernels.integrations.memory import expected_memory  # noqa: E402
-from epsdpo_kernels.integrations.transformers import head_inputs, positions  # noqa: E402
+from epsdpo_kernels.integrations.transformers import head_inputs, positions, rows_alone_up_to  # noqa: E402
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
@@ -263,13 +263,31 @@ def test_expected_memory():
     assert "memory: about" in str(expected) and json.dumps(expected._asdict())
 
 
-@pytest.mark.parametrize("more", [{"max_tokens_per_batch": 35}, {"cache_reference": "cache"}])
-def test_positions_that_go_by_the_longest_row_of_a_batch(tiny, tmp_path, more):
-    """A row's log-probs then depend on the rows beside it, which cutting and caching change."""
-    model = shutil.copytree(tiny, tmp_path / "dynamic")
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_go_by_the_longest_row_of_a_batch(tiny, tmp_path, kind):
+    """A row's states then depend on the rows beside it, which cutting and caching change; shorter rows are as ever."""
+    scaling = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        scaling |= {"original_max_position_embeddings": 12, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    model = shutil.copytree(tiny, tmp_path / "scaled")
     config = json.loads((model / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config |= {"rope_parameters": scaling, "max_position_embeddings": 12 if kind == "dynamic" else 64}
     (model / "config.json").write_text(json.dumps(config))
-    (name,) = more
-    with pytest.raises(ValueError, match=f"{name}: got .*rotary positions of kind dynamic, which go by"):
-        main(flags(tiny, tmp_path / "run", model=model, **more))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    row, g = torch.tensor([[4, 5, 6, 7]]), torch.Generator().manual_seed(0)
+    alone = loaded(row).logits
+    for longest, own in ((12, True), (13, False)):
+        beside = torch.randint(3, 20, (1, longest), generator=g)
+        batch = torch.cat((torch.nn.functional.pad(row, (0, longest - 4)), beside))
+        assert torch.allclose(loaded(batch).logits[:1, :4], alone, atol=1e-6) == own
+    assert (
+        rows_alone_up_to(loaded) == 12
+        and rows_alone_up_to(transformers.AutoModelForCausalLM.from_pretrained(tiny)) is None
+    )
+    said = "got rows of 16 tokens in dataset, takes up to 12 with LlamaForCausalLM, whose rotary positions go by"
+    plain = {"max_tokens_per_batch": {"model": model}, "cache_reference": {"model": tiny, "ref_model": model}}
+    for name, more in plain.items():
+        more |= {name: 35 if name == "max_tokens_per_batch" else tmp_path / "cache"}
+        with pytest.raises(ValueError, match=f"{name}: {said}".replace("dataset", "(train_)?dataset")):
+            main(flags(tiny, tmp_path / "run", **more))
+        main(flags(tiny, tmp_path / name, max_length=12, max_steps=1, **more))

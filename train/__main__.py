@@ -14,7 +14,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from epsdpo_kernels.integrations.batches import check_fits
+from epsdpo_kernels.integrations.batches import check_fits, check_rows_alone
 from epsdpo_kernels.integrations.checkpoints import (
     check_settings,
     checkpoint_of,
@@ -25,7 +25,7 @@ from epsdpo_kernels.integrations.checkpoints import (
 from epsdpo_kernels.integrations.checks import check_vocabulary
 from epsdpo_kernels.integrations.recording import RecordElsewhere
 from epsdpo_kernels.integrations.sequence import sequence_ranks, tensor_ranks
-from epsdpo_kernels.integrations.transformers import Reference, check_head, rope_of_a_batch
+from epsdpo_kernels.integrations.transformers import Reference, check_head
 from epsdpo_kernels.record import Record, parts, set_aside
 
 from . import cache, data
@@ -84,6 +84,7 @@ def cached_reference(
             for name, one in (("dataset", pairs), ("eval_dataset", held_out)):
                 if one is not None:
                     check_fits(one, reference, name)
+                    check_rows_alone(one, reference, name, "cache_reference")
             cache.write(
                 folder, reference.to(args.device), everything,
                 batch_size=args.per_device_eval_batch_size, progress_bar=not args.disable_tqdm,
@@ -112,11 +113,6 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     with args.main_process_first(desc="the data"):
         pairs, held_out, reports = load_data(options, tokenizer, args.seed)
     cached = None
-    if options.cache_reference and (kind := rope_of_a_batch(model)):
-        raise ValueError(
-            f"cache_reference: got rotary positions of kind {kind}, which go by the longest row of a batch, takes a "
-            "model whose rows are for themselves"
-        )
     if options.cache_reference:
         cached = cached_reference(options.cache_reference, options, args, model, pairs, held_out)
     base = model

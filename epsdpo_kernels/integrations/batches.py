@@ -22,7 +22,7 @@ from .memory import GIB, expected_memory
 from .packing import Packing, pack, part, to
 from .sequence import SharedRows, share
 from .sharding import whole_shape
-from .transformers import causal_lm, lm_head, positions, rope_of_a_batch
+from .transformers import causal_lm, lm_head, positions, rows_alone_up_to
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -80,11 +80,6 @@ class PackedBatches(SharedRows):
                 f"max_tokens_per_batch: got {max_tokens} with images, which are no rows that could be cut; takes none. "
                 "Set per_device_train_batch_size"
             )
-        if max_tokens is not None and (kind := next(filter(None, map(rope_of_a_batch, models)), None)):
-            raise ValueError(
-                f"max_tokens_per_batch: got {max_tokens} with rotary positions of kind {kind}, which go by the longest "
-                "row of a batch, so that cutting would change log-probs; takes none"
-            )
         if self.by_batch and self.sequence_group is not None:
             raise ValueError("parallelism_config: got sp_size with a loss whose β is a batch's, takes none")
         self.max_tokens, self._models = max_tokens, list(models)
@@ -111,14 +106,18 @@ class PackedBatches(SharedRows):
 
     def _check_data(self, models: Sequence[nn.Module], images: bool) -> None:
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        max_length = getattr(self.args, "max_length", None)
         for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
             pairs = getattr(dataset, "pairs", dataset)
             if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
                 size = self.args.train_batch_size if name == "train_dataset" else self.args.eval_batch_size
                 check_kept(len(pairs), name, size, self.data_ranks)
-            if not images and hasattr(pairs, "with_format") and set(COLUMNS) <= set(pairs.column_names or ()):
-                for model in models:
-                    check_fits(pairs, model, name, getattr(self.args, "max_length", None))
+            tokenised = hasattr(pairs, "with_format") and set(COLUMNS) <= set(pairs.column_names or ())
+            for model in models:
+                if tokenised and not images:
+                    check_fits(pairs, model, name, max_length)
+                if self.max_tokens is not None and pairs is not None:
+                    check_rows_alone(pairs if tokenised else None, model, name, "max_tokens_per_batch", max_length)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         check_resume(self, resume_from_checkpoint)
@@ -316,13 +315,39 @@ def check_fits(dataset: Any, model: nn.Module, name: str, max_length: int | None
             f"{name}: got the token id {largest}, takes ids below {words}, the vocabulary of {type(inner).__name__}. "
             "Resize its embeddings to its tokenizer, or take the tokenizer that it was trained with"
         )
-    longest = int((lengths[:, 0] + lengths[:, 1:].amax(1)).max())
-    longest, places = min(longest, max_length or longest), positions(inner)
+    longest, places = _longest(lengths, max_length), positions(inner)
     if places is not None and longest > places:
         raise ValueError(
             f"{name}: got rows of {longest} tokens, takes up to {places}, the positions of {type(inner).__name__}. Set "
             f"max_length to {places}, or take a model of more"
         )
+
+
+def check_rows_alone(dataset: Any, model: nn.Module, name: str, argument: str, max_length: int | None = None) -> None:
+    """Raises ValueError where an argument puts rows into other batches, and a row's positions go by those beside it.
+
+    Args:
+        dataset: a datasets.Dataset with token ids; None where no row's length is known before.
+        name: what errors call it.
+        max_length: to which rows are cut later, if they are.
+    """
+    inner = causal_lm(model)
+    if (limit := rows_alone_up_to(inner)) is None:
+        return
+    longest = max_length
+    if dataset is not None:
+        longest = _longest(pair_lengths(dataset), max_length) if len(dataset) else 0
+    if longest is None or longest > limit:
+        raise ValueError(
+            f"{argument}: got rows of {longest or 'any number of'} tokens in {name}, takes up to {limit} with "
+            f"{type(inner).__name__}, whose rotary positions go by the longest row of a batch beyond: log-probs would "
+            f"depend on how pairs are put together. Leave {argument} out, or set max_length to {limit}"
+        )
+
+
+def _longest(lengths: Tensor, max_length: int | None) -> int:
+    longest = int((lengths[:, 0] + lengths[:, 1:].amax(1)).max())
+    return min(longest, max_length or longest)
 
 
 def check_kept(pairs: int, name: str, batch_size: int, ranks: int) -> None:

@@ -110,14 +110,21 @@ def has_virtual_tokens(model: Any) -> bool:
     return config is not None and config.is_prompt_learning and model.has_active_enabled_adapter
 
 
-def rope_of_a_batch(model: nn.Module) -> str | None:
-    """The scaling of rotary positions that goes by the longest row of a batch, so that rows are not for themselves."""
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in ("dynamic", "longrope"):
-            if kind in (kinds.values() if isinstance(kinds, dict) else (kinds,)):
-                return kind
-    return None
+def rows_alone_up_to(model: PreTrainedModel) -> int | None:
+    """Tokens up to which a row's rotary positions are its own; beyond, they go by the longest row of its batch.
+
+    None where they are always its own.
+    """
+    text = model.config.get_text_config()
+    scaling = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for one in (scaling, *scaling.values()):  # one for all layers, or by kinds of layers
+        kind = one.get("rope_type") if isinstance(one, dict) else None
+        if kind == "longrope":
+            limits.append(one["original_max_position_embeddings"])
+        elif kind == "dynamic":
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)
 
 
 def _run_backbone(wrapper: nn.Module, model: PreTrainedModel, **inputs: Any) -> Any:
