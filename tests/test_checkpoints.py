@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 datasets = pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 pytest.importorskip("trl", reason="the extra 'trl' is not installed")
+
+from safetensors.torch import save_file  # noqa: E402
 
 import trl_runs  # noqa: E402
 from epsdpo_kernels.integrations.checkpoints import as_metadata, check_settings, run_settings  # noqa: E402
