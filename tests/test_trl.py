@@ -595,6 +595,54 @@ def test_refused_batches(tiny, tmp_path):
         trainer.compute_loss(trainer.model, batch)
 
 
+@pytest.mark.parametrize("between", [False, True], ids=["before rows", "between prompt and completion"])
+@pytest.mark.parametrize("kind", ["learned positions", "virtual tokens", "packed"])
+def test_a_collator_may_pad_where_it_likes(tiny, tmp_path, kind, between):
+    """Learned positions count from a row's first place, and virtual tokens come before it."""
+    more = {"packed": kind == "packed", "max_steps": 2}
+    model = None
+    if kind == "virtual tokens":
+        more["peft_config"] = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    if kind == "learned positions":
+        config = transformers.GPT2Config(vocab_size=23, n_embd=32, n_head=4, n_layer=2, n_positions=24)
+        model = transformers.GPT2LMHeadModel(config)
+        more["ref_model"] = copy.deepcopy(model)
+    runs = []
+    for name, collator in (("right", None), ("left", trl_runs.PaddedLeft(between))):
+        own = copy.deepcopy(more)
+        runs.append(make(tiny, tmp_path / name, copy.deepcopy(model), 24, data_collator=collator, **own))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in runs[-1].model.parameters():
+                p.add_(0.1 * torch.randn_like(p) if p.requires_grad else 0)
+        runs[-1].train()
+        assert runs[-1].packed == more["packed"]
+    for right, left in zip(*map(entries, runs), strict=True):
+        for figure in ("loss", "logps/chosen", "logps/rejected", "kl/chosen", "num_tokens", "mean_token_accuracy"):
+            assert left[figure] == pytest.approx(right[figure], rel=1e-5, abs=1e-5), figure
+    assert abs(entries(runs[0])[0]["kl/chosen"]) > 1e-3
+
+
+def test_what_a_collator_has_to_give(tiny, tmp_path):
+    whole = trl_runs.PaddedLeft()
+    for change, said in (
+        (
+            lambda batch: {name: t for name, t in batch.items() if name != "attention_mask"},
+            "takes input_ids, attention",
+        ),
+        (lambda batch: batch | {"completion_mask": batch["completion_mask"][:, 1:]}, "of one shape .2B, T."),
+        (
+            lambda batch: batch | {"completion_mask": 1 - batch["attention_mask"]},
+            "completion_mask of 1 where attention",
+        ),
+    ):
+        trainer = make(
+            tiny, tmp_path, count=24, data_collator=lambda rows, change=change: change(whole(rows)), packed=False
+        )
+        with pytest.raises(ValueError, match=f"data_collator: got .*{said}"):
+            trainer.train()
+
+
 @pytest.mark.parametrize("masked", [(1, 6), (0, 1, 2, 3), (7,)])
 def test_what_has_nothing_to_score_counts_for_nothing(tiny, tmp_path, masked):
     """Micro-batches of a window, a whole window: as if the pairs were not there."""

@@ -43,3 +43,17 @@ class Masked:
         batch, number = self.collator(examples), self.count * self.ranks + self.rank
         self.count += 1
         return batch | {"completion_mask": batch["completion_mask"] * (number not in self.numbers)}
+
+
+class PaddedLeft:
+    """TRL's collator, but with rows' padding before them, or ``between`` their prompts and completions."""
+
+    def __init__(self, between: bool = False):
+        self.between, self.collator = between, DataCollatorForPreference(0, 16)
+
+    def __call__(self, examples):
+        batch = self.collator(examples)
+        mask, completion = batch["attention_mask"], batch["completion_mask"]
+        kind = 2 * completion + (1 - mask) if self.between else mask
+        order = kind.argsort(dim=1, stable=True)
+        return {name: t.gather(1, order) for name, t in batch.items()}

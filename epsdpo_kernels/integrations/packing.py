@@ -144,6 +144,37 @@ def part(batch: dict[str, Any], first: int, last: int) -> dict[str, Any]:
     }
 
 
+class PaddedRight:
+    """Any collator of pairs, whose rows then have their padding on the right, in the order of their tokens.
+
+    Positions count from a row's first place, and PEFT's virtual tokens come before it: padding there would be read.
+
+    Raises:
+        ValueError: a batch without rows, mask and what is to be scored, of one shape; or padding is scored.
+    """
+
+    NAMES = ("input_ids", "attention_mask", "completion_mask")
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        batch = dict(self.collator(examples))
+        shapes = {name: tuple(batch[name].shape) for name in self.NAMES if name in batch}
+        shape = shapes.get("input_ids", ())
+        if len(shape) != 2 or [shapes.get(name) for name in self.NAMES] != [shape] * 3:
+            raise ValueError(
+                f"data_collator: got {shapes} in a batch, takes {', '.join(self.NAMES)} of one shape (2B, T)"
+            )
+        mask = batch["attention_mask"].bool()
+        if batch["completion_mask"][~mask].any():
+            raise ValueError("data_collator: got a completion_mask of 1 where attention_mask is 0, takes 0 there")
+        order = (~mask).int().argsort(dim=1, stable=True)
+        return {
+            name: t.gather(1, order) if isinstance(t, Tensor) and t.shape == shape else t for name, t in batch.items()
+        }
+
+
 def of_pairs(rows: Tensor, pairs: Tensor) -> Tensor:
     """The rows of some pairs, of rows (2B, …) chosen first; pairs (n,) int64."""
     return torch.cat([half[pairs] for half in rows.chunk(2)])

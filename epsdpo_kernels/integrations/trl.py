@@ -55,7 +55,7 @@ from .checks import (
     check_reference,
     turn_off_dropout,
 )
-from .packing import of_pairs, part
+from .packing import PaddedRight, of_pairs, part
 from .recording import PAIR_ID, ROW, RecordedTRL
 from .seams import check_trl
 from .sharding import gathers_itself
@@ -181,6 +181,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             _refuse_arguments(args)
         _refuse_adapters(model, ref_model)
         super().__init__(model, ref_model, args, *rest, **kwargs)
+        self.data_collator = PaddedRight(self.data_collator)
         _refuse_launch(self)
         check_prompt_learning(self.model, self.args)
         self.loss_fn = loss_fn.to(self.args.device)
