@@ -15,6 +15,7 @@ from epsdpo_kernels.integrations.checks import check_reference, turn_off_dropout
 from epsdpo_kernels.integrations.transformers import (  # noqa: E402
     check_head,
     copy_adapter,
+    positions,
     run_loss_in_forward,
     without_adapter,
 )
@@ -168,3 +169,50 @@ def test_what_would_train_another_model_is_refused(tiny, tmp_path):
     trl_trainer(tiny, tmp_path, "p-tuning", **more).train()
     with pytest.raises(ValueError, match="resume_from_checkpoint: got .* of PromptEncoderConfig, which takes none"):
         trl_trainer(tiny, tmp_path, "p-tuning", **more).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (peft.PromptTuningConfig(num_virtual_tokens=0, task_type="CAUSAL_LM"), "num_virtual_tokens=0 of PromptTuning"),
+        (peft.PrefixTuningConfig(num_virtual_tokens=-1, task_type="CAUSAL_LM"), "num_virtual_tokens=-1 of Prefix"),
+        (peft.PromptEncoderConfig(task_type="CAUSAL_LM"), "num_virtual_tokens=None of PromptEncoderConfig, takes"),
+        (peft.AdaptionPromptConfig(adapter_len=0, task_type="CAUSAL_LM"), "adapter_len=0 of AdaptionPromptConfig"),
+        (peft.PromptTuningConfig(num_virtual_tokens=3), "task_type=None of PromptTuningConfig, takes 'CAUSAL_LM'"),
+        (peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"), "task_type='SEQ_CLS' of Prefix"),
+    ],
+)  # fmt: skip
+def test_virtual_tokens_that_would_not_be_there_are_refused(tiny, tmp_path, config, said):
+    with pytest.raises(ValueError, match=f"peft_config: got {said}"):
+        EpsilonDPOTrainer(
+            trl_runs.model(tiny), args=EpsilonDPOConfig(**trl_runs.options(tmp_path)),
+            train_dataset=trl_runs.pairs(tiny), peft_config=config,
+            processing_class=transformers.AutoTokenizer.from_pretrained(tiny),
+        )  # fmt: skip
+
+
+def test_a_model_of_which_nothing_trains_is_refused():
+    none = peft.PromptTuningConfig(num_virtual_tokens=0, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="model: got PeftModelForCausalLM of which nothing trains"):
+        check_reference(peft.get_peft_model(build("Llama"), none), None)
+    # On an embedding as elsewhere; tokens of its own need not be among those that it is measured with.
+    for target in ("embed_tokens", "q_proj"):
+        lora = peft.LoraConfig(r=2, lora_alpha=0, target_modules=[target], task_type="CAUSAL_LM")
+        with pytest.raises(ValueError, match="model: got an adapter whose weights get no gradient, .*lora_alpha. o"):
+            check_head(peft.get_peft_model(build("Llama"), lora))
+    tokens = peft.TrainableTokensConfig(token_indices=[90], target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    check_head(peft.get_peft_model(build("Llama"), tokens))
+
+
+@pytest.mark.parametrize("kind", ["prompt tuning", "prefix tuning"])
+def test_virtual_tokens_take_positions(tiny, tmp_path, kind):
+    def gpt2(positions):
+        config = transformers.GPT2Config(vocab_size=23, n_embd=32, n_head=4, n_layer=2, n_positions=positions)
+        return transformers.GPT2LMHeadModel(config)
+
+    trainer = trl_trainer(tiny, tmp_path, kind, model=gpt2(19), max_steps=1)
+    assert max(len(batch["input_ids"][0]) for batch in trainer.get_train_dataloader()) == 16
+    trainer.train()
+    assert positions(trainer.model) == 16 and positions(trainer.model.get_base_model()) == 19
+    with pytest.raises(ValueError, match="16 tokens, takes up to 15, the positions of GPT2LMHeadModel beside 3"):
+        trl_trainer(tiny, tmp_path, kind, model=gpt2(18), max_steps=1)

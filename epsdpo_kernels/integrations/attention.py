@@ -36,7 +36,7 @@ from transformers.utils import is_flash_attn_2_available
 from . import sequence
 from .packing import IGNORE, Packing, Segments, pack, to
 from .sharding import gathers_itself
-from .transformers import causal_lm, evaluating, has_virtual_tokens, head_inputs
+from .transformers import causal_lm, evaluating, head_inputs, virtual_tokens
 
 # torch 2.11 takes as many heads of keys and values as of queries.
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -66,7 +66,7 @@ def pack_rows(models: Iterable[nn.Module], group: ProcessGroup | None = None) ->
         None where packed rows may be used, else the reason why not.
     """
     models = list(models)
-    if any(map(has_virtual_tokens, models)):
+    if any(map(virtual_tokens, models)):
         return "prompt learning puts virtual tokens before every row's own"
     inner = [causal_lm(model) for model in models]
     for model in inner:

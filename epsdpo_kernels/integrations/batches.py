@@ -22,7 +22,7 @@ from .memory import GIB, expected_memory
 from .packing import Packing, pack, part, to
 from .sequence import SharedRows, share
 from .sharding import whole_shape
-from .transformers import causal_lm, lm_head, positions, rows_alone_up_to
+from .transformers import causal_lm, lm_head, positions, rows_alone_up_to, virtual_tokens
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -315,11 +315,13 @@ def check_fits(dataset: Any, model: nn.Module, name: str, max_length: int | None
             f"{name}: got the token id {largest}, takes ids below {words}, the vocabulary of {type(inner).__name__}. "
             "Resize its embeddings to its tokenizer, or take the tokenizer that it was trained with"
         )
-    longest, places = _longest(lengths, max_length), positions(inner)
+    longest, places = _longest(lengths, max_length), positions(model)
     if places is not None and longest > places:
+        virtual = virtual_tokens(model)
         raise ValueError(
-            f"{name}: got rows of {longest} tokens, takes up to {places}, the positions of {type(inner).__name__}. Set "
-            f"max_length to {places}, or take a model of more"
+            f"{name}: got rows of {longest} tokens, takes up to {places}, the positions of {type(inner).__name__}"
+            + (f" beside {virtual} virtual tokens" if virtual else "")
+            + f". Set max_length to {places}, or take a model of more"
         )
 
 

@@ -23,10 +23,10 @@ from .transformers import (
     check_head,
     evaluating,
     few_tokens,
-    has_virtual_tokens,
     head_inputs,
     lm_head,
     perturbed,
+    virtual_tokens,
 )
 
 # Names of what a forward does at random in training: dropout of values, layers and paths, noise on a router's inputs.
@@ -95,7 +95,7 @@ def check_causal(model: nn.Module, batch: dict[str, Any], autocast: torch.dtype 
         return
     ids, mask = batch["input_ids"].clone(), batch["attention_mask"].bool()
     last = mask.sum(1, keepdim=True) - 1
-    one, other = few_tokens(inner)["input_ids"][0, :2]
+    one, other = few_tokens(model)["input_ids"][0, :2]
     before = _hidden(model, False, autocast, batch)
     changed = ids.scatter(1, last, torch.where(ids.gather(1, last) == one, other, one))
     after = _hidden(model, False, autocast, batch | {"input_ids": changed})
@@ -124,7 +124,7 @@ def _is_number(value: Any) -> bool:
 def _hidden(model: nn.Module, training: bool, autocast: torch.dtype | None, batch: dict[str, Any] | None) -> Tensor:
     """(tokens, H) fp32 last hidden states of a few tokens. The random generators stay where they were."""
     inner = causal_lm(model)
-    batch = batch or few_tokens(inner, 32)
+    batch = batch or few_tokens(model, 32)
     devices = [inner.device] if inner.device.type == "cuda" else []
     with evaluating(model, autocast), torch.random.fork_rng(devices):
         model.train(training)
@@ -157,10 +157,11 @@ def check_reference(
         TypeError, ValueError: its head cannot be fused, its vocabulary is another, it shares weights that train, or it
             is not what training starts from; or nothing of the policy trains.
     """
-    if not any(p.requires_grad for p in policy.parameters()):
+    if not any(p.requires_grad and math.prod(whole_shape(p)) for p in policy.parameters()):
         raise ValueError(
-            f"model: got {type(policy).__name__} of which nothing trains. An adapter trains that was loaded with "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True)"
+            f"model: got {type(policy).__name__} of which nothing trains, takes weights with requires_grad, none "
+            "of size 0. An adapter trains that was loaded with peft.AutoPeftModelForCausalLM.from_pretrained(…, "
+            "is_trainable=True)"
         )
     if reference is None:
         _check_initialisation(policy)
@@ -216,7 +217,7 @@ def _trained_in_reference(model: Any, autocast: torch.dtype | None, batch: dict[
         return []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with evaluating(model, autocast), as_reference(model), torch.enable_grad():
-        head = head_inputs(model, **(batch or few_tokens(inner)))
+        head = head_inputs(model, **(batch or few_tokens(model)))
         parts = [t.float().square().sum() for t in (head.hidden, head.weight, head.bias) if t is not None]
         total = torch.stack(parts).sum()
         # Of an adapter that is switched off PEFT asks no gradient.
@@ -227,6 +228,25 @@ def _trained_in_reference(model: Any, autocast: torch.dtype | None, batch: dict[
     return [name for name, gradient in zip(asked, gradients, strict=True) if gradient is not None]
 
 
+def check_adapter(config: Any) -> None:
+    """Raises ValueError where PEFT would make an adapter without tokens, or no causal language model with them.
+
+    Args:
+        config: a ``peft.PeftConfig``, or None.
+    """
+    for name in ("num_virtual_tokens", "adapter_len"):
+        count = getattr(config, name, 1)
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"peft_config: got {name}={count!r} of {type(config).__name__}, takes a positive number: with no token "
+                "nothing would train"
+            )
+    task = getattr(config, "task_type", None)
+    if getattr(config, "is_prompt_learning", False) and task != "CAUSAL_LM":
+        got = getattr(task, "value", task)
+        raise ValueError(f"peft_config: got task_type={got!r} of {type(config).__name__}, takes 'CAUSAL_LM'")
+
+
 def check_prompt_learning(model: Any, args: Any) -> None:
     """Raises ValueError where an option would train another model than PEFT's prompt learning makes.
 
@@ -234,7 +254,7 @@ def check_prompt_learning(model: Any, args: Any) -> None:
         model: a causal language model, within PEFT or not.
         args: ``transformers.TrainingArguments``.
     """
-    if not has_virtual_tokens(model):
+    if not virtual_tokens(model):
         return
     config = model.active_peft_config
     if args.gradient_checkpointing and config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
@@ -319,7 +339,7 @@ def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:
 
     ``own`` are files beside transformers' that it has to have.
     """
-    if has_virtual_tokens(trainer.model) and _has_encoder(trainer.model):
+    if virtual_tokens(trainer.model) and _has_encoder(trainer.model):
         config = type(trainer.model.active_peft_config).__name__
         raise ValueError(
             f"resume_from_checkpoint: got {folder} of {config}, which takes none: {_NO_ENCODER}. A plain table of "

@@ -104,10 +104,12 @@ def logit_transforms(model: PreTrainedModel) -> tuple[float, float | None]:
     return math.prod(given(MULTIPLIERS)) / divisor, next(iter(given(SOFTCAPS)), None)
 
 
-def has_virtual_tokens(model: Any) -> bool:
-    """Whether it is a PEFT model of prompt learning (prompt, prefix, p-tuning) that is not switched off."""
+def virtual_tokens(model: Any) -> int:
+    """Of PEFT's prompt learning (prompt, prefix, p-tuning), before every row; 0 without it, or where it is off."""
     config = getattr(model, "active_peft_config", None)
-    return config is not None and config.is_prompt_learning and model.has_active_enabled_adapter
+    if config is None or not config.is_prompt_learning or not model.has_active_enabled_adapter:
+        return 0
+    return config.num_virtual_tokens
 
 
 def rows_alone_up_to(model: PreTrainedModel) -> int | None:
@@ -131,7 +133,7 @@ def _run_backbone(wrapper: nn.Module, model: PreTrainedModel, **inputs: Any) -> 
     """What the model's backbone puts out; within PEFT's prompt learning, with the virtual tokens' states in front."""
     # A few classes carry the name of a parent's backbone.
     backbone = model.base_model if model.base_model is not model else model.model
-    if not has_virtual_tokens(wrapper):
+    if not virtual_tokens(wrapper):
         return backbone(**inputs)
     # PEFT puts the tokens there in its own forward, which calls the model's: the backbone in its place.
     with another_forward(
@@ -232,7 +234,7 @@ def check_head(
     head, name = lm_head(inner, argument), type(inner).__name__
     try:
         with evaluating(model, autocast), perturbed(model), torch.no_grad():
-            batch = batch or few_tokens(inner)
+            batch = batch or few_tokens(model)
             mask = batch["attention_mask"].bool()
             ours = inputs(model, **batch)
             largest = ours._replace(logit_scale=1.0, softcap=None).logits().abs().max().item()
@@ -257,7 +259,7 @@ def check_head(
         raise ValueError(
             f"{argument}: got an adapter whose weights get no gradient, on {len(idle)} layers, {idle[0]} first. The "
             "loss runs the backbone itself, without what PEFT's own forward tells an adapter, as that of "
-            "alora_invocation_tokens: take one that needs no telling"
+            "alora_invocation_tokens: take one that needs no telling, and a scale (lora_alpha) other than 0"
         )
     if not torch.isfinite(expected).all():
         broken = [n for n, p in inner.named_parameters() if not torch.isfinite(p).all()]
@@ -288,15 +290,16 @@ def _idle(
 ) -> list[str]:
     """Names of the layers that run, with an adapter that trains and gets no gradient.
 
-    An embedding's may be one of tokens that are not among the few.
+    Tokens that are trained by themselves need not be among the few.
     """
     if not hasattr(model, "peft_config") or is_split(model):
         return []
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: dict[str, list[Tensor]] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer.get_base_layer(), nn.Embedding):
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
             found[name] = [p for p in model.get_submodule(name).parameters() if p.requires_grad]
     found = {name: weights for name, weights in found.items() if weights}
     if not found:
@@ -342,30 +345,32 @@ def perturbed(model: nn.Module) -> Iterator[None]:
                 part.copy_(own)
 
 
-def positions(model: PreTrainedModel) -> int | None:
-    """How many positions a model has a table of; None where it works them out, and may go on."""
-    count = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def positions(model: nn.Module) -> int | None:
+    """How many positions a model has for a row's own tokens; None where it has no table of them, and may go on."""
+    inner = causal_lm(model)
+    count = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     if count is None:
         return None
-    words = model.get_input_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    words = inner.get_input_embeddings()
+    tables = [module for module in inner.modules() if isinstance(module, nn.Embedding) and module is not words]
     # Some keep two rows more, for padding; sines may be a buffer.
     learned = any(module.num_embeddings in (count, count + 2) for module in tables)
-    fixed = any(buffer.dim() == 2 and len(buffer) == count for buffer in model.buffers())
-    return count if learned or fixed else None
+    fixed = any(buffer.dim() == 2 and len(buffer) == count for buffer in inner.buffers())
+    return count - virtual_tokens(model) if learned or fixed else None
 
 
-def few_tokens(model: PreTrainedModel, length: int = 8) -> dict[str, Tensor]:
+def few_tokens(model: nn.Module, length: int = 8) -> dict[str, Tensor]:
     """input_ids and attention_mask, (2, length) each, to measure a model with; the second row has padding.
 
     Shorter where the model has fewer positions.
     """
-    length = min(length, positions(model) or length)
-    text = model.config.get_text_config()
+    inner, places = causal_lm(model), positions(model)
+    length = length if places is None else min(length, places)
+    text = inner.config.get_text_config()
     # An image's or a padding token asks for more than ids.
-    special = [value for name, value in (vars(model.config) | vars(text)).items() if name.endswith("_token_id")]
+    special = [value for name, value in (vars(inner.config) | vars(text)).items() if name.endswith("_token_id")]
     plain = [i for i in range(min(text.vocab_size, 256)) if i not in special]
-    ids = torch.tensor((plain * 2 * length)[: 2 * length], device=model.device).view(2, length)
+    ids = torch.tensor((plain * 2 * length)[: 2 * length], device=inner.device).view(2, length)
     mask = torch.ones_like(ids)
     mask[1, 3 * length // 4 :] = 0
     return {"input_ids": ids, "attention_mask": mask}

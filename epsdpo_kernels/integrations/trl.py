@@ -25,6 +25,7 @@ What this module holds on to in TRL and transformers, all of it here:
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from .batches import PackedBatches
 from .checkpoints import as_metadata, check_settings, run_settings
 from .checks import (
     NotFiniteError,
+    check_adapter,
     check_causal,
     check_checkpoint,
     check_gradient,
@@ -180,6 +182,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         if args is not None:
             _refuse_arguments(args)
         _refuse_adapters(model, ref_model)
+        given = inspect.signature(DPOTrainer).bind(model, ref_model, args, *rest, **kwargs).arguments
+        check_adapter(given.get("peft_config"))
         super().__init__(model, ref_model, args, *rest, **kwargs)
         self.data_collator = PaddedRight(self.data_collator)
         _refuse_launch(self)
