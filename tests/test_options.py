@@ -1,5 +1,6 @@
 """What a run is told: every option of transformers is honoured or refused, and a YAML file says what it says."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -10,7 +11,10 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 
+from transformers.integrations.deepspeed import is_deepspeed_available  # noqa: E402
+
 from epsdpo_kernels.integrations.batches import check_kept  # noqa: E402
+from epsdpo_kernels.integrations.checks import NUMBERS, check_options  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
@@ -100,6 +104,49 @@ def test_options_that_need_another_are_refused(tiny, tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             main(flags(tiny, tmp_path, **more))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_out_of_range_are_refused(tmp_path, name):
+    """In the words of the option, before anything of the run is made."""
+    said = f"{name}: got .*, takes {re.escape(NUMBERS[name][1])}"
+    args = TrainingArguments(tmp_path, report_to="none", use_cpu=True)
+    for value in (-2, 0, float("nan")):
+        vars(args)[name] = value
+        with contextlib.nullcontext() if NUMBERS[name][0](value) else pytest.raises(ValueError, match=said):
+            check_options(args)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: got 0, takes a positive number"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: got 0, takes a positive number"),
+        ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size: got -1, takes a positive number"),
+        ({"eval_accumulation_steps": 0}, "eval_accumulation_steps: got 0, takes a positive number"),
+        ({"max_steps": 0}, "max_steps: got 0, takes a positive number, or -1"),
+        ({"learning_rate": -1}, "learning_rate: got -1.0, takes 0 or a positive finite number"),
+        ({"adam_beta2": 1}, r"adam_beta2: got 1.0, takes a number in \[0, 1\)"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha: got -1.0, takes 0 or"),
+        ({"seed": -1}, "seed: got -1, takes an integer in"),
+        ({"lora_alpha": 0}, "lora_alpha: got 0, takes a positive number"),
+        ({"torch_compile_backend": "none-such"}, "torch_compile_backend: got 'none-such', takes one of .*inductor"),
+        ({"parallelism_config": '{"sp_size": 2.0}'}, "parallelism_config: .*sp_size is 2.0, no integer"),
+        ({"parallelism_config": "2"}, "parallelism_config: got '2', takes accelerate's sizes by name"),
+        ({"parallelism_config": '{"tp_size": 2}'}, "got sizes of 2 processes together in a run of 1, takes"),
+        ({"parallelism_config": '{"cp_size": 2}'}, "parallelism_config: got sizes of 2 processes"),
+        ({"parallelism_config": '{"dp_shard_size": 2}'}, "parallelism_config: got sizes of 2 processes"),
+    ],
+)  # fmt: skip
+def test_a_run_that_could_not_begin_is_refused(tiny, tmp_path, more, said):
+    with pytest.raises(ValueError, match=said):
+        parse(flags(tiny, tmp_path, **more))
+
+
+@pytest.mark.skipif(is_deepspeed_available(), reason="DeepSpeed is installed")
+def test_deepspeed_that_is_not_there_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="deepspeed: got 'zero.json', takes none: DeepSpeed is not installed"):
+        parse(flags(tiny, tmp_path, deepspeed="zero.json"))
 
 
 def losses(trainer):

@@ -643,6 +643,26 @@ def test_what_a_collator_has_to_give(tiny, tmp_path):
             trainer.train()
 
 
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: got 0, takes a positive number"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: got 0, takes a positive number"),
+        ({"max_length": -1}, "max_length: got -1, takes an integer from 2"),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "ref_model_sync_steps: got 0, takes a positive number"),
+        ({"ref_model_mixup_alpha": 2.0}, "ref_model_mixup_alpha: got 2.0, takes a number in"),
+        ({"torch_compile_backend": "none-such"}, "torch_compile_backend: got 'none-such', takes one of"),
+        (
+            {"parallelism_config": accelerate.ParallelismConfig(tp_size=2)},
+            "got sizes of 2 processes together in a run of 1",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tiny, tmp_path, more, said):
+    with pytest.raises(ValueError, match=said):
+        make(tiny, tmp_path, **more)
+
+
 @pytest.mark.parametrize("masked", [(1, 6), (0, 1, 2, 3), (7,)])
 def test_what_has_nothing_to_score_counts_for_nothing(tiny, tmp_path, masked):
     """Micro-batches of a window, a whole window: as if the pairs were not there."""

@@ -14,6 +14,9 @@ import transformers
 import yaml
 from accelerate import ParallelismConfig
 from transformers import HfArgumentParser
+from transformers.integrations.deepspeed import is_deepspeed_available
+
+from epsdpo_kernels.integrations.checks import check_options
 
 
 @dataclass
@@ -162,7 +165,10 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in ("fsdp", "trackio_static_space_id"):
             given = getattr(self, name, None)
             setattr(self, name, {"true": True, "false": False}.get(str(given).lower(), given))
+        if self.deepspeed and not is_deepspeed_available():
+            raise ValueError(f"deepspeed: got {self.deepspeed!r}, takes none: DeepSpeed is not installed")
         super().__post_init__()
+        check_options(self)
         for name, (taken, why) in REFUSED.items():
             if (value := getattr(self, name, taken)) != taken:
                 raise ValueError(f"{name}: got {value!r}, takes {taken!r}: {why}")
@@ -188,8 +194,12 @@ def _parallelism(given: Any) -> ParallelismConfig | None:
     if given is None or isinstance(given, ParallelismConfig):
         return given
     try:
-        return ParallelismConfig(**(json.loads(given) if isinstance(given, str) else given))
-    except (TypeError, ValueError) as error:
+        sizes = json.loads(given) if isinstance(given, str) else given
+        for name, size in sizes.items():
+            if name.endswith("_size") and type(size) is not int:
+                raise TypeError(f"{name} is {size!r}, no integer")
+        return ParallelismConfig(**sizes)
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"parallelism_config: got {given!r}, takes accelerate's sizes by name: {error}") from None
 
 
@@ -227,6 +237,8 @@ def parse(arguments: list[str] | None = None) -> tuple[PairOptions, TrainingArgu
         raise ValueError(f"eval_fraction: got {options.eval_fraction} beside an eval_dataset, takes one of the two")
     if options.lora_r < 0:
         raise ValueError(f"lora_r: got {options.lora_r}, takes a rank, or 0 for none")
+    if options.lora_alpha < 1:
+        raise ValueError(f"lora_alpha: got {options.lora_alpha}, takes a positive number")
     if options.lora_target_modules and not options.lora_r:
         raise ValueError("lora_target_modules: got some without lora_r, takes the rank of the adapters too")
     return options, args

@@ -272,6 +272,60 @@ def _has_encoder(model: Any) -> bool:
     return [name for name, _ in encoder.named_parameters()] != ["embedding.weight"]
 
 
+# Numbers of transformers' and TRL's options that fail later, in words of their own, or make a run do nothing: what they
+# take, and in words.
+_POSITIVE = (lambda x: 0 < x < math.inf, "a positive number")
+_COUNT = (lambda x: x >= 0, "0 or a positive number")
+_NUMBER = (lambda x: 0 <= x < math.inf, "0 or a positive finite number")
+_SHARE = (lambda x: 0 <= x < 1, "a number in [0, 1)")
+_SEED = (lambda x: 0 <= x < 2**32, "an integer in [0, 2³²)")
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "eval_accumulation_steps",
+            "dataloader_prefetch_factor", "adam_epsilon", "dataset_num_proc", "pad_to_multiple_of",
+            "ref_model_sync_steps",
+        ),
+        _POSITIVE,
+    ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "neftune_noise_alpha", "warmup_steps"), _NUMBER),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "max_grad_norm"), _COUNT),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+    "max_steps": (lambda x: x > 0 or x == -1, "a positive number, or -1 for num_train_epochs"),
+    "max_length": (lambda x: x >= 2, "an integer from 2, or None"),
+    "ref_model_mixup_alpha": (lambda x: 0 < x <= 1, "a number in (0, 1]"),
+}  # fmt: skip
+
+
+def check_options(args: Any) -> None:
+    """Checks what transformers and TRL fail on later, in words of their own.
+
+    Args:
+        args: ``transformers.TrainingArguments`` or ``trl.DPOConfig``.
+
+    Raises:
+        ValueError: a number out of range, a compiler that is not there, or sizes of parallelism that do not make up the
+            run's processes.
+    """
+    for name, (taken, words) in NUMBERS.items():
+        value = getattr(args, name, None)
+        if isinstance(value, (int, float)) and not taken(value):
+            raise ValueError(f"{name}: got {value}, takes {words}")
+    backend, known = args.torch_compile_backend, torch.compiler.list_backends(exclude_tags=())
+    if args.torch_compile and backend not in known:
+        raise ValueError(f"torch_compile_backend: got {backend!r}, takes one of {', '.join(known)}")
+    sizes = args.parallelism_config
+    # Of sp_size sequence.py says it.
+    together = 1 if sizes is None else sizes.total_size // sizes.sp_size
+    if args.world_size % together:
+        raise ValueError(
+            f"parallelism_config: got sizes of {together} processes together in a run of {args.world_size}, takes a "
+            "launch of as many (torchrun, accelerate launch)"
+        )
+
+
 def check_launch(trainer: Any) -> None:
     """Raises ValueError where the model would be split in a way that the loss does not know."""
     parallelism = trainer.accelerator.parallelism_config

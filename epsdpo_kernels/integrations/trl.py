@@ -53,6 +53,7 @@ from .checks import (
     check_gradient,
     check_launch,
     check_metric,
+    check_options,
     check_prompt_learning,
     check_reference,
     turn_off_dropout,
@@ -524,6 +525,7 @@ def _has_completions(
 
 def _refuse_arguments(args: DPOConfig) -> None:
     """Raises ValueError where a setting asks for what ε-DPO's loss is not, or for what would be done wrong."""
+    check_options(args)
     for name, (taken, why) in REFUSED.items():
         if (value := getattr(args, name)) != taken:
             raise ValueError(f"{name}: got {value!r}, takes {taken!r}: {why}")
