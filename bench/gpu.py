@@ -272,12 +272,12 @@ def stage_times(case: Case, device: str, rounds: int) -> dict[str, Any]:
         bound, settings, execution = variants.bound(inputs, engine, budget)
         run = plan.Pass(bound, settings, execution, (True, True, False))
         into = run.accumulators()
-        tile, tokens = run.layout.series[0].tiles[0], run.tokens
+        tile, tokens = run.layout.series[0].tiles[0].rows, run.tokens
         rows = run.layout.order[tile]
         x, ref_x = run.x.index_select(0, rows), run.ref_x.index_select(0, rows)
         a, b = (torch.empty(len(x), len(inputs.weight), device=device) for _ in range(2))
         g = a if run.policy.gradient_dtype == a.dtype else torch.empty_like(a, dtype=run.policy.gradient_dtype)
-        coefficient = torch.ones(len(x), device=device)
+        coefficient = torch.ones(2 * case.pairs, device=device)
         out = torch.empty(plan.PAIR, case.pairs, device=device)
         what = (tile, tokens, run.policy, run.reference, EPSILON)
         # In the order of a call, so that each finds what it would find there.

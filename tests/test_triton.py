@@ -327,7 +327,7 @@ def test_rows_beyond_2_31_elements():
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(2, rows, vocabulary, generator=g)
     head = Head(torch.zeros(vocabulary, 1), None, 1.0, None)
-    coefficient = torch.tensor([1.0, 0.5, -1.0, -0.5])
+    coefficient = torch.tensor([1.0, -0.5])
     results = []
     for make in (torch.clone, far_apart):
         mine, ref = make(a), make(b)
