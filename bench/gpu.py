@@ -278,14 +278,14 @@ def stage_times(case: Case, device: str, rounds: int) -> dict[str, Any]:
         a, b = (torch.empty(len(x), len(inputs.weight), device=device) for _ in range(2))
         g = a if run.policy.gradient_dtype == a.dtype else torch.empty_like(a, dtype=run.policy.gradient_dtype)
         coefficient = torch.ones(2 * case.pairs, device=device)
-        out = torch.empty(plan.PAIR, case.pairs, device=device)
         what = (tile, tokens, run.policy, run.reference, EPSILON)
+        out = torch.empty(plan.PAIR, case.pairs, device=device)
         # In the order of a call, so that each finds what it would find there.
         work = {
             "policy product": lambda: run.policy.project(x, a),
             "reference product": lambda: run.reference.project(ref_x, b),
             "sweep": lambda: run.engine.sweep(a, b, *what),
-            "decide": lambda: plan.decide(tokens, range(case.pairs), settings, out),
+            "decide": lambda: plan.decide(tokens, range(case.pairs), settings, plan.PairResults(*out)),
             "gradient": lambda: run.engine.gradient(a, tile, tokens, coefficient, run.policy, g),
             "dX": lambda: run.policy.backward(g, x, rows, Gradients(into.hidden, None, None), False),
             "dW": lambda: run.policy.backward(g, x, rows, Gradients(None, into.weight, None), False),

@@ -182,7 +182,7 @@ def rows_of(case: Case, device: Device, max_tile_bytes: int | None = None) -> pl
     """As the pass takes them."""
     vocabulary, width, _ = head_shape(case.head)
     beside = device.gradient_bytes if device.gradient_bytes != 4 and case.mode != "score" else 0
-    budget = plan.tile_budget(vocabulary, width, max_tile_bytes)
+    budget = plan.tile_budget(vocabulary, width, isinstance(device, GPU), max_tile_bytes)
     sizes = [case.scored // case.pairs] * case.pairs
     return plan.rows_per_tile(sizes, vocabulary, budget, 4, beside, case.mode == "train")
 
@@ -307,7 +307,7 @@ def sharded(model: Model, tokens: int, tensor: int = 1, sequence: int = 1) -> Sh
     return Sharded(
         share=head / (head + backbone),
         logits=4 * n * words,
-        tiles=min(10 * n * words, plan.tile_budget(int(words), model.hidden)),
+        tiles=min(10 * n * words, plan.tile_budget(int(words), model.hidden, on_gpu=True)),
         gradient=4 * words * model.hidden,
         statistics=(4 * 10 * n if tensor > 1 else 0) + (8 * 12 if sequence > 1 else 0),
         hidden_gradient=2 * n * model.hidden if tensor > 1 else 0,

@@ -48,8 +48,6 @@ def withhold_relaxation(
     Returns:
         (B,) int8.
     """
-    if max_entropy is None and max_kl is None:
-        return step
     doubtful = torch.zeros_like(step, dtype=torch.bool)
     if max_entropy is not None:
         doubtful |= chosen_entropy > max_entropy
@@ -112,7 +110,26 @@ def preference_losses(
     finite gives NaN: an infinity must stop a run, not look like a pair that is perfectly learnt.
     """
     logit = _logit((chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps), beta)
-    return _losses(logit, label_smoothing)
+    # logsigmoid(−x) is logsigmoid(x) − x, which leaves one of the two.
+    return label_smoothing * logit - logsigmoid(logit)
+
+
+def loss_coefficients(logps: tuple[Tensor, ...], beta: Tensor, label_smoothing: float) -> Tensor:
+    """c_i = −∂loss_i/∂chosen_logps_i = +∂loss_i/∂rejected_logps_i from four (B,) log-probs, detached.
+
+    One number per pair is the whole gradient, because the loss reads the margin m alone:
+    c = β·[(1−s)·σ(−βm) − s·σ(βm)] (Rafailov et al., 2023, the gradient below equation 7, with s for smoothing), which
+    is β·[σ(−βm) − s].
+    """
+    logit = _logit(tuple(t.detach() for t in logps), beta)
+    return beta.detach() * (sigmoid(-logit) - label_smoothing)
+
+
+def losses_and_coefficients(logps: tuple[Tensor, ...], beta: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """:func:`preference_losses`, detached, and :func:`loss_coefficients` of four (B,) log-probs."""
+    chosen, rejected, ref_chosen, ref_rejected = (t.detach() for t in logps)
+    losses = preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
+    return losses, loss_coefficients(logps, beta, label_smoothing)
 
 
 def _logit(logps: tuple[Tensor, ...], beta: Tensor) -> Tensor:
@@ -120,20 +137,3 @@ def _logit(logps: tuple[Tensor, ...], beta: Tensor) -> Tensor:
     chosen, rejected, ref_chosen, ref_rejected = logps
     margin = (chosen - rejected) - (ref_chosen - ref_rejected)
     return beta.detach() * torch.nan_to_num(margin, math.nan, math.nan, math.nan)
-
-
-def _losses(logit: Tensor, label_smoothing: float) -> Tensor:
-    """logsigmoid(−x) is logsigmoid(x) − x, which leaves one of the two."""
-    return label_smoothing * logit - logsigmoid(logit)
-
-
-def losses_and_coefficients(logps: tuple[Tensor, ...], beta: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The losses of four (B,) log-probs and c_i = −∂loss_i/∂chosen_logps_i = +∂loss_i/∂rejected_logps_i, detached.
-
-    One number per pair is the whole gradient, because the loss reads the margin m alone:
-    c = β·[(1−s)·σ(−βm) − s·σ(βm)] (Rafailov et al., 2023, the gradient below equation 7, with s for smoothing), which
-    is β·[σ(−βm) − s].
-    """
-    beta = beta.detach()
-    logit = _logit(tuple(t.detach() for t in logps), beta)
-    return _losses(logit, label_smoothing), beta * (sigmoid(-logit) - label_smoothing)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import checks, engines, parallel
 from .call import Execution, Inputs, Settings
 from .head import Gradients, Head
-from .pair import losses_and_coefficients, pair_beta, withhold_relaxation
+from .pair import loss_coefficients, pair_beta, preference_losses, withhold_relaxation
 from .statistics import SWEPT, TOKEN, Tokens, TokenStatistics, reduce_pairs, shifts
 
 IGNORE = -100
@@ -180,9 +180,15 @@ def _series_of_fitting(tiles: list[Tile], group_rows: int) -> Series:
 WAITING = 4
 
 
-def tile_budget(vocabulary: int, hidden: int, max_tile_bytes: int | None = None) -> int:
-    """Bytes that tiles may take; by default as much as dW in fp32, but from 256 MiB to 1 GiB."""
-    return min(max(256 << 20, vocabulary * hidden * 4), 1 << 30) if max_tile_bytes is None else max_tile_bytes
+def tile_budget(vocabulary: int, hidden: int, on_gpu: bool, max_tile_bytes: int | None = None) -> int:
+    """Bytes that tiles may take.
+
+    By default 1 GiB on a GPU, where launches of many small tiles take longer than their work (docs/tuning.md).
+    Elsewhere as much as dW in fp32, but from 256 MiB to 1 GiB.
+    """
+    if max_tile_bytes is not None:
+        return max_tile_bytes
+    return 1 << 30 if on_gpu else min(max(256 << 20, vocabulary * hidden * 4), 1 << 30)
 
 
 def rows_per_tile(
@@ -234,7 +240,7 @@ class Pass:
         lengths, sizes = checks.scored_lengths(labels, inputs.cu_seqlens, slices, settings.beta, self.sequence_group)
         # By the largest slice, because all ranks need the same tiles.
         beside = 0 if not any(needs) or policy.gradient_dtype == inputs.dtype else policy.gradient_dtype.itemsize
-        budget = tile_budget(max(sizes), policy.weight.shape[1], execution.max_tile_bytes)
+        budget = tile_budget(max(sizes), policy.weight.shape[1], device.type != "cpu", execution.max_tile_bytes)
         pairs = len(lengths) // 2
         of_pairs = [lengths[i] + lengths[pairs + i] for i in range(pairs)]
         rows = rows_per_tile(of_pairs, max(sizes), budget, inputs.dtype.itemsize, beside, needs[1])
@@ -357,28 +363,43 @@ def _contiguous(policy: Head, reference: Head, weights: bool) -> tuple[Head, Hea
     return replace(policy, weight=weight, bias=bias), replace(reference, weight=ref_weight, bias=ref_bias)
 
 
-def decide(tokens: Tokens, pairs: range, settings: Settings, results: Tensor) -> Tensor:
-    """Fills the pairs' columns of a pass's result; gives the coefficients ∂loss_i/∂rejected_logps_i of these pairs."""
+def decide(tokens: Tokens, pairs: range, settings: Settings, results: PairResults) -> Tensor:
+    """Fills in step and β of pairs whose tokens have all been swept.
+
+    Returns:
+        (pairs,) ∂loss_i/∂rejected_logps_i, NaN where a shift is not finite: such a pair must stop a run.
+    """
     part = slice(pairs.start, pairs.stop)
     sums, check = tokens.sums[:, part], tokens.step[part]
-    of, found = TokenStatistics(*sums), PairResults(*results[:, part])
+    step = check
+    if settings.max_entropy is not None or settings.max_kl is not None:
+        # The veto goes by the very figures that the caller sees, the loss by the sums in float64.
+        kl, entropy = (row.to(tokens.swept.dtype) for row in TokenStatistics(*sums)[4:6])
+        step = withhold_relaxation(check, entropy[:, 0], kl[:, 0] + kl[:, 1], settings.max_entropy, settings.max_kl)
+    beta_i = pair_beta(step, settings.beta, settings.epsilon)
+    results.step[part], results.beta[part] = step, beta_i
+    coefficient = loss_coefficients(logps(sums), beta_i.double(), settings.label_smoothing)
+    return coefficient + sum(shifts(sums)) * 0
+
+
+def logps(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(TOKEN, pairs, 2) -> (pairs,) of chosen and rejected completions by the policy, then by the reference."""
+    of = TokenStatistics(*sums)
+    return of.logp[:, 0], of.logp[:, 1], of.ref_logp[:, 0], of.ref_logp[:, 1]
+
+
+def fill_in(results: Tensor, tokens: Tokens, label_smoothing: float) -> None:
+    """What (PAIR, B) results hold beside step and β."""
+    of, found = TokenStatistics(*tokens.sums), PairResults(*results)
     sides = torch.stack((of.logp, of.ref_logp, of.kl, of.entropy, of.correct)).transpose(1, 2).flatten(0, 1)
     first = PairResults._fields.index("chosen_logps")
-    results[first : first + len(sides), part] = sides
-    # The veto goes by the very figures that the caller sees, the loss by the sums in float64.
-    kl = found.chosen_kl + found.rejected_kl
-    step = withhold_relaxation(check, found.chosen_entropy, kl, settings.max_entropy, settings.max_kl)
-    beta_i = pair_beta(step, settings.beta, settings.epsilon)
-    losses, coefficient = losses_and_coefficients(tuple(sides[:4]), beta_i.double(), settings.label_smoothing)
-    relaxed, tightened = shifts(sums)
-    # NaN where a shift is not finite: such a pair must stop a run. Zero elsewhere.
-    stop = (relaxed + tightened) * 0
-    for row, value in (
-        (found.losses, losses + stop), (found.step, step), (found.beta, beta_i), (found.relaxed_shift, relaxed),
-        (found.tightened_shift, tightened), (found.vetoed, step != check),
-    ):  # fmt: skip
-        row.copy_(value)
-    return coefficient + stop
+    results[first : first + len(sides)] = sides
+    relaxed, tightened = shifts(tokens.sums)
+    losses = preference_losses(*logps(tokens.sums), found.beta.double(), label_smoothing)
+    found.losses.copy_(losses + (relaxed + tightened) * 0)
+    found.relaxed_shift.copy_(relaxed)
+    found.tightened_shift.copy_(tightened)
+    found.vetoed.copy_(found.step != tokens.step)
 
 
 def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor, Tensor]:
@@ -395,11 +416,11 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
     if not n_pairs:
         return tokens.swept.new_zeros(PAIR, run.pairs), unit
     results = tokens.swept.new_empty(PAIR, n_pairs)
-    wanted = any(run.needs)
+    found, wanted = PairResults(*results), any(run.needs)
     # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
     signs = tokens.swept.new_ones(n_pairs, 2)
     signs[:, 1] = -1
-    coefficients = torch.empty_like(signs)
+    signed = torch.empty_like(signs)
     accumulate = False
     for series in run.layout.series:
         own = _own_buffers(into, accumulate) if series.long else into
@@ -407,28 +428,31 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
             waiting = 0
             for tile in group:
                 a = run.forward(tile.rows) if len(tile) else None
-                coefficient = signs
                 if not series.long:
                     run.join(tile.pairs)
-                    of_pairs = slice(tile.pairs.start, tile.pairs.stop)
-                    scaled = decide(tokens, tile.pairs, settings, results) / settings.beta
-                    coefficient = coefficients
-                    torch.mul(scaled[:, None], signs[of_pairs], out=coefficients[of_pairs])
+                    if wanted:
+                        scaled = decide(tokens, tile.pairs, settings, found) / settings.beta
+                        of_pairs = slice(tile.pairs.start, tile.pairs.stop)
+                        torch.mul(scaled[:, None], signs[of_pairs], out=signed[of_pairs])
                 if wanted and a is not None:
-                    g = run.gradient(tile.rows, a, coefficient.flatten(), waiting)
+                    g = run.gradient(tile.rows, a, (signs if series.long else signed).flatten(), waiting)
                     waiting += len(tile)
-            if wanted and waiting:
+            if waiting:
                 run.backward(group, g, own, k > 0 if series.long else accumulate)
                 accumulate = True
         if series.long:
             run.join(series.pairs)
-            coefficient = decide(tokens, series.pairs, settings, results)
+        if series.long and wanted:
+            (coefficient,) = decide(tokens, series.pairs, settings, found)
             if n_pairs == 1:
-                unit = coefficient[0].to(results.dtype)
-            elif wanted:
+                unit = coefficient.to(unit.dtype)
+            else:
                 tiles = series.tiles
                 rows = run.layout.order[tiles[0].rows.start : tiles[-1].rows.stop]
-                _scale(own, into, rows, (coefficient[0] / settings.beta).to(results.dtype))
+                _scale(own, into, rows, (coefficient / settings.beta).to(unit.dtype))
+    if not wanted:
+        decide(tokens, range(n_pairs), settings, found)
+    fill_in(results, tokens, settings.label_smoothing)
     run.finish(into)
     return results, unit
 

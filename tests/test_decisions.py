@@ -138,8 +138,9 @@ def test_tiles_and_their_gradients_fit_the_budget():
     found = {}
     heads = {"llama3": (128256, 4096), "gemma2": (256000, 3584), "smollm2": (49152, 576)}
     for name, (vocabulary, hidden) in heads.items():
-        budget = tile_budget(vocabulary, hidden)
-        assert budget == min(max(256 << 20, 4 * vocabulary * hidden), 1 << 30)
+        budget = tile_budget(vocabulary, hidden, on_gpu=True)
+        assert budget == 1 << 30 and tile_budget(vocabulary, hidden, True, 77) == 77
+        assert tile_budget(vocabulary, hidden, on_gpu=False) == min(max(256 << 20, 4 * vocabulary * hidden), 1 << 30)
 
         def bytes_of(rows, vocabulary=vocabulary):
             return vocabulary * (8 * rows.tile + 2 * max(rows.group, rows.tile))
@@ -156,4 +157,4 @@ def test_tiles_and_their_gradients_fit_the_budget():
         # Logits that gradients overwrite, or no dW: nothing waits.
         assert rows_per_tile([4] * 9999, vocabulary, budget, 4, wait=True) == (budget // (8 * vocabulary), 0)
         assert rows_per_tile([4] * 9999, vocabulary, budget, 4, gradient=2) == (whole, 0)
-    assert found == {"llama3": 2093, "gemma2": 1049, "smollm2": 1366}
+    assert found == {"llama3": 2093, "gemma2": 1049, "smollm2": 5462}

@@ -34,11 +34,7 @@ class Product(NamedTuple):
     width: int = 2
 
 
-ROW = {
-    "interpreter": Row(16, 2, 128, 16, 1),
-    "gpu": Row(256, 2, 4096, 256, 8),
-    "sm_90": Row(256, 1, 8192, 256, 8),
-}
+ROW = {"interpreter": Row(16, 2, 128, 16, 1), "gpu": Row(256, 2, 4096, 256, 8)}
 
 # By architecture and bytes of an element. In fp32 there are no matrix units that keep all digits.
 FP32 = Product(32, 64, 16, 8, 2)
