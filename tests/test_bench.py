@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -41,6 +42,62 @@ def test_every_variant_gives_the_loss_and_gradients_of_float64(variant, dtype, a
 def test_a_wrong_rival_is_found_out(monkeypatch):
     monkeypatch.setitem(variants.CALLS, "trl", lambda inputs: variants.ours(inputs, epsilon=0.0) * 1.01)
     assert variants.check("trl", make_inputs(Case("tiny", 12, pairs=3)))["loss"] > 5e-3
+
+
+@pytest.fixture
+def compiled_shapes(monkeypatch):
+    """What reaches the compiler, traced and then run as it is: the sizes of the graphs' inputs."""
+    seen = []
+
+    def backend(graph, example):
+        seen.append([tuple(t.shape) for t in example if isinstance(t, torch.Tensor)])
+        return graph
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    variants._compiled.cache_clear()
+    yield seen
+    variants._compiled.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("variant", variants.COMPILED)
+def test_no_shape_of_a_process_runs_uncompiled(variant, compiled_shapes):
+    """Not the second, nor the ninth, where torch's default gives up; and liger-kernel marks nothing of the inputs."""
+    if variant.startswith("liger"):
+        pytest.importorskip("liger_kernel")
+    for length in range(3, 12):
+        inputs = make_inputs(Case(f"{90 + length}x16", length, dtype="float64"))
+        compiled_shapes.clear()
+        assert max(variants.check(variant, inputs).values()) < 1e-5
+        assert any((90 + length, 16) in graph for graph in compiled_shapes), length
+    for other in ("liger", *variants.COMPILED):
+        found = measure.outcome(lambda other=other: {"errors": variants.check(other, inputs)})
+        if found["outcome"] == "unavailable":
+            assert "installed" in found["reason"]
+        else:
+            assert found["outcome"] == "ok" and max(found["errors"].values()) < 1e-5, found
+
+
+def test_cross_entropies_get_one_gradient_a_token(monkeypatch):
+    """Laid out one by one: cut-cross-entropy's backward takes no expanded gradient."""
+
+    class CrossEntropy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, labels):
+            ctx.inputs = [t.detach().requires_grad_() for t in (x, weight)]
+            with torch.enable_grad():
+                logits = ctx.inputs[0] @ ctx.inputs[1].T
+                ctx.loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            return ctx.loss.detach()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return *torch.autograd.grad(ctx.loss, ctx.inputs, grad.view(-1)), None
+
+    rival = "cut-cross-entropy"
+    monkeypatch.setitem(variants.CALLS, rival, lambda i: variants._cross_entropy_dpo(i, CrossEntropy.apply))
+    assert max(variants.check(rival, make_inputs(Case("tiny", 12, pairs=3, masked=0.5))).values()) < 1e-5
 
 
 def test_bare_products_are_the_products_of_the_call():
