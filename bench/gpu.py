@@ -272,20 +272,20 @@ def stage_times(case: Case, device: str, rounds: int) -> dict[str, Any]:
         bound, settings, execution = variants.bound(inputs, engine, budget)
         run = plan.Pass(bound, settings, execution, (True, True, False))
         into = run.accumulators()
-        tile, tokens = run.layout.series[0].tiles[0], run.tokens
+        tile, tokens = run.layout.series[0].tiles[0].rows, run.tokens
         rows = run.layout.order[tile]
         x, ref_x = run.x.index_select(0, rows), run.ref_x.index_select(0, rows)
         a, b = (torch.empty(len(x), len(inputs.weight), device=device) for _ in range(2))
         g = a if run.policy.gradient_dtype == a.dtype else torch.empty_like(a, dtype=run.policy.gradient_dtype)
-        coefficient = torch.ones(len(x), device=device)
-        out = torch.empty(plan.PAIR, case.pairs, device=device)
+        coefficient = torch.ones(2 * case.pairs, device=device)
         what = (tile, tokens, run.policy, run.reference, EPSILON)
+        out = torch.empty(plan.PAIR, case.pairs, device=device)
         # In the order of a call, so that each finds what it would find there.
         work = {
             "policy product": lambda: run.policy.project(x, a),
             "reference product": lambda: run.reference.project(ref_x, b),
             "sweep": lambda: run.engine.sweep(a, b, *what),
-            "decide": lambda: plan.decide(tokens, range(case.pairs), settings, out),
+            "decide": lambda: plan.decide(tokens, range(case.pairs), settings, plan.PairResults(*out)),
             "gradient": lambda: run.engine.gradient(a, tile, tokens, coefficient, run.policy, g),
             "dX": lambda: run.policy.backward(g, x, rows, Gradients(into.hidden, None, None), False),
             "dW": lambda: run.policy.backward(g, x, rows, Gradients(None, into.weight, None), False),

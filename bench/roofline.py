@@ -182,8 +182,9 @@ def rows_of(case: Case, device: Device, max_tile_bytes: int | None = None) -> pl
     """As the pass takes them."""
     vocabulary, width, _ = head_shape(case.head)
     beside = device.gradient_bytes if device.gradient_bytes != 4 and case.mode != "score" else 0
-    budget = plan.tile_budget(vocabulary, width, max_tile_bytes)
-    return plan.rows_per_tile(vocabulary, budget, 4, beside, case.mode == "train")
+    budget = plan.tile_budget(vocabulary, width, isinstance(device, GPU), max_tile_bytes)
+    sizes = [case.scored // case.pairs] * case.pairs
+    return plan.rows_per_tile(sizes, vocabulary, budget, 4, beside, case.mode == "train")
 
 
 def stages(case: Case, device: Device, max_tile_bytes: int | None = None) -> dict[str, float]:
@@ -194,8 +195,7 @@ def stages(case: Case, device: Device, max_tile_bytes: int | None = None) -> dic
         return {"head and sweep in one": case.scored * vocabulary * device.project(width, softcap)}  # type: ignore[attr-defined]
     lengths = [case.scored // (2 * case.pairs)] * (2 * case.pairs)
     labels = torch.zeros(sum(lengths), dtype=torch.int64)
-    bounds = torch.arange(2 * case.pairs + 1) * lengths[0]
-    layout = plan.lay_out(labels, bounds, lengths, rows)
+    layout = plan.lay_out(labels, lengths, rows)
     head = vocabulary * width
     total: dict[str, float] = {}
 
@@ -207,20 +207,19 @@ def stages(case: Case, device: Device, max_tile_bytes: int | None = None) -> dic
 
     train, again = case.mode == "train", False
     for series in layout.series:
-        whole = len(series.tiles) == 1
-        own = train and not whole and again  # a further long pair fills a dW of its own first
+        own = train and series.long and again  # a further long pair fills a dW of its own first
         for k, group in enumerate(series.groups):
             for tile in group:
-                n = tile.stop - tile.start
+                n = len(tile)
                 add("policy product", projection(case, device, n))
                 add("reference product", projection(case, device, n))
                 add("sweep", elementwise(n, "sweep", 8))
                 if case.mode != "score":
                     add("gradient", elementwise(n, "gradient", 4 + device.gradient_bytes))
-            fills = again if whole else k > 0
-            for name, seconds in gradients(case, device, group[-1].stop - group[0].start, fills).items():
+            fills = k > 0 or (again and not series.long)
+            for name, seconds in gradients(case, device, sum(map(len, group)), fills).items():
                 add(name, seconds)
-        if train and not whole and layout.n_pairs > 1:
+        if train and series.long and layout.n_pairs > 1:
             add("scale", (12 if own else 8) * head / device.bandwidth)
             if own:
                 add("first touch", 4 * head / device.first_touch)
@@ -239,7 +238,7 @@ def logit_free(case: Case, device: Device, rows: plan.Rows) -> bool:
     from epsdpo_kernels.engines import triton_blocks
 
     _, width, softcap = head_shape(case.head)
-    return triton_blocks.logit_free(device.arch, itemsize(case), width, softcap, rows.whole)
+    return triton_blocks.logit_free(device.arch, itemsize(case), width, softcap, rows.tile)
 
 
 def predicted_ratio(case: Case, device: Device, max_tile_bytes: int | None = None) -> float:
@@ -308,7 +307,7 @@ def sharded(model: Model, tokens: int, tensor: int = 1, sequence: int = 1) -> Sh
     return Sharded(
         share=head / (head + backbone),
         logits=4 * n * words,
-        tiles=min(10 * n * words, plan.tile_budget(int(words), model.hidden)),
+        tiles=min(10 * n * words, plan.tile_budget(int(words), model.hidden, on_gpu=True)),
         gradient=4 * words * model.hidden,
         statistics=(4 * 10 * n if tensor > 1 else 0) + (8 * 12 if sequence > 1 else 0),
         hidden_gradient=2 * n * model.hidden if tensor > 1 else 0,

@@ -53,7 +53,7 @@ DTYPES = ("bf16", "fp16", "fp32", "bf16+fp32", "fp32+bf16")
 # are no multiple of 16 (the latter is loaded without the copy engine).
 VARIANTS = ("plain", "softcap", "bias", "no epsilon", "odd V", "odd H")
 # The logit-free kernel as scoring uses it, as training does, and on a head that both models share.
-KERNELS = ("sweep", "gradient", "project", "project_store", "project_shared")
+KERNELS = ("sweep", "gradient", "project", "project_store", "project_shared", "scale")
 CASE = ("kernel", "arch", "dtype", "variant")
 COUNTED = ("blocks", *tables.RESOURCES)
 COLUMNS = (*CASE, *COUNTED, "predicted", "seconds", "verdict")
@@ -61,14 +61,15 @@ COLUMNS = (*CASE, *COUNTED, "predicted", "seconds", "verdict")
 # Types of the kernels' arguments by name; the matrices, biases and the gradient have dtypes of their own.
 TYPES = {
     "a_ptr": "*fp32", "b_ptr": "*fp32", "part_ptr": "*fp32", "swept_ptr": "*fp32", "coefficient_ptr": "*fp32",
-    "sums_ptr": "*fp64", "labels_ptr": "*i64", "completion_ptr": "*i64", "bounds_ptr": "*i64",
+    "g_ptr": "*fp32", "factor_ptr": "*fp32", "sums_ptr": "*fp64",
+    "labels_ptr": "*i64", "completion_ptr": "*i64", "bounds_ptr": "*i64",
     "arrived_ptr": "*i32", "finished_ptr": "*i32", "step_ptr": "*i8",
     "a_stride": "i32", "b_stride": "i32", "out_stride": "i32", "swept_stride": "i32", "first": "i32", "rows": "i32",
-    "vocabulary": "i32", "hidden": "i32", "ref_hidden": "i32", "pairs": "i32",
+    "elements": "i32", "vocabulary": "i32", "hidden": "i32", "ref_hidden": "i32", "pairs": "i32",
     "scale": "fp32", "ref_scale": "fp32", "epsilon": "fp32", "softcap": "fp32", "ref_softcap": "fp32",
 }  # fmt: skip
 # What a launch finds divisible by 16: rows of tiles always, the others as heads of nearly all sizes in use are.
-STRIDES, SIZES = ("a_stride", "b_stride", "out_stride"), ("vocabulary", "hidden", "ref_hidden")
+STRIDES, SIZES = ("a_stride", "b_stride", "out_stride"), ("vocabulary", "hidden", "ref_hidden", "elements")
 
 
 def source(case: tuple, blocks=None) -> tuple[ASTSource, dict]:
@@ -85,7 +86,8 @@ def source(case: tuple, blocks=None) -> tuple[ASTSource, dict]:
     constants |= {"PERTURB": variant != "no epsilon", "LANES": row.lanes, "DEPTH": row.depth, "WORDS": row.words}
     constants["TOKENS"] = row.tokens
     options = {"num_warps": row.warps, "num_stages": 1}
-    function = {"sweep": triton_engine._sweep_kernel, "gradient": triton_engine._gradient_kernel}.get(kernel)
+    of_rows = {"sweep": triton_engine._sweep_kernel, "gradient": triton_engine._gradient_kernel}
+    function = (of_rows | {"scale": triton_engine._scale_kernel}).get(kernel)
     if function is None:
         function = triton_project._project_kernel
         descriptors = arch in triton_blocks.DESCRIPTORS and variant != "odd H"
@@ -116,6 +118,8 @@ def exists(case: tuple) -> bool:
     """Whether it is code of its own: only a head reads two dtypes, or an odd H, and only a sweep reads ε."""
     kernel, arch, dtype, variant = case
     projects = kernel.startswith("project")
+    if kernel == "scale":
+        return variant == "plain" and "+" not in dtype
     if "+" in dtype:
         return projects and kernel != "project_shared" and variant == "plain"
     if variant in VARIANTS[3:]:
@@ -153,7 +157,8 @@ def check(case: tuple, blocks=None) -> dict:
         # Pairs of logits that a thread works on in one turn.
         words = {"sweep": sizes.get("DEPTH", 0) * 4 * 32, "gradient": sizes.get("WORDS", 0) // options["num_warps"]}
         pairs = words.get(kernel, (sizes.get("ROWS") or 0) * sizes.get("WORDS", 0) // options["num_warps"]) / 32
-        line["instructions"] = round(machine_code.instructions(compiled.asm["cubin"]) / pairs, 1)
+        if kernel != "scale":  # which goes round no loop
+            line["instructions"] = round(machine_code.instructions(compiled.asm["cubin"]) / pairs, 1)
     else:
         keys = {"registers": "vgpr_count", "stack": "private_segment_fixed_size"}
         line |= {k: int(re.search(rf"\.{v}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for k, v in keys.items()}

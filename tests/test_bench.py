@@ -285,7 +285,8 @@ def test_a_gpus_stages_are_issued_instructions_or_memory(monkeypatch):
     for device in roofline.GPUS:  # a long pair's dW is read and written every few tiles
         one, rows = Case("llama3", 4096, dtype="bfloat16"), roofline.rows_of(case, device)
         free = replace(device, flops=1e30, bandwidth=1.0)
-        products = math.ceil(math.ceil(one.scored / rows.part) / rows.waiting)
+        tiles = math.ceil(one.scored / rows.tile)
+        products = math.ceil(tiles / (rows.group // math.ceil(one.scored / tiles)))
         accumulated = (8 * products - 4) * 128256 * 4096
         assert roofline.stages(one, free)["dW"] == pytest.approx(accumulated + 2 * one.scored * (128256 + 4096))
 

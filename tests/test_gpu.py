@@ -102,6 +102,14 @@ def test_fp32_loses_no_digits_to_the_naive_code(transforms, route):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_scaled_and_rounded_once(dtype):
+    from epsdpo_kernels.engines import triton_engine
+
+    g, factor = torch.randn(501, 2003, device="cuda"), torch.tensor(0.0173, device="cuda")
+    assert torch.equal(triton_engine.scaled(g, factor, dtype), (g * factor).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scoring_parity(dtype, route):
     for _, case, options in shapes():
         truth = epsilon_dpo_reference(

@@ -42,8 +42,11 @@ def test_every_kernel_of_the_table_passes(tmp_path):
     assert set(product(set(kernels) - {"gradient"}, nvidia, ("bf16", "fp32"), ("no epsilon",))) <= covered
     assert set(product(kernels[2:], nvidia, ("bf16", "fp32"), ("odd H",))) <= covered
     assert set(product(kernels[2:4], nvidia, ("bf16+fp32", "fp32+bf16"), ("plain",))) <= covered
+    assert set(product(("scale",), (*nvidia, "gfx942"), ("bf16", "fp16", "fp32"), ("plain",))) <= covered
     for line in table:
         assert line["verdict"] == "ok" and line["stack"] <= 64 and line["registers"] > 0
+        if line["kernel"] == "scale":
+            continue
         # A head in fp32 beside one in bf16 has turns of another length; the committed counts hold those.
         if line["arch"] == "sm_90" and line["dtype"].startswith("bf16") and "+" not in line["dtype"]:
             most = MOST[line["kernel"].partition("_")[0], line["variant"] == "softcap"]
