@@ -4,11 +4,11 @@
 
 A kernel passes if it becomes machine code, its stack is at most 64 bytes (more is a spill), its shared memory is within
 the architecture's limit, its products run on the matrix units where the dtype has them, it adds no floats by atomics,
-whose order nobody knows, and its main loop takes at most 5 % more instructions for a pair of logits than the committed
-count, which ``--update`` renews (then ``python -m bench.tables`` writes docs/kernels.md). The block sizes are those of
-the package's tables; ``--blocks`` puts others in the place of the logit-free kernel's. The table goes to standard
-output and, with the same in JSON, into the folder. Times are what bench/roofline.py predicts of the kernel alone, for
-8192 rows of a 16-bit head on the architecture's card.
+whose order nobody knows, threads that join their sums all come to the same one, and its main loop takes at most 5 %
+more instructions for a pair of logits than the committed count, which ``--update`` renews (then ``python -m
+bench.tables`` writes docs/kernels.md). The block sizes are those of the package's tables; ``--blocks`` puts others in
+the place of the logit-free kernel's. The table goes to standard output and, with the same in JSON, into the folder.
+Times are what bench/roofline.py predicts of the kernel alone, 8192 rows of a 16-bit head on the architecture's card.
 """
 
 from __future__ import annotations
@@ -128,6 +128,15 @@ def exists(case: tuple) -> bool:
     return True
 
 
+def fuses_exchanged(ptx: str) -> bool:
+    """Whether a thread adds what it was handed to a product of its own without rounding that.
+
+    Threads that exchange addends then have different last digits in what is the same sum, and all of them may store it.
+    """
+    handed = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    return any(handed & set(re.findall(r"%\w+", line)) for line in re.findall(r"fma\.rn\.f32(.*);", ptx))
+
+
 def check(case: tuple, blocks=None) -> dict:
     """One line of the table."""
     kernel, arch, dtype, variant = case
@@ -155,6 +164,8 @@ def check(case: tuple, blocks=None) -> dict:
         line |= {k: int(re.search(rf"\.{v}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for k, v in keys.items()}
     line["seconds"] = round(time.perf_counter() - begin, 2)
     faults = []
+    if fuses_exchanged(compiled.asm.get("ptx", "")):
+        faults.append("copies of a sum differ")
     if line["stack"] > STACK:
         faults.append(f"stack {line['stack']} > {STACK}")
     if compiled.metadata.shared > limit:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import flat_call, forbid_words, make_case, plant_first, plant_peaks, relative_error, worst_error
+from cases import flat_call, forbid_words, make_case, plant_first, plant_peaks, relative_error, rms_ratios, worst_error
 from epsdpo_kernels import EpsilonDPOLoss, engines, epsilon_dpo_reference, linear_epsilon_dpo, linear_pair_stats, ops
 from epsdpo_kernels.head import Head
 from epsdpo_kernels.statistics import SWEPT, TOKEN, Tokens
@@ -130,6 +130,17 @@ def test_16_bit_inputs_err_no_more_than_the_naive_code(dtype, spread, route):
     for g, n, e in zip(gradients, naive_gradients, expected, strict=True):
         assert g.dtype == dtype
         assert relative_error(g, e) <= relative_error(n, e) + 1e-6
+
+
+@pytest.mark.parametrize("transforms", [{}, {"softcap": 5.0, "logit_scale": 0.7}], ids=["", "softcap"])
+def test_fp32_loses_no_digits_to_the_naive_code(transforms, route):
+    """Of a hundred single tokens, whose rewards and KL are small differences, not half a bit more."""
+    case = make_case(50, length=1, width=64, vocabulary=131, bias=True)
+    truth = epsilon_dpo_reference(*(args := case.arguments())[0], **args[1], **transforms)
+    args, biases = case.arguments(torch.float32)
+    naive = epsilon_dpo_reference(*args, **biases, **transforms)
+    ratios = rms_ratios(linear_epsilon_dpo(*args, **biases, engine="triton", **transforms), naive, truth)
+    assert max(ratios.values()) < 2**0.5, ratios
 
 
 def test_models_of_different_dtype(route):
