@@ -46,8 +46,8 @@ HH_LENGTHS = Path(__file__).with_name("hh_lengths.json")
 HH_PAIRS = 128
 # On a GPU: model, case, pairs a batch, rounds.
 ON_GPU = (
-    ("SmolLM2-135M", "hh", 16, 8),
-    ("Llama-3.2-1B", "hh", 16, 8),
+    ("SmolLM2-135M", "hh", 16, 6),
+    ("Llama-3.2-1B", "hh", 16, 6),
     ("Llama-3.2-1B", "long prompts", 8, 6),
 )
 LONGEST = 20 << 30  # bytes of the whole process

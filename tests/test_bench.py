@@ -300,17 +300,15 @@ def test_counts_are_of_the_committed_machine_code():
             assert roofline.compiled(gpu.arch, kernel, 30.0).exponentials == 3 * found.exponentials
 
 
-@pytest.mark.parametrize("arch", roofline.CARDS)
-def test_scoring_takes_the_route_that_is_predicted_faster(arch):
-    """On every card of an architecture, or the other one."""
+def test_scoring_takes_the_route_that_is_faster():
+    """By the prediction for every card, where a GPU has measured 131 rows."""
     triton_blocks = pytest.importorskip("epsdpo_kernels.engines.triton_blocks")
-    cards = [gpu for gpu in (*roofline.GPUS, *roofline.CARDS.values()) if gpu.arch == arch]
-    assert triton_blocks.SCORE_LOGIT_FREE[arch] == min(map(roofline.scoring_crossover, cards))
-    assert max(card.flops / card.bandwidth for card in cards) < triton_blocks.FEW_ROWS
-    for head, free in (("llama3", False), ("gemma2", False), ("32768x128", True)):
+    cards = {gpu.name: roofline.few_rows(gpu) for gpu in (*roofline.GPUS, *roofline.CARDS.values())}
+    assert 128 >= triton_blocks.FEW_ROWS > max(cards.values()) > 100
+    for head in ("llama3", "gemma2", "32768x128"):
         case = Case(head, 1024, mode="score", dtype="bfloat16")
-        assert (set(roofline.stages(case, cards[0])) == {"head and sweep in one"}) == free
-        tiny = roofline.stages(case, cards[0], max_tile_bytes=16 << 20)
+        assert "sweep" in roofline.stages(case, roofline.GPUS[0])
+        tiny = roofline.stages(case, roofline.GPUS[0], max_tile_bytes=16 << 20)
         assert set(tiny) == {"head and sweep in one"}, "where memory asks for it"
 
 
