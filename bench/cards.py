@@ -106,7 +106,7 @@ def memory(model: Model, cards: int, tokens: int, full: bool) -> Memory:
         optimizer=OPTIMIZER_STATES["adamw_torch"] * trained,
         gathered=gathered,
         activations=kept * own,
-        loss=loss_memory(math.ceil(SCORED * own), model.vocabulary, model.width, full),
+        loss=loss_memory(math.ceil(SCORED * own), model.vocabulary, model.width, full, on_gpu=True),
     )
 
 

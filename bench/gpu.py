@@ -42,7 +42,7 @@ from .cases import LENGTHS, MODELS, Case, head_shape, make_inputs
 from .variants import EPSILON, LIMIT, VARIANTS
 
 # In the order of what is most wanted, for a session that ends early.
-HEAD_ORDER = ("llama3", "qwen3", "gemma2", "smollm2")
+HEAD_ORDER = ("llama3", "smollm2", "gemma2", "qwen3")
 NEAREST = ["trl", "liger", "cut-cross-entropy", "torch"]
 
 
@@ -204,7 +204,7 @@ def _memory(variant: str, case: Case, device: str) -> dict[str, Any]:
 
 def speed(s: Session) -> None:
     for case, names in speed_cases(s):
-        measure_case(s, case, names, rounds=3 if s.quick or s.tiny else 10)
+        measure_case(s, case, names, rounds=3 if s.quick or s.tiny else 5)
 
 
 def long(s: Session) -> None:
@@ -232,11 +232,9 @@ def tiles(s: Session) -> None:
 
 
 def routes(s: Session) -> None:
-    """Around the hidden sizes where one route is predicted to overtake the other; then real heads, also in training."""
-    cases = [Case(f"65536x{width}", 4096, mode="score", dtype="bfloat16") for width in (128, 320, 576, 960, 2048, 4096)]
-    cases += [
-        Case(head, 4096, mode=mode, dtype="bfloat16") for head in ("llama3", "gemma2") for mode in ("score", "train")
-    ]
+    """Of scoring, by hidden size; then at real heads."""
+    cases = [Case(f"65536x{width}", 4096, mode="score", dtype="bfloat16") for width in (128, 320, 576, 2048)]
+    cases += [Case(head, 4096, mode="score", dtype="bfloat16") for head in ("llama3", "gemma2")]
     for case in [Case("tiny", 16, mode="score", dtype="bfloat16")] if s.tiny else cases:
         s.once(partial(in_turn, s, case, list(variants.ROUTES)), kind="routes", **case.as_dict())
 
@@ -245,7 +243,7 @@ def in_turn(s: Session, case: Case, names: list[str]) -> dict[str, Any]:
     """Times of several ways and of the bare products, interleaved."""
     timed = measure.Timed(case, [LIMIT, *names], s.device)
     timed.warm()
-    for i in range(3 if s.quick or s.tiny else 10):
+    for i in range(3 if s.quick or s.tiny else 6):
         if i and s.out_of_time(10):
             break
         for name in (LIMIT, *names):
@@ -272,20 +270,20 @@ def stage_times(case: Case, device: str, rounds: int) -> dict[str, Any]:
         bound, settings, execution = variants.bound(inputs, engine, budget)
         run = plan.Pass(bound, settings, execution, (True, True, False))
         into = run.accumulators()
-        tile, tokens = run.layout.series[0].tiles[0], run.tokens
+        tile, tokens = run.layout.series[0].tiles[0].rows, run.tokens
         rows = run.layout.order[tile]
         x, ref_x = run.x.index_select(0, rows), run.ref_x.index_select(0, rows)
         a, b = (torch.empty(len(x), len(inputs.weight), device=device) for _ in range(2))
         g = a if run.policy.gradient_dtype == a.dtype else torch.empty_like(a, dtype=run.policy.gradient_dtype)
-        coefficient = torch.ones(len(x), device=device)
-        out = torch.empty(plan.PAIR, case.pairs, device=device)
+        coefficient = torch.ones(2 * case.pairs, device=device)
         what = (tile, tokens, run.policy, run.reference, EPSILON)
+        out = torch.empty(plan.PAIR, case.pairs, device=device)
         # In the order of a call, so that each finds what it would find there.
         work = {
             "policy product": lambda: run.policy.project(x, a),
             "reference product": lambda: run.reference.project(ref_x, b),
             "sweep": lambda: run.engine.sweep(a, b, *what),
-            "decide": lambda: plan.decide(tokens, range(case.pairs), settings, out),
+            "decide": lambda: plan.decide(tokens, range(case.pairs), settings, plan.PairResults(*out)),
             "gradient": lambda: run.engine.gradient(a, tile, tokens, coefficient, run.policy, g),
             "dX": lambda: run.policy.backward(g, x, rows, Gradients(into.hidden, None, None), False),
             "dW": lambda: run.policy.backward(g, x, rows, Gradients(None, into.weight, None), False),

@@ -73,6 +73,7 @@ class GPU(Device):
     issued: float = 1.0  # instructions of warps a second
     exponentials: float = 1.0  # of threads, a second
     fused_flops: float = 1.0  # of the products in the logit-free kernel
+    fused_issue: float = 1.0  # its share of ``issued``
 
     def elementwise(self, kernel: str, softcap: float | None) -> float:
         of = compiled(self.arch, kernel, softcap)
@@ -80,18 +81,23 @@ class GPU(Device):
 
     def project(self, hidden: float, softcap: float | None) -> float:
         """Seconds of the logit-free kernel for one pair of logits: its programs multiply, then sweep."""
-        return 4 * hidden / self.fused_flops + self.elementwise("project", softcap)
+        of = compiled(self.arch, "project", softcap)
+        return 4 * hidden / self.fused_flops + self.fused_sweep(of.instructions, of.exponentials)
+
+    def fused_sweep(self, instructions: float, exponentials: float) -> float:
+        """Seconds of what that kernel does beside its products."""
+        return max(instructions / 32 / (self.fused_issue * self.issued), exponentials / self.exponentials)
 
 
 def _published(name: str, arch: str, tflops: float, terabytes: float, multiprocessors: int, gigahertz: float) -> GPU:
     """From a data sheet: three quarters of its dense bf16 rate, which library products reach (QuACK reports 745 of 989
     TFLOP/s on an H200), nine tenths of its bandwidth, seven tenths of the issue slots, four a clock and multiprocessor.
-    The logit-free kernel multiplies at 57 %: its blocks of 128 × 64 are bound by shared memory. Half of a product's
-    stores hide behind the next block's operations."""
+    The logit-free kernel, one program a multiprocessor, was measured on an H100 to multiply at 31 % and to take 44 % of
+    the issue slots. Half of a product's stores hide behind the next block's operations."""
     clock = multiprocessors * gigahertz * 1e9
     return GPU(
         name, 0.75e12 * tflops, 0.9e12 * terabytes, gradient_bytes=2, hidden_stores=0.5, arch=arch,
-        issued=0.7 * 4 * clock, exponentials=0.7 * 16 * clock, fused_flops=0.57e12 * tflops,
+        issued=0.7 * 4 * clock, exponentials=0.7 * 16 * clock, fused_flops=0.31e12 * tflops, fused_issue=0.44 / 0.7,
     )  # fmt: skip
 
 
@@ -127,9 +133,10 @@ def exponentials(kernel: str, softcap: float | None) -> int:
 def kernel_seconds(kernel: str, arch: str, head: str, instructions: float, rows: int = 8192) -> float:
     """Of one kernel on the architecture's card, over so many rows of a 16-bit head."""
     card, (vocabulary, hidden, softcap) = CARDS[arch], head_shape(head)
-    special = exponentials(kernel, softcap) / card.exponentials
-    work = max(instructions / 32 / card.issued, special)
+    special = exponentials(kernel, softcap)
+    work = max(instructions / 32 / card.issued, special / card.exponentials)
     if kernel.startswith("project"):
+        work = card.fused_sweep(instructions, special)
         cell = 4 * hidden / card.fused_flops + max(work, 4 * (kernel == "project_store") / card.bandwidth)
     else:
         cell = max(work, (8 if kernel == "sweep" else 6) / card.bandwidth)
@@ -182,8 +189,9 @@ def rows_of(case: Case, device: Device, max_tile_bytes: int | None = None) -> pl
     """As the pass takes them."""
     vocabulary, width, _ = head_shape(case.head)
     beside = device.gradient_bytes if device.gradient_bytes != 4 and case.mode != "score" else 0
-    budget = plan.tile_budget(vocabulary, width, max_tile_bytes)
-    return plan.rows_per_tile(vocabulary, budget, 4, beside, case.mode == "train")
+    budget = plan.tile_budget(vocabulary, width, isinstance(device, GPU), max_tile_bytes)
+    sizes = [case.scored // case.pairs] * case.pairs
+    return plan.rows_per_tile(sizes, vocabulary, budget, 4, beside, case.mode == "train")
 
 
 def stages(case: Case, device: Device, max_tile_bytes: int | None = None) -> dict[str, float]:
@@ -194,8 +202,7 @@ def stages(case: Case, device: Device, max_tile_bytes: int | None = None) -> dic
         return {"head and sweep in one": case.scored * vocabulary * device.project(width, softcap)}  # type: ignore[attr-defined]
     lengths = [case.scored // (2 * case.pairs)] * (2 * case.pairs)
     labels = torch.zeros(sum(lengths), dtype=torch.int64)
-    bounds = torch.arange(2 * case.pairs + 1) * lengths[0]
-    layout = plan.lay_out(labels, bounds, lengths, rows)
+    layout = plan.lay_out(labels, lengths, rows)
     head = vocabulary * width
     total: dict[str, float] = {}
 
@@ -207,20 +214,19 @@ def stages(case: Case, device: Device, max_tile_bytes: int | None = None) -> dic
 
     train, again = case.mode == "train", False
     for series in layout.series:
-        whole = len(series.tiles) == 1
-        own = train and not whole and again  # a further long pair fills a dW of its own first
+        own = train and series.long and again  # a further long pair fills a dW of its own first
         for k, group in enumerate(series.groups):
             for tile in group:
-                n = tile.stop - tile.start
+                n = len(tile)
                 add("policy product", projection(case, device, n))
                 add("reference product", projection(case, device, n))
                 add("sweep", elementwise(n, "sweep", 8))
                 if case.mode != "score":
                     add("gradient", elementwise(n, "gradient", 4 + device.gradient_bytes))
-            fills = again if whole else k > 0
-            for name, seconds in gradients(case, device, group[-1].stop - group[0].start, fills).items():
+            fills = k > 0 or (again and not series.long)
+            for name, seconds in gradients(case, device, sum(map(len, group)), fills).items():
                 add(name, seconds)
-        if train and not whole and layout.n_pairs > 1:
+        if train and series.long and layout.n_pairs > 1:
             add("scale", (12 if own else 8) * head / device.bandwidth)
             if own:
                 add("first touch", 4 * head / device.first_touch)
@@ -238,8 +244,7 @@ def logit_free(case: Case, device: Device, rows: plan.Rows) -> bool:
         return False
     from epsdpo_kernels.engines import triton_blocks
 
-    _, width, softcap = head_shape(case.head)
-    return triton_blocks.logit_free(device.arch, itemsize(case), width, softcap, rows.whole)
+    return triton_blocks.logit_free(itemsize(case), rows.tile)
 
 
 def predicted_ratio(case: Case, device: Device, max_tile_bytes: int | None = None) -> float:
@@ -252,17 +257,9 @@ def balanced_rows(device: Device) -> float:
     return 4 * device.flops / device.bandwidth
 
 
-def scoring_crossover(device: GPU, softcap: float | None = None) -> float:
-    """Hidden size below which head and sweep in one is predicted to score faster than library products and a sweep."""
-
-    def lead(hidden: int) -> float:
-        rows, vocabulary = 1024, 131072
-        case = Case(f"{vocabulary}x{hidden}", rows // 2, mode="score", dtype="bfloat16")
-        sweep = max(device.elementwise("sweep", softcap), 8 / device.bandwidth)
-        tiles = 2 * projection(case, device, rows) + rows * vocabulary * sweep
-        return tiles - rows * vocabulary * device.project(hidden, softcap)
-
-    return max((hidden for hidden in range(0, 4097, 64) if lead(hidden) > 0), default=0)
+def few_rows(device: GPU) -> float:
+    """Rows of a tile below which a library reads a 16-bit head longer than the logit-free kernel multiplies by it."""
+    return device.fused_flops / device.bandwidth
 
 
 @dataclass(frozen=True)
@@ -308,7 +305,7 @@ def sharded(model: Model, tokens: int, tensor: int = 1, sequence: int = 1) -> Sh
     return Sharded(
         share=head / (head + backbone),
         logits=4 * n * words,
-        tiles=min(10 * n * words, plan.tile_budget(int(words), model.hidden)),
+        tiles=min(10 * n * words, plan.tile_budget(int(words), model.hidden, on_gpu=True)),
         gradient=4 * words * model.hidden,
         statistics=(4 * 10 * n if tensor > 1 else 0) + (8 * 12 if sequence > 1 else 0),
         hidden_gradient=2 * n * model.hidden if tensor > 1 else 0,
@@ -318,8 +315,7 @@ def sharded(model: Model, tokens: int, tensor: int = 1, sequence: int = 1) -> Sh
 def main() -> None:
     for gpu in GPUS:
         print(f"{gpu.name}: dW's traffic and product balance at {balanced_rows(gpu):.0f} rows")
-        up_to = [scoring_crossover(gpu, softcap) for softcap in (None, 30.0)]
-        print("  scoring in one kernel is predicted faster up to H {:.0f}, with a softcap {:.0f}".format(*up_to))
+        print(f"  head and sweep in one score faster below {few_rows(gpu):.0f} rows a tile")
         for head in ("llama3", "qwen3", "gemma2", "gemma2-9b", "mistral", "smollm2"):
             case = Case(head, 4096, dtype="bfloat16")
             parts = stages(case, gpu)

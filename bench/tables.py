@@ -304,7 +304,7 @@ def roofline_gpu() -> str:
             case = Case(head, 4096, dtype="bfloat16")
             tiles = roofline.rows_of(case, roofline.GPUS[0], budget)
             rows.append([
-                f"{head}, {mib(budget)}: tiles of {tiles.part} rows, {tiles.waiting} to a product",
+                f"{head}, {mib(budget)}: tiles of {tiles.tile} rows, {tiles.group // tiles.tile} to a product",
                 *(f"{roofline.predicted_ratio(case, gpu, budget):.2f}" for gpu in roofline.GPUS),
             ])  # fmt: skip
     second = table(["bytes of tiles against dW's traffic", *(gpu.name for gpu in roofline.GPUS)], rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -122,14 +123,26 @@ def authors(inputs: Inputs) -> Tensor:
     return epsilon_dpo_reference(*inputs[:5], beta=BETA, epsilon=EPSILON, softcap=inputs.softcap).loss
 
 
+def _each_shape_compiled() -> AbstractContextManager:
+    """Every shape of a process is compiled for itself.
+
+    By default the second would be compiled for all that follow, and after eight torch would go on uncompiled with no
+    more than a warning: here that is an error, of the process's hundredth shape.
+    """
+    return torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=100, fail_on_recompile_limit_hit=True
+    )
+
+
 @functools.cache
 def _compiled():
     return torch.compile(epsilon_dpo_reference)
 
 
 def materialised_compiled(inputs: Inputs) -> Tensor:
-    """All logits in memory, in the inputs' dtype, by torch.compile with its defaults."""
-    return _compiled()(*inputs[:5], beta=BETA, epsilon=EPSILON, softcap=inputs.softcap).loss
+    """All logits in memory, in the inputs' dtype, by torch.compile."""
+    with _each_shape_compiled():
+        return _compiled()(*inputs[:5], beta=BETA, epsilon=EPSILON, softcap=inputs.softcap).loss
 
 
 class TiledLogProb(torch.autograd.Function):
@@ -266,17 +279,29 @@ def liger(inputs: Inputs, compiled: bool = False) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     loss_fn = LigerFusedLinearDPOLoss(beta=BETA, compiled=compiled)
-    loss, _ = loss_fn(
-        inputs.weight, inputs.hidden, inputs.labels, ref_input=inputs.ref_hidden, ref_weight=inputs.ref_weight
-    )
+    # It marks the length of its labels as dynamic; a view takes the mark, so that others compile for the case as it is.
+    labels = inputs.labels.detach()
+    with _each_shape_compiled() if compiled else nullcontext():
+        loss, _ = loss_fn(
+            inputs.weight, inputs.hidden, labels, ref_input=inputs.ref_hidden, ref_weight=inputs.ref_weight
+        )
     return loss
 
 
-def _cross_entropy_dpo(inputs: Inputs, cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Plain DPO from (2B, T) cross-entropies, zero where nothing is scored."""
+def _cross_entropy_dpo(inputs: Inputs, cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Plain DPO from the cross-entropies of hidden states (2B·T, H), a head and labels (2B·T,), zero where not scored.
+
+    All are flat because the gradient of each, a sequence's, is then laid out one by one, as cut-cross-entropy's
+    backward takes it; through (2B, T) it would come as one number a sequence, expanded.
+    """
+
+    def sequences(hidden: Tensor, weight: Tensor) -> Tensor:
+        per_token = cross_entropy(hidden.flatten(0, 1), weight, inputs.labels.flatten())
+        return -per_token.view(inputs.labels.shape).sum(1)
+
     with torch.no_grad():
-        ref_logps = -cross_entropy(inputs.ref_hidden, inputs.ref_weight).view(inputs.labels.shape).sum(1)
-    return _plain_dpo(-cross_entropy(inputs.hidden, inputs.weight).view(inputs.labels.shape).sum(1), ref_logps)
+        ref_logps = sequences(inputs.ref_hidden, inputs.ref_weight)
+    return _plain_dpo(sequences(inputs.hidden, inputs.weight), ref_logps)
 
 
 def cce(inputs: Inputs) -> Tensor:
@@ -285,9 +310,7 @@ def cce(inputs: Inputs) -> Tensor:
         raise Unavailable("needs a GPU")
     from cut_cross_entropy import linear_cross_entropy
 
-    return _cross_entropy_dpo(
-        inputs, lambda x, w: linear_cross_entropy(x, w, inputs.labels, softcap=inputs.softcap, reduction="none")
-    )
+    return _cross_entropy_dpo(inputs, functools.partial(linear_cross_entropy, softcap=inputs.softcap, reduction="none"))
 
 
 def torch_cross_entropy(inputs: Inputs) -> Tensor:
@@ -296,13 +319,9 @@ def torch_cross_entropy(inputs: Inputs) -> Tensor:
     if inputs.softcap is not None:
         raise Unavailable("has no softcap")
     options = torch.nn.LinearCrossEntropyOptions()
-
-    def cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear_cross_entropy(
-            x.flatten(0, 1), weight, inputs.labels.flatten(), reduction="none", ignore_index=-100, options=options
-        )
-
-    return _cross_entropy_dpo(inputs, cross_entropy)
+    return _cross_entropy_dpo(
+        inputs, functools.partial(F.linear_cross_entropy, reduction="none", ignore_index=-100, options=options)
+    )
 
 
 # In the order of the tables. ε-DPO first, then plain DPO.

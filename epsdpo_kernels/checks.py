@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any
 
 import torch
@@ -107,28 +108,32 @@ def scored_lengths(
     """
     scored = labels != -100
     counts = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
-    inside = cu_seqlens.clamp(0, labels.numel())
-    broken = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != labels.numel()) | (cu_seqlens.diff() < 0).any()
-    outside = torch.where(scored & ((labels < 0) | (labels >= slices.sum())), labels, -100)
-    worst = torch.stack((outside.amax(), outside.amin())) if labels.numel() else outside.new_full((2,), -100)
-    beta_bad = ~(torch.isfinite(beta) & (beta > 0)).to(labels.device)
-    here = counts[inside].diff()
-    bad = broken | beta_bad.reshape(()) | (worst != -100).any()
-    everywhere = torch.cat((here, bad[None]))
+    counted = counts[cu_seqlens.clamp(0, labels.numel())]
+    # 0 stands in where nothing is scored, and is a word of every vocabulary.
+    words = torch.where(scored, labels, 0) if labels.numel() else labels.new_zeros(1)
+    beta_bits = beta.to(labels.device, torch.float64).reshape(1).view(torch.int64)
+    facts = torch.cat((cu_seqlens, counted, *(w[None] for w in words.aminmax()), beta_bits, slices)).tolist()
+    n_bounds = len(cu_seqlens)
+    bounds, before = facts[:n_bounds], facts[n_bounds : 2 * n_bounds]
+    least, most, bits = facts[2 * n_bounds : 2 * n_bounds + 3]
+    sizes = facts[2 * n_bounds + 3 :]
+    beta_read = struct.unpack("d", struct.pack("q", bits))[0]
+    is_broken = bounds[0] != 0 or bounds[-1] != labels.numel() or bounds != sorted(bounds)
+    is_beta_bad = not (math.isfinite(beta_read) and beta_read > 0)
+    outside = [label for label in (most, least) if not 0 <= label < sum(sizes)]
+    own = [stop - start for start, stop in zip(before, before[1:], strict=False)]
+    lengths, bad_ranks = own, 0
     if sequence_group is not None:
         # With the errors, so that no rank waits for one that has stopped.
+        everywhere = labels.new_tensor([*own, is_broken or is_beta_bad or bool(outside)])
         parallel.sum_over(everywhere, sequence_group)
-    facts = torch.cat((broken[None], beta_bad.reshape(1), worst, slices, here, everywhere)).tolist()
-    (is_broken, is_beta_bad, *worst_labels), rest = facts[:4], facts[4:]
-    sizes, rest = rest[: len(slices)], rest[len(slices) :]
-    own, lengths, bad_ranks = rest[: len(here)], rest[len(here) : -1], rest[-1]
+        *lengths, bad_ranks = everywhere.tolist()
     if is_broken:
-        raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()}, takes increasing bounds from 0 to {labels.numel()}")
+        raise ValueError(f"cu_seqlens: got {bounds}, takes increasing bounds from 0 to {labels.numel()}")
     if is_beta_bad:
-        raise ValueError(f"beta: got {beta.item()}, takes a positive finite number")
-    for label in worst_labels:
-        if label != -100:
-            raise ValueError(f"labels: got {label}, takes [0, {sum(sizes)}) or -100")
+        raise ValueError(f"beta: got {beta_read}, takes a positive finite number")
+    if outside:
+        raise ValueError(f"labels: got {outside[0]}, takes [0, {sum(sizes)}) or -100")
     if bad_ranks:
         raise ValueError(f"labels, cu_seqlens or beta: refused on {bad_ranks} other ranks of sequence_group")
     pairs = len(lengths) // 2

@@ -110,7 +110,7 @@ def linear_epsilon_dpo(
         engine: "torch" runs on any device, "triton" on a GPU and not in float64; "auto" is "triton" on
             NVIDIA GPUs where that runs.
         max_tile_bytes: budget of both models' tiles of logits and, in 16 bits on a GPU, of their gradients; None takes
-            4·V·H, from 256 MiB to 1 GiB.
+            1 GiB on a GPU, elsewhere 4·V·H, from 256 MiB to 1 GiB.
         cu_seqlens: (2B+1,) int, bounds of the completions in the packed form, all chosen first.
         vocab_group: its ranks hold consecutive slices of both heads, in their order and of any sizes, and the same
             tokens with labels of the whole vocabulary. The gradient of hidden is summed over them.

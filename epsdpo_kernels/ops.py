@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import plan
+from . import engines, plan
 from .call import SCHEMA, Execution, Inputs, Settings, flatten, restore
 from .head import Gradients
 from .statistics import TOKEN, TokenStatistics, shifts
@@ -61,12 +61,23 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
     return loss, results, dx, dw, db, unit
 
 
+# An op of its own, because a compiler that traces backward must not look into a kernel.
+scaled = torch.library.custom_op(
+    op_name("scaled"),
+    lambda g, factor, dtype, engine: engines.tile_operations(engine, g).scaled(g, factor, dtype),
+    mutates_args=(),
+    schema="(Tensor g, Tensor factor, ScalarType dtype, str engine) -> Tensor",
+)
+scaled.register_fake(lambda g, factor, dtype, engine: torch.empty_like(g, dtype=dtype))
+
+
 def _keep_gradients(ctx, inputs, output) -> None:
     _, results, *gradients, unit = output
     ctx.save_for_backward(*gradients, unit)
     ctx.mark_non_differentiable(results, *gradients, unit)
     ctx.set_materialize_grads(False)
-    ctx.needs, ctx.dtype, ctx.arguments = inputs[-1], inputs[0].dtype, len(inputs)
+    (bound, _, execution), ctx.needs, ctx.arguments = restore(inputs), inputs[-1], len(inputs)
+    ctx.engine, ctx.dtype = execution.engine, bound.hidden.dtype
 
 
 @torch.autograd.function.once_differentiable
@@ -83,20 +94,13 @@ def _scale_gradients(ctx, grad_loss, *_):
         if not needed:
             gradients.append(None)
         elif kept or g.dtype != ctx.dtype:
-            gradients.append(_scaled(g, factor, ctx.dtype))
+            gradients.append(scaled(g, factor, ctx.dtype, ctx.engine))
         else:
             gradients.append(g.mul_(factor))
     return (*gradients, *[None] * (ctx.arguments - 3))
 
 
 single_pass.register_autograd(_scale_gradients, setup_context=_keep_gradients)
-
-
-def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """g·factor, rounded once, without a second copy in g's own dtype."""
-    if torch.compiler.is_compiling():
-        return (g * factor).to(dtype)
-    return torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype))
 
 
 def epsilon_dpo(inputs: Inputs, settings: Settings, execution: Execution) -> tuple[Tensor, Tensor]:
@@ -118,8 +122,12 @@ class TwoPass(torch.autograd.Function):
         with _no_autocast(hidden):
             for series in run.layout.series:
                 for tile in series.tiles:
-                    run.forward(tile)
-                run.join(series.pairs)
+                    if len(tile):
+                        run.forward(tile.rows)
+                    if not series.long:
+                        run.join(tile.pairs)
+                if series.long:
+                    run.join(series.pairs)
         run.release()
         sums = run.tokens.sums
         if not run.layout.n_pairs:
@@ -139,12 +147,14 @@ class TwoPass(torch.autograd.Function):
         run, hidden = ctx.run, ctx.saved_tensors[0]
         into: Gradients = run.accumulators()
         accumulate = False
+        coefficient = torch.stack((-grad_chosen, -grad_rejected), 1).flatten().to(run.tokens.swept.dtype)
         with _no_autocast(hidden):
-            for _, groups in run.layout.series:
-                for group in groups:
-                    for tile in group:
-                        waiting = tile.start - group[0].start
-                        g = run.gradient(tile, run.project(tile), -grad_chosen, -grad_rejected, waiting)
+            for group in (group for series in run.layout.series for group in series.groups):
+                waiting = 0
+                for tile in (tile for tile in group if len(tile)):
+                    g = run.gradient(tile.rows, run.project(tile.rows), coefficient, waiting)
+                    waiting += len(tile)
+                if waiting:
                     run.backward(group, g, into, accumulate)
                     accumulate = True
             run.finish(into)

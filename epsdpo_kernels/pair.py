@@ -109,21 +109,31 @@ def preference_losses(
     The log-probs are sums over a completion's tokens, in nats. ``beta`` is a constant of the loss. A margin that is not
     finite gives NaN: an infinity must stop a run, not look like a pair that is perfectly learnt.
     """
-    margin = (chosen_logps - rejected_logps) - (ref_chosen_logps - ref_rejected_logps)
-    margin = torch.where(torch.isfinite(margin), margin, torch.nan)
-    logit = beta.detach() * margin
-    return -(1 - label_smoothing) * logsigmoid(logit) - label_smoothing * logsigmoid(-logit)
+    logit = _logit((chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps), beta)
+    # logsigmoid(−x) is logsigmoid(x) − x, which leaves one of the two.
+    return label_smoothing * logit - logsigmoid(logit)
+
+
+def loss_coefficients(logps: tuple[Tensor, ...], beta: Tensor, label_smoothing: float) -> Tensor:
+    """c_i = −∂loss_i/∂chosen_logps_i = +∂loss_i/∂rejected_logps_i from four (B,) log-probs, detached.
+
+    One number per pair is the whole gradient, because the loss reads the margin m alone:
+    c = β·[(1−s)·σ(−βm) − s·σ(βm)] (Rafailov et al., 2023, the gradient below equation 7, with s for smoothing), which
+    is β·[σ(−βm) − s].
+    """
+    logit = _logit(tuple(t.detach() for t in logps), beta)
+    return beta.detach() * (sigmoid(-logit) - label_smoothing)
 
 
 def losses_and_coefficients(logps: tuple[Tensor, ...], beta: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The losses of four (B,) log-probs and c_i = −∂loss_i/∂chosen_logps_i = +∂loss_i/∂rejected_logps_i, detached.
-
-    One number per pair is the whole gradient, because the loss reads the margin m alone:
-    c = β·[(1−s)·σ(−βm) − s·σ(βm)] (Rafailov et al., 2023, the gradient below equation 7, with s for smoothing).
-    """
+    """:func:`preference_losses`, detached, and :func:`loss_coefficients` of four (B,) log-probs."""
     chosen, rejected, ref_chosen, ref_rejected = (t.detach() for t in logps)
-    beta = beta.detach()
-    logit = beta * ((chosen - rejected) - (ref_chosen - ref_rejected))
-    logit = torch.where(torch.isfinite(logit), logit, torch.nan)
-    coefficient = beta * ((1 - label_smoothing) * sigmoid(-logit) - label_smoothing * sigmoid(logit))
-    return preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing), coefficient
+    losses = preference_losses(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
+    return losses, loss_coefficients(logps, beta, label_smoothing)
+
+
+def _logit(logps: tuple[Tensor, ...], beta: Tensor) -> Tensor:
+    """β_i·margin_i, NaN where the margin is not finite."""
+    chosen, rejected, ref_chosen, ref_rejected = logps
+    margin = (chosen - rejected) - (ref_chosen - ref_rejected)
+    return beta.detach() * torch.nan_to_num(margin, math.nan, math.nan, math.nan)

@@ -7,8 +7,9 @@ is ever formed twice. A pair longer than a tile writes ±(p − onehot) unscaled
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from . import checks, engines, parallel
 from .call import Execution, Inputs, Settings
 from .head import Gradients, Head
-from .pair import losses_and_coefficients, pair_beta, withhold_relaxation
+from .pair import loss_coefficients, pair_beta, preference_losses, withhold_relaxation
 from .statistics import SWEPT, TOKEN, Tokens, TokenStatistics, reduce_pairs, shifts
 
 IGNORE = -100
@@ -53,24 +54,35 @@ PAIR = len(PairResults._fields)
 
 
 class Rows(NamedTuple):
-    """How many rows a tile may have."""
+    """How many rows there may be."""
 
-    whole: int  # of whole pairs
-    part: int  # of a longer pair
-    waiting: int  # tiles of a longer pair whose gradients wait for one product
+    tile: int
+    group: int  # of tiles whose gradients wait for one product; 0 where none waits
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Scored tokens whose logits are in memory together."""
+
+    rows: slice
+    pairs: range  # whole in it; none in a part of a longer pair
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
 
 
 class Series(NamedTuple):
-    """Consecutive pairs that are decided together, and the tiles of their scored tokens.
+    """Consecutive pairs that fit in tiles, or one that is longer than a tile.
 
-    Whole pairs are one tile. A longer pair's tiles are in groups, a group's gradients multiplied together.
+    The gradients of a group of tiles are multiplied together.
     """
 
     pairs: range
-    groups: list[list[slice]]
+    groups: list[list[Tile]]
+    long: bool
 
     @property
-    def tiles(self) -> list[slice]:
+    def tiles(self) -> list[Tile]:
         return [tile for group in self.groups for tile in group]
 
 
@@ -79,7 +91,8 @@ class Layout:
     """Where the scored tokens are: a pair's chosen tokens, its rejected ones, then the next pair's."""
 
     order: Tensor  # (N,) int64, rows of the flattened input
-    bounds: Tensor  # (2B+1,) int64, completion j of [chosen_0, rejected_0, chosen_1, …] is order[bounds[j]:bounds[j+1]]
+    completion: Tensor  # (N,) int64, of [chosen_0, rejected_0, chosen_1, …]
+    bounds: Tensor  # (2B+1,) int64, completion j is order[bounds[j]:bounds[j+1]]
     edges: list[int]  # the same on the host
     series: list[Series]
     rows: int  # of the largest tile
@@ -90,75 +103,117 @@ class Layout:
         return len(self.edges) // 2
 
 
-def lay_out(labels: Tensor, cu_seqlens: Tensor, lengths: list[int], rows: Rows, alone: bool = False) -> Layout:
-    """Cuts scored tokens into tiles. What it puts on the device is formed there.
+def lay_out(labels: Tensor, lengths: list[int], rows: Rows, alone: bool = False) -> Layout:
+    """Cuts scored tokens into tiles. What it puts on the device is formed there, from three numbers a completion.
 
     Args:
         labels: (M,) int64, −100 where a row is not scored.
-        cu_seqlens: (2B+1,) where completions begin and end in ``labels``, all chosen ones first.
-        lengths: 2B numbers of scored tokens, on the host, in the same order; empty where nothing is scored.
-        alone: every pair in a series of its own, so that ranks which hold other tokens of them have the same series.
+        lengths: 2B numbers of scored tokens, on the host, all chosen completions first; empty where nothing is scored.
+        alone: every pair in a tile of its own, so that ranks which hold other tokens of them decide in the same order.
     """
     n_pairs = len(lengths) // 2
     edges = [0]
     for i in range(n_pairs):
         edges += [edges[-1] + lengths[i], edges[-1] + lengths[i] + lengths[n_pairs + i]]
-    place = torch.arange(2 * n_pairs, device=labels.device)
-    place = torch.where(place < n_pairs, 2 * place, 2 * (place - n_pairs) + 1)
+    device = labels.device
+    bounds = _on_device(edges, device)
     if n_pairs:
-        position = torch.arange(labels.numel(), device=labels.device)
-        key = place[torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)]
-        key = torch.where(labels == IGNORE, 2 * n_pairs, key)
-        key, order = torch.sort(key, stable=True)
-        order = order[: edges[-1]]
-        bounds = torch.searchsorted(key, torch.arange(2 * n_pairs + 1, device=key.device))
+        slot = torch.arange(edges[-1], device=device)
+        completion = torch.searchsorted(bounds, slot, right=True) - 1
+        # A token is as many places from where it is among the scored tokens of the input as its completion is.
+        first = list(accumulate(lengths, initial=0))
+        of_input = [first[i + side * n_pairs] for i in range(n_pairs) for side in range(2)]
+        moved = _on_device([there + 1 - here for there, here in zip(of_input, edges, strict=False)], device)
+        # The first row at which so many are counted is the one.
+        order = torch.searchsorted((labels != IGNORE).cumsum(0), slot + moved[completion])
     else:
-        order, bounds = place, place.new_zeros(1)
+        order = completion = bounds[:0]
+    series = list(_cut(edges, rows, alone))
+    of_tiles = (len(tile) for each in series for tile in each.tiles)
+    of_groups = (sum(map(len, group)) for each in series for group in each.groups)
+    return Layout(order, completion, bounds, edges, series, max(of_tiles, default=0), max(of_groups, default=0))
 
-    series: list[Series] = []
-    first = 0
-    while first < n_pairs:
-        start, last = edges[2 * first], first + 1
-        while not alone and last < n_pairs and edges[2 * last + 2] - start <= rows.whole:
-            last += 1
-        size = edges[2 * last] - start
-        count = 1 if size <= rows.whole else -(-size // rows.part)
+
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """(len,) int64, without waiting for the device."""
+    host = torch.tensor(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def _cut(edges: list[int], rows: Rows, alone: bool) -> Iterator[Series]:
+    """Pairs that fit in tiles, as many of them a tile and a group as fit there; longer ones in tiles of one size."""
+    fitting: list[Tile] = []
+    for i, (start, stop) in enumerate(zip(edges[:-1:2], edges[2::2], strict=True)):
+        size = stop - start
+        if size <= rows.tile:
+            last = fitting[-1] if fitting else None
+            if last is not None and not alone and stop - last.rows.start <= rows.tile:
+                fitting[-1] = Tile(slice(last.rows.start, stop), range(last.pairs.start, i + 1))
+            else:
+                fitting.append(Tile(slice(start, stop), range(i, i + 1)))
+            continue
+        if fitting:
+            yield _series_of_fitting(fitting, rows.group)
+            fitting = []
+        count = -(-size // rows.tile)
         cuts = [start + size * k // count for k in range(count + 1)]
-        tiles = [slice(*cut) for cut in zip(cuts, cuts[1:], strict=False)] if size else []
-        groups = -(-count // rows.waiting)
-        each = -(-count // groups)
-        series.append(Series(range(first, last), [tiles[k : k + each] for k in range(0, len(tiles), each)]))
-        first = last
-    of_tiles = (t.stop - t.start for s in series for t in s.tiles)
-    of_groups = (group[-1].stop - group[0].start for s in series for group in s.groups)
-    return Layout(order, bounds, edges, series, max(of_tiles, default=0), max(of_groups, default=0))
+        tiles = [Tile(slice(*cut), range(0)) for cut in zip(cuts, cuts[1:], strict=False)]
+        waiting = max(1, rows.group // max(map(len, tiles)))
+        each = -(-count // -(-count // waiting))
+        yield Series(range(i, i + 1), [tiles[k : k + each] for k in range(0, count, each)], long=True)
+    if fitting:
+        yield _series_of_fitting(fitting, rows.group)
 
 
-# Tiles of a long pair whose 16-bit gradients share a product. With more of them, tiles in the same budget would have
-# fewer than the 250 rows below which reading the head takes longer than its product.
+def _series_of_fitting(tiles: list[Tile], group_rows: int) -> Series:
+    groups: list[list[Tile]] = []
+    for tile in tiles:
+        if groups and tile.rows.stop - groups[-1][0].rows.start <= group_rows:
+            groups[-1].append(tile)
+        else:
+            groups.append([tile])
+    return Series(range(tiles[0].pairs.start, tiles[-1].pairs.stop), groups, long=False)
+
+
+# Tiles whose 16-bit gradients share a product, where a call has more rows than one tile. With more of them, tiles in
+# the same budget would have fewer than the 250 rows below which reading the head takes longer than its product.
 WAITING = 4
 
 
-def tile_budget(vocabulary: int, hidden: int, max_tile_bytes: int | None = None) -> int:
-    """Bytes that tiles may take; by default as much as dW in fp32, but from 256 MiB to 1 GiB."""
-    return min(max(256 << 20, vocabulary * hidden * 4), 1 << 30) if max_tile_bytes is None else max_tile_bytes
+def tile_budget(vocabulary: int, hidden: int, on_gpu: bool, max_tile_bytes: int | None = None) -> int:
+    """Bytes that tiles may take.
+
+    By default 1 GiB on a GPU, where launches of many small tiles take longer than their work (docs/tuning.md).
+    Elsewhere as much as dW in fp32, but from 256 MiB to 1 GiB.
+    """
+    if max_tile_bytes is not None:
+        return max_tile_bytes
+    return 1 << 30 if on_gpu else min(max(256 << 20, vocabulary * hidden * 4), 1 << 30)
 
 
-def rows_per_tile(vocabulary: int, budget: int, itemsize: int, gradient: int = 0, wait: bool = False) -> Rows:
+def rows_per_tile(
+    sizes: Sequence[int], vocabulary: int, budget: int, itemsize: int, gradient: int = 0, wait: bool = False
+) -> Rows:
     """Rows of tiles under a budget of bytes.
 
     A row takes both models' logits, and its gradient where that does not overwrite them. Every product with a gradient
-    reads and writes all of dW, so few are wanted (docs/roofline.md): of a pair longer than a tile, the gradients of
-    ``WAITING`` smaller tiles can wait for one.
+    reads and writes all of dW, so few are wanted (docs/roofline.md): of a call that is larger than a tile, the
+    gradients of ``WAITING`` smaller tiles can wait for one.
 
     Args:
+        sizes: scored tokens of every pair.
         itemsize: bytes of a logit.
         gradient: bytes of a gradient beside the logits, or 0.
         wait: whether dW is asked for.
     """
-    waiting = WAITING if wait and gradient else 1
-    whole, part = (max(1, budget // (vocabulary * (2 * itemsize + n * gradient))) for n in (1, waiting))
-    return Rows(whole, part, waiting)
+    words = budget // vocabulary
+    whole = max(1, words // (2 * itemsize + gradient))
+    if not (wait and gradient) or sum(sizes) <= whole:
+        return Rows(whole, 0)
+    # A pair that fits in a tile is decided there, and needs no dW of its own that is scaled later.
+    fitting = max((size for size in sizes if size <= whole), default=0)
+    tile = max(1, words // (2 * itemsize + WAITING * gradient), fitting)
+    return Rows(tile, (words - 2 * itemsize * tile) // gradient)
 
 
 class Pass:
@@ -185,23 +240,24 @@ class Pass:
         lengths, sizes = checks.scored_lengths(labels, inputs.cu_seqlens, slices, settings.beta, self.sequence_group)
         # By the largest slice, because all ranks need the same tiles.
         beside = 0 if not any(needs) or policy.gradient_dtype == inputs.dtype else policy.gradient_dtype.itemsize
-        budget = tile_budget(max(sizes), policy.weight.shape[1], execution.max_tile_bytes)
-        rows = rows_per_tile(max(sizes), budget, inputs.dtype.itemsize, beside, needs[1])
-        self.logit_free = engines.logit_free(self.engine, policy, rows.whole, self.keep)
+        budget = tile_budget(max(sizes), policy.weight.shape[1], device.type != "cpu", execution.max_tile_bytes)
+        pairs = len(lengths) // 2
+        of_pairs = [lengths[i] + lengths[pairs + i] for i in range(pairs)]
+        rows = rows_per_tile(of_pairs, max(sizes), budget, inputs.dtype.itemsize, beside, needs[1])
+        self.logit_free = engines.logit_free(self.engine, policy, rows.tile, self.keep)
         if self.logit_free and not any(needs):
-            rows = Rows(max(1, len(labels)), 1, 1)  # there are no logits to find room for
-        self.layout = lay_out(labels, inputs.cu_seqlens, lengths, rows, alone=self.sequence_group is not None)
+            rows = Rows(max(1, len(labels)), 0)  # there are no logits to find room for
+        self.layout = lay_out(labels, lengths, rows, alone=self.sequence_group is not None)
         if self.vocab_group is not None:
             labels = parallel.labels_in_slice(labels, sum(sizes[:rank]), sizes[rank])
         # Kernels read biases, and the logit-free one heads, without strides: copied once a call, where need be.
         self.policy, self.reference = _contiguous(policy, reference, weights=self.logit_free)
         self.x, self.ref_x = inputs.hidden, inputs.ref_hidden
-        pairs, n = self.layout.n_pairs, len(self.layout.order)
+        n = len(self.layout.order)
         self._tiles: dict[str, Tensor] = {}
-        lengths_here = self.layout.bounds.diff()
         self.tokens = Tokens(
             labels=labels[self.layout.order],
-            completion=torch.arange(2 * pairs, device=device).repeat_interleave(lengths_here, output_size=n),
+            completion=self.layout.completion,
             bounds=self.layout.bounds,
             edges=self.layout.edges,
             swept=torch.empty(SWEPT, n, dtype=inputs.dtype, device=device),
@@ -273,28 +329,25 @@ class Pass:
         if self.vocab_group is not None and into.hidden is not None:
             parallel.sum_over(into.hidden, self.vocab_group)
 
-    def gradient(self, tile: slice, a: Tensor | None, chosen: Tensor, rejected: Tensor, waiting: int = 0) -> Tensor:
+    def gradient(self, tile: slice, a: Tensor, coefficient: Tensor, waiting: int = 0) -> Tensor:
         """coefficient·(p − onehot) of a tile, after the ``waiting`` rows of its group that are there already.
 
         Args:
             a: what :meth:`forward` or :meth:`project` gave, overwritten.
-            chosen, rejected: (B,) coefficients per side of a pair.
+            coefficient: (2B,) of the completions in the layout's order, in the compute dtype.
 
         Returns:
             (waiting + rows, V) of the group so far.
         """
-        assert a is not None, "a pass without gradients keeps no logits"
-        both = torch.stack((chosen, rejected), 1).flatten().to(a.dtype)
-        coefficient = both[self.tokens.completion[tile]]
         group, dtype = a, self.policy.gradient_dtype
         if dtype != a.dtype:
             group = self._tile("gradients", waiting + len(a), self.layout.group_rows, dtype)
         self.engine.gradient(a, tile, self.tokens, coefficient, self.policy, group[-len(a) :])
         return group
 
-    def backward(self, group: list[slice], gradients: Tensor, into: Gradients, accumulate: bool) -> None:
+    def backward(self, group: list[Tile], gradients: Tensor, into: Gradients, accumulate: bool) -> None:
         """Adds what follows from the gradients of a group of tiles."""
-        order = self.layout.order[group[0].start : group[-1].stop]
+        order = self.layout.order[group[0].rows.start : group[-1].rows.stop]
         self.policy.backward(gradients, self.x.index_select(0, order), order, into, accumulate)
 
 
@@ -310,24 +363,43 @@ def _contiguous(policy: Head, reference: Head, weights: bool) -> tuple[Head, Hea
     return replace(policy, weight=weight, bias=bias), replace(reference, weight=ref_weight, bias=ref_bias)
 
 
-def decide(tokens: Tokens, pairs: range, settings: Settings, results: Tensor) -> Tensor:
-    """Fills the pairs' columns of a pass's result; gives (B,) coefficients ∂loss_i/∂rejected_logps_i of these pairs."""
+def decide(tokens: Tokens, pairs: range, settings: Settings, results: PairResults) -> Tensor:
+    """Fills in step and β of pairs whose tokens have all been swept.
+
+    Returns:
+        (pairs,) ∂loss_i/∂rejected_logps_i, NaN where a shift is not finite: such a pair must stop a run.
+    """
     part = slice(pairs.start, pairs.stop)
     sums, check = tokens.sums[:, part], tokens.step[part]
-    of = TokenStatistics(*sums)
-    # The veto goes by the very figures that the caller sees, the loss by the sums in float64.
-    sides = torch.stack((of.logp, of.ref_logp, of.kl, of.entropy, of.correct)).transpose(1, 2).flatten(0, 1)
-    *_, chosen_kl, rejected_kl, chosen_entropy, _, _, _ = sides.to(results.dtype)
-    step = withhold_relaxation(check, chosen_entropy, chosen_kl + rejected_kl, settings.max_entropy, settings.max_kl)
+    step = check
+    if settings.max_entropy is not None or settings.max_kl is not None:
+        # The veto goes by the very figures that the caller sees, the loss by the sums in float64.
+        kl, entropy = (row.to(tokens.swept.dtype) for row in TokenStatistics(*sums)[4:6])
+        step = withhold_relaxation(check, entropy[:, 0], kl[:, 0] + kl[:, 1], settings.max_entropy, settings.max_kl)
     beta_i = pair_beta(step, settings.beta, settings.epsilon)
-    losses, coefficient = losses_and_coefficients(tuple(sides[:4]), beta_i.double(), settings.label_smoothing)
-    relaxed, tightened = shifts(sums)
-    finite = torch.isfinite(relaxed) & torch.isfinite(tightened)
-    losses = torch.where(finite, losses, torch.nan)
-    results[:, part] = torch.stack((losses, step, beta_i, *sides, relaxed, tightened, step != check))
-    everyone = coefficient.new_zeros(len(tokens.step))
-    everyone[part] = torch.where(finite, coefficient, torch.nan)
-    return everyone
+    results.step[part], results.beta[part] = step, beta_i
+    coefficient = loss_coefficients(logps(sums), beta_i.double(), settings.label_smoothing)
+    return coefficient + sum(shifts(sums)) * 0
+
+
+def logps(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(TOKEN, pairs, 2) -> (pairs,) of chosen and rejected completions by the policy, then by the reference."""
+    of = TokenStatistics(*sums)
+    return of.logp[:, 0], of.logp[:, 1], of.ref_logp[:, 0], of.ref_logp[:, 1]
+
+
+def fill_in(results: Tensor, tokens: Tokens, label_smoothing: float) -> None:
+    """What (PAIR, B) results hold beside step and β."""
+    of, found = TokenStatistics(*tokens.sums), PairResults(*results)
+    sides = torch.stack((of.logp, of.ref_logp, of.kl, of.entropy, of.correct)).transpose(1, 2).flatten(0, 1)
+    first = PairResults._fields.index("chosen_logps")
+    results[first : first + len(sides)] = sides
+    relaxed, tightened = shifts(tokens.sums)
+    losses = preference_losses(*logps(tokens.sums), found.beta.double(), label_smoothing)
+    found.losses.copy_(losses + (relaxed + tightened) * 0)
+    found.relaxed_shift.copy_(relaxed)
+    found.tightened_shift.copy_(tightened)
+    found.vetoed.copy_(found.step != tokens.step)
 
 
 def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor, Tensor]:
@@ -344,36 +416,43 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
     if not n_pairs:
         return tokens.swept.new_zeros(PAIR, run.pairs), unit
     results = tokens.swept.new_empty(PAIR, n_pairs)
-    one = results.new_ones(n_pairs)
-    wanted = any(run.needs)
+    found, wanted = PairResults(*results), any(run.needs)
+    # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
+    signs = tokens.swept.new_ones(n_pairs, 2)
+    signs[:, 1] = -1
+    signed = torch.empty_like(signs)
     accumulate = False
     for series in run.layout.series:
-        pairs, groups, tiles = series.pairs, series.groups, series.tiles
-        if len(tiles) <= 1:  # none where all tokens of the pair are on other ranks
-            a = run.forward(tiles[0]) if tiles else None
-            run.join(pairs)
-            scaled = decide(tokens, pairs, settings, results) / settings.beta
-            if wanted and tiles:
-                # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
-                run.backward(tiles, run.gradient(tiles[0], a, scaled, -scaled), into, accumulate)
-                accumulate = True
-        else:
-            own = _own_buffers(into, accumulate)
-            for k, group in enumerate(groups):
-                for tile in group:
-                    a = run.forward(tile)
+        own = _own_buffers(into, accumulate) if series.long else into
+        for k, group in enumerate(series.groups):
+            waiting = 0
+            for tile in group:
+                a = run.forward(tile.rows) if len(tile) else None
+                if not series.long:
+                    run.join(tile.pairs)
                     if wanted:
-                        g = run.gradient(tile, a, one, -one, tile.start - group[0].start)
-                if wanted:
-                    run.backward(group, g, own, k > 0)
-            run.join(pairs)
-            coefficient = decide(tokens, pairs, settings, results)
+                        scaled = decide(tokens, tile.pairs, settings, found) / settings.beta
+                        of_pairs = slice(tile.pairs.start, tile.pairs.stop)
+                        torch.mul(scaled[:, None], signs[of_pairs], out=signed[of_pairs])
+                if wanted and a is not None:
+                    g = run.gradient(tile.rows, a, (signs if series.long else signed).flatten(), waiting)
+                    waiting += len(tile)
+            if waiting:
+                run.backward(group, g, own, k > 0 if series.long else accumulate)
+                accumulate = True
+        if series.long:
+            run.join(series.pairs)
+        if series.long and wanted:
+            (coefficient,) = decide(tokens, series.pairs, settings, found)
             if n_pairs == 1:
-                unit = coefficient[0].to(results.dtype)
-            elif wanted:
-                rows = run.layout.order[tiles[0].start : tiles[-1].stop]
-                _scale(own, into, rows, (coefficient[pairs.start] / settings.beta).to(results.dtype))
-            accumulate = True
+                unit = coefficient.to(unit.dtype)
+            else:
+                tiles = series.tiles
+                rows = run.layout.order[tiles[0].rows.start : tiles[-1].rows.stop]
+                _scale(own, into, rows, (coefficient / settings.beta).to(unit.dtype))
+    if not wanted:
+        decide(tokens, range(n_pairs), settings, found)
+    fill_in(results, tokens, settings.label_smoothing)
     run.finish(into)
     return results, unit
 

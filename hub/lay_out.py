@@ -24,7 +24,7 @@ BACKENDS = ("cpu", "cuda", "rocm")
 NAME = "epsdpo-kernels"
 # Several versions of a kernel may be loaded in one process, so each names its op after itself.
 OP = 'return f"epsdpo_kernels::{name}"'
-IMPORT = "from . import plan\n"
+IMPORT = "from . import engines, plan\n"
 
 
 def check_imports(path: Path) -> None:

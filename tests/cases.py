@@ -148,6 +148,37 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     return ((got.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-30)).item()
 
 
+def field_error(got: EpsilonDPOOutput, truth: EpsilonDPOOutput, name: str) -> float:
+    """Largest error of a field over the largest value of what it is made from.
+
+    Rewards and KL are differences of log-probs, so no better than their rounding: they are judged by the log-probs'
+    size. How near a single one comes by luck, in this code or another, says nothing; :func:`rms_ratios` tells.
+    """
+    value = getattr(truth, name).double()
+    size = value.abs().max()
+    side, _, what = name.partition("_")
+    if what in ("rewards", "kl"):
+        logps = getattr(truth, f"{side}_logps").abs().max()
+        size = torch.maximum(size, logps * truth.beta.max() if what == "rewards" else logps)
+    return ((getattr(got, name).double() - value).abs().max() / size.clamp_min(1e-30)).item()
+
+
+def rms_ratios(got: EpsilonDPOOutput, naive: EpsilonDPOOutput, truth: EpsilonDPOOutput) -> dict[str, float]:
+    """Errors of each field, root mean square over the pairs, in units of the naive code's in the same dtype.
+
+    Only of pairs that all decided alike, because rewards and losses follow from the step. Give it hundreds of pairs of
+    one token each: what fp32 rounds off then adds up neither with length nor by chance.
+    """
+    alike = (got.step == truth.step) & (naive.step == truth.step)
+    assert alike.double().mean() > 0.95
+
+    def rms(output: EpsilonDPOOutput, name: str) -> Tensor:
+        return (getattr(output, name).double() - getattr(truth, name))[alike].square().mean().sqrt()
+
+    fields = [n for n in got._fields if n not in (*DISCRETE, "loss") and not n.endswith("token_accuracy")]
+    return {name: (rms(got, name) / rms(naive, name)).item() for name in fields}
+
+
 def worst_error(got: EpsilonDPOOutput, truth: EpsilonDPOOutput) -> float:
     """Largest relative error over all continuous fields."""
     return max(relative_error(g, t) for n, g, t in zip(got._fields, got, truth, strict=True) if n not in DISCRETE)

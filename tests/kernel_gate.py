@@ -4,11 +4,11 @@
 
 A kernel passes if it becomes machine code, its stack is at most 64 bytes (more is a spill), its shared memory is within
 the architecture's limit, its products run on the matrix units where the dtype has them, it adds no floats by atomics,
-whose order nobody knows, and its main loop takes at most 5 % more instructions for a pair of logits than the committed
-count, which ``--update`` renews (then ``python -m bench.tables`` writes docs/kernels.md). The block sizes are those of
-the package's tables; ``--blocks`` puts others in the place of the logit-free kernel's. The table goes to standard
-output and, with the same in JSON, into the folder. Times are what bench/roofline.py predicts of the kernel alone, for
-8192 rows of a 16-bit head on the architecture's card.
+whose order nobody knows, threads that join their sums all come to the same one, and its main loop takes at most 5 %
+more instructions for a pair of logits than the committed count, which ``--update`` renews (then ``python -m
+bench.tables`` writes docs/kernels.md). The block sizes are those of the package's tables; ``--blocks`` puts others in
+the place of the logit-free kernel's. The table goes to standard output and, with the same in JSON, into the folder.
+Times are what bench/roofline.py predicts of the kernel alone, 8192 rows of a 16-bit head on the architecture's card.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ DTYPES = ("bf16", "fp16", "fp32", "bf16+fp32", "fp32+bf16")
 # are no multiple of 16 (the latter is loaded without the copy engine).
 VARIANTS = ("plain", "softcap", "bias", "no epsilon", "odd V", "odd H")
 # The logit-free kernel as scoring uses it, as training does, and on a head that both models share.
-KERNELS = ("sweep", "gradient", "project", "project_store", "project_shared")
+KERNELS = ("sweep", "gradient", "project", "project_store", "project_shared", "scale")
 CASE = ("kernel", "arch", "dtype", "variant")
 COUNTED = ("blocks", *tables.RESOURCES)
 COLUMNS = (*CASE, *COUNTED, "predicted", "seconds", "verdict")
@@ -61,14 +61,15 @@ COLUMNS = (*CASE, *COUNTED, "predicted", "seconds", "verdict")
 # Types of the kernels' arguments by name; the matrices, biases and the gradient have dtypes of their own.
 TYPES = {
     "a_ptr": "*fp32", "b_ptr": "*fp32", "part_ptr": "*fp32", "swept_ptr": "*fp32", "coefficient_ptr": "*fp32",
-    "sums_ptr": "*fp64", "labels_ptr": "*i64", "completion_ptr": "*i64", "bounds_ptr": "*i64",
+    "g_ptr": "*fp32", "factor_ptr": "*fp32", "sums_ptr": "*fp64",
+    "labels_ptr": "*i64", "completion_ptr": "*i64", "bounds_ptr": "*i64",
     "arrived_ptr": "*i32", "finished_ptr": "*i32", "step_ptr": "*i8",
     "a_stride": "i32", "b_stride": "i32", "out_stride": "i32", "swept_stride": "i32", "first": "i32", "rows": "i32",
-    "vocabulary": "i32", "hidden": "i32", "ref_hidden": "i32", "pairs": "i32",
+    "elements": "i32", "vocabulary": "i32", "hidden": "i32", "ref_hidden": "i32", "pairs": "i32",
     "scale": "fp32", "ref_scale": "fp32", "epsilon": "fp32", "softcap": "fp32", "ref_softcap": "fp32",
 }  # fmt: skip
 # What a launch finds divisible by 16: rows of tiles always, the others as heads of nearly all sizes in use are.
-STRIDES, SIZES = ("a_stride", "b_stride", "out_stride"), ("vocabulary", "hidden", "ref_hidden")
+STRIDES, SIZES = ("a_stride", "b_stride", "out_stride"), ("vocabulary", "hidden", "ref_hidden", "elements")
 
 
 def source(case: tuple, blocks=None) -> tuple[ASTSource, dict]:
@@ -85,7 +86,8 @@ def source(case: tuple, blocks=None) -> tuple[ASTSource, dict]:
     constants |= {"PERTURB": variant != "no epsilon", "LANES": row.lanes, "DEPTH": row.depth, "WORDS": row.words}
     constants["TOKENS"] = row.tokens
     options = {"num_warps": row.warps, "num_stages": 1}
-    function = {"sweep": triton_engine._sweep_kernel, "gradient": triton_engine._gradient_kernel}.get(kernel)
+    of_rows = {"sweep": triton_engine._sweep_kernel, "gradient": triton_engine._gradient_kernel}
+    function = (of_rows | {"scale": triton_engine._scale_kernel}).get(kernel)
     if function is None:
         function = triton_project._project_kernel
         descriptors = arch in triton_blocks.DESCRIPTORS and variant != "odd H"
@@ -116,12 +118,23 @@ def exists(case: tuple) -> bool:
     """Whether it is code of its own: only a head reads two dtypes, or an odd H, and only a sweep reads ε."""
     kernel, arch, dtype, variant = case
     projects = kernel.startswith("project")
+    if kernel == "scale":
+        return variant == "plain" and "+" not in dtype
     if "+" in dtype:
         return projects and kernel != "project_shared" and variant == "plain"
     if variant in VARIANTS[3:]:
         needed = {"no epsilon": kernel != "gradient", "odd V": True, "odd H": projects}[variant]
         return needed and dtype != "fp16" and not arch.startswith("gfx")
     return True
+
+
+def fuses_exchanged(ptx: str) -> bool:
+    """Whether a thread adds what it was handed to a product of its own without rounding that.
+
+    Threads that exchange addends then have different last digits in what is the same sum, and all of them may store it.
+    """
+    handed = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    return any(handed & set(re.findall(r"%\w+", line)) for line in re.findall(r"fma\.rn\.f32(.*);", ptx))
 
 
 def check(case: tuple, blocks=None) -> dict:
@@ -144,12 +157,15 @@ def check(case: tuple, blocks=None) -> dict:
         # Pairs of logits that a thread works on in one turn.
         words = {"sweep": sizes.get("DEPTH", 0) * 4 * 32, "gradient": sizes.get("WORDS", 0) // options["num_warps"]}
         pairs = words.get(kernel, (sizes.get("ROWS") or 0) * sizes.get("WORDS", 0) // options["num_warps"]) / 32
-        line["instructions"] = round(machine_code.instructions(compiled.asm["cubin"]) / pairs, 1)
+        if kernel != "scale":  # which goes round no loop
+            line["instructions"] = round(machine_code.instructions(compiled.asm["cubin"]) / pairs, 1)
     else:
         keys = {"registers": "vgpr_count", "stack": "private_segment_fixed_size"}
         line |= {k: int(re.search(rf"\.{v}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for k, v in keys.items()}
     line["seconds"] = round(time.perf_counter() - begin, 2)
     faults = []
+    if fuses_exchanged(compiled.asm.get("ptx", "")):
+        faults.append("copies of a sum differ")
     if line["stack"] > STACK:
         faults.append(f"stack {line['stack']} > {STACK}")
     if compiled.metadata.shared > limit:

@@ -1,5 +1,7 @@
 """The check: the very step of float64, and what it means."""
 
+from itertools import product
+
 import torch
 
 from cases import Case, make_case
@@ -99,28 +101,36 @@ def test_a_pair_decides_alone():
 def test_layout_partitions_the_scored_tokens():
     case = make_case(5, length=9)
     labels = case.labels.flatten()
-    bounds = torch.arange(0, 91, 9)
     counts = (case.labels != -100).sum(1).tolist()
-    for rows in (Rows(1, 1, 1), Rows(2, 2, 1), Rows(7, 3, 4), Rows(20, 12, 1), Rows(7, 1, 2), Rows(1000, 600, 4)):
-        layout = lay_out(labels, bounds, counts, rows)
+    for alone, rows in product(
+        (False, True), (Rows(1, 0), Rows(2, 9), Rows(7, 14), Rows(20, 0), Rows(9, 40), Rows(1000, 0))
+    ):
+        layout = lay_out(labels, counts, rows, alone)
         tiles = [t for s in layout.series for t in s.tiles]
-        assert [i for t in tiles for i in range(t.start, t.stop)] == list(range(sum(counts)))
-        assert max(t.stop - t.start for t in tiles) == layout.rows <= rows.whole
+        assert [i for t in tiles for i in range(t.rows.start, t.rows.stop)] == list(range(sum(counts)))
+        assert max(map(len, tiles)) == layout.rows <= rows.tile
         assert [i for s in layout.series for i in s.pairs] == list(range(5))
         assert layout.bounds.tolist() == layout.edges
+        completions = [c for c in range(10) for _ in range(layout.edges[c + 1] - layout.edges[c])]
+        assert layout.completion.tolist() == completions
         for i in range(5):
             for side, row in ((0, i), (1, 5 + i)):
                 start, stop = layout.edges[2 * i + side : 2 * i + side + 2]
                 expected = (case.labels[row] != -100).nonzero()[:, 0] + 9 * row
                 assert torch.equal(layout.order[start:stop], expected)
         for s in layout.series:
-            assert len(s.tiles) == 1 or len(s.pairs) == 1
-            if len(s.tiles) > 1:
-                assert max(t.stop - t.start for t in s.tiles) <= rows.part
-            assert max(map(len, s.groups)) <= rows.waiting
+            if s.long:
+                assert len(s.pairs) == 1 and not any(t.pairs for t in s.tiles)
+            else:
+                assert [i for t in s.tiles for i in t.pairs] == list(s.pairs)
+                assert not alone or all(len(t.pairs) == 1 for t in s.tiles)
+                for t in s.tiles:
+                    edges = layout.edges[2 * t.pairs.start], layout.edges[2 * t.pairs.stop]
+                    assert edges == (t.rows.start, t.rows.stop)
         groups = [g for s in layout.series for g in s.groups]
-        assert max(g[-1].stop - g[0].start for g in groups) == layout.group_rows
-        assert layout.group_rows <= max(rows.whole, rows.part * rows.waiting)
+        of_groups = [sum(map(len, g)) for g in groups]
+        assert max(of_groups) == layout.group_rows
+        assert all(len(g) == 1 or n <= rows.group for g, n in zip(groups, of_groups, strict=True))
 
 
 def test_tiles_and_their_gradients_fit_the_budget():
@@ -128,12 +138,23 @@ def test_tiles_and_their_gradients_fit_the_budget():
     found = {}
     heads = {"llama3": (128256, 4096), "gemma2": (256000, 3584), "smollm2": (49152, 576)}
     for name, (vocabulary, hidden) in heads.items():
-        budget = tile_budget(vocabulary, hidden)
-        assert budget == min(max(256 << 20, 4 * vocabulary * hidden), 1 << 30)
-        rows = rows_per_tile(vocabulary, budget, itemsize=4, gradient=2, wait=True)
-        for tile, gradients in ((rows.whole, rows.whole), (rows.part, rows.part * rows.waiting)):
-            assert 0.99 * budget < vocabulary * (8 * tile + 2 * gradients) <= budget
-        found[name] = rows.part * rows.waiting
-        assert rows_per_tile(vocabulary, budget, itemsize=4, wait=True) == (budget // (8 * vocabulary),) * 2 + (1,)
-        assert rows_per_tile(vocabulary, budget, itemsize=4, gradient=2).waiting == 1
-    assert found == {"llama3": 2092, "gemma2": 1048, "smollm2": 1364}
+        budget = tile_budget(vocabulary, hidden, on_gpu=True)
+        assert budget == 1 << 30 and tile_budget(vocabulary, hidden, True, 77) == 77
+        assert tile_budget(vocabulary, hidden, on_gpu=False) == min(max(256 << 20, 4 * vocabulary * hidden), 1 << 30)
+
+        def bytes_of(rows, vocabulary=vocabulary):
+            return vocabulary * (8 * rows.tile + 2 * max(rows.group, rows.tile))
+
+        whole = budget // (10 * vocabulary)
+        rows = {size: rows_per_tile([size] * 9999, vocabulary, budget, 4, gradient=2, wait=True)
+                for size in (4, whole // 2, whole, whole + 1)}  # fmt: skip
+        assert all(0.99 * budget < bytes_of(each) <= budget for each in rows.values())
+        assert rows[4] == rows[whole // 2] == rows[whole + 1]
+        assert rows[whole].tile == whole and rows[whole].group < whole + 5  # room for no second tile
+        found[name] = rows[4].group
+        alone = rows_per_tile([whole], vocabulary, budget, 4, gradient=2, wait=True)
+        assert alone == (whole, 0) and 0.99 * budget < bytes_of(alone) <= budget
+        # Logits that gradients overwrite, or no dW: nothing waits.
+        assert rows_per_tile([4] * 9999, vocabulary, budget, 4, wait=True) == (budget // (8 * vocabulary), 0)
+        assert rows_per_tile([4] * 9999, vocabulary, budget, 4, gradient=2) == (whole, 0)
+    assert found == {"llama3": 2093, "gemma2": 1049, "smollm2": 5462}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from cases import DISCRETE, problems, relative_error
+from cases import DISCRETE, field_error, problems, relative_error
 from epsdpo_kernels import engines, epsilon_dpo_reference, linear_epsilon_dpo
 from test_decisions import fp32_bound, lengths
 from test_parity import GRADS, run
@@ -44,15 +44,7 @@ def compare(case, dtype, tolerance: float, options: dict, engine: str, grad=GRAD
     for name in got._fields:
         follows_from_step = name in ("loss", "losses", "beta") or name.endswith("rewards")
         if name not in DISCRETE and not (wrong.any() and follows_from_step):
-            ours, theirs = (relative_error(getattr(o, name), getattr(truth, name)) for o in (got, naive))
-            if name.endswith(("rewards", "kl")):
-                # Differences of log-probs, so no better than their rounding: over the log-probs' size.
-                size = getattr(truth, name.replace("rewards", "logps").replace("kl", "logps")).abs().max()
-                size = size * truth.beta.max() if name.endswith("rewards") else size
-                size = torch.maximum(size, getattr(truth, name).abs().max())
-                ours, theirs = (
-                    ((getattr(o, name).double() - getattr(truth, name)).abs().max() / size).item() for o in (got, naive)
-                )
+            ours, theirs = (field_error(o, truth, name) for o in (got, naive))
             # Where a softcap saturates, which word comes first is a matter of rounding.
             if not (name.endswith("token_accuracy") and options.get("softcap")):
                 assert ours <= theirs + tolerance, name

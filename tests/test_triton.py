@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import flat_call, forbid_words, make_case, plant_first, plant_peaks, relative_error, worst_error
+from cases import flat_call, forbid_words, make_case, plant_first, plant_peaks, relative_error, rms_ratios, worst_error
 from epsdpo_kernels import EpsilonDPOLoss, engines, epsilon_dpo_reference, linear_epsilon_dpo, linear_pair_stats, ops
 from epsdpo_kernels.head import Head
 from epsdpo_kernels.statistics import SWEPT, TOKEN, Tokens
@@ -18,7 +18,7 @@ from test_parity import GRADS, run
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from epsdpo_kernels.engines import triton_blocks, triton_engine, triton_project, triton_sums  # noqa: E402
+from epsdpo_kernels.engines import torch_engine, triton_blocks, triton_engine, triton_project, triton_sums  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not triton_blocks.INTERPRETED, reason="runs in Triton's interpreter"),
@@ -130,6 +130,17 @@ def test_16_bit_inputs_err_no_more_than_the_naive_code(dtype, spread, route):
     for g, n, e in zip(gradients, naive_gradients, expected, strict=True):
         assert g.dtype == dtype
         assert relative_error(g, e) <= relative_error(n, e) + 1e-6
+
+
+@pytest.mark.parametrize("transforms", [{}, {"softcap": 5.0, "logit_scale": 0.7}], ids=["", "softcap"])
+def test_fp32_loses_no_digits_to_the_naive_code(transforms, route):
+    """Of a hundred single tokens, whose rewards and KL are small differences, not half a bit more."""
+    case = make_case(50, length=1, width=64, vocabulary=131, bias=True)
+    truth = epsilon_dpo_reference(*(args := case.arguments())[0], **args[1], **transforms)
+    args, biases = case.arguments(torch.float32)
+    naive = epsilon_dpo_reference(*args, **biases, **transforms)
+    ratios = rms_ratios(linear_epsilon_dpo(*args, **biases, engine="triton", **transforms), naive, truth)
+    assert max(ratios.values()) < 2**0.5, ratios
 
 
 def test_models_of_different_dtype(route):
@@ -327,7 +338,7 @@ def test_rows_beyond_2_31_elements():
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(2, rows, vocabulary, generator=g)
     head = Head(torch.zeros(vocabulary, 1), None, 1.0, None)
-    coefficient = torch.tensor([1.0, 0.5, -1.0, -0.5])
+    coefficient = torch.tensor([1.0, -0.5])
     results = []
     for make in (torch.clone, far_apart):
         mine, ref = make(a), make(b)
@@ -338,6 +349,15 @@ def test_rows_beyond_2_31_elements():
     for near, far in zip(*results, strict=True):
         assert torch.equal(near, far)
     assert results[0][3].abs().sum(1).min() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)  # bf16 is cut off by the interpreter
+def test_gradients_are_scaled_and_rounded_once(dtype):
+    g = torch.randn(5, 203, generator=torch.Generator().manual_seed(1))
+    factor = torch.tensor(0.0173)
+    for engine in (triton_engine, torch_engine):
+        out = engine.scaled(g, factor, dtype)
+        assert out.dtype == dtype and torch.equal(out, (g * factor).to(dtype))
 
 
 GROUP = 2  # row blocks side by side, of which a launch that stops early runs one group
@@ -399,8 +419,9 @@ def test_heads_beyond_2_31_elements():
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_compiled_is_eager(bias, route):
+def test_compiled_is_eager(bias, dtype, route):
     case = make_case(2, length=3, width=16, vocabulary=130, bias=bias)
     loss_fn = EpsilonDPOLoss()
 
@@ -409,7 +430,7 @@ def test_compiled_is_eager(bias, route):
 
     outputs = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        (x, w, labels, *ref), biases = case.arguments(torch.float32, GRADS)
+        (x, w, labels, *ref), biases = case.arguments(dtype, GRADS)
         out = function(x, w, biases["bias"], labels, *ref, biases["ref_bias"])
         inputs = [t for t in (x, w, biases["bias"]) if t is not None]
         outputs.append((*out, *torch.autograd.grad(2 * out.loss, inputs)))

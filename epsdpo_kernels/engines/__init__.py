@@ -14,7 +14,7 @@ ENGINES = ("auto", "torch", "triton")
 # The oldest generation of NVIDIA's that Triton's kernels are compiled for.
 LEAST_CAPABILITY = 8
 # Whether Triton goes through its logit-free kernel, or through library products and a sweep: None leaves it to the
-# table in triton_blocks. Tests and benchmarks say True or False.
+# rule in triton_blocks. Tests and benchmarks say True or False.
 LOGIT_FREE: bool | None = None
 
 
@@ -72,6 +72,4 @@ def logit_free(engine: ModuleType, policy: Head, rows: int, keep: bool) -> bool:
         return LOGIT_FREE
     from . import triton_blocks
 
-    weight = policy.weight
-    arch = triton_blocks.architecture(weight.device)
-    return not keep and triton_blocks.logit_free(arch, weight.element_size(), weight.shape[1], policy.softcap, rows)
+    return not keep and triton_blocks.logit_free(policy.weight.element_size(), rows)

@@ -137,10 +137,11 @@ def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy
     Args:
         a: (rows, V) the policy's x·Wᵀ, as the sweep saw it; not to be read afterwards.
         tile: the tokens that the rows are.
-        coefficient: (rows,) what multiplies p − onehot, sign included.
+        coefficient: (2B,) what multiplies p − onehot in a completion, sign included.
         out: (rows, V) takes the gradient of x·Wᵀ + bias: a itself, or a tile in the policy's ``gradient_dtype``.
     """
     swept, labels = Swept(*tokens.swept[:, tile]), tokens.labels[tile, None]
+    coefficient = coefficient[tokens.completion[tile]]
     top, softcap = swept.max[:, None], policy.softcap
     factor = (coefficient / swept.sum * policy.scale)[:, None]
     minus = torch.where(labels < 0, 0, coefficient[:, None] * policy.scale)
@@ -155,3 +156,8 @@ def gradient(a: Tensor, tile: slice, tokens: Tokens, coefficient: Tensor, policy
             g.mul_(slope)
         if out.dtype != a.dtype:
             out[part] = g
+
+
+def scaled(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """g·factor in another dtype, rounded once, without a second copy in g's own."""
+    return torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype))

@@ -54,11 +54,9 @@ SPLITS = {"interpreter": 3, "gpu": 32}
 # rows, both models', are 16 MB, a third of an H100's L2; a block of the head then leaves memory once for 1024 rows.
 GROUP = 8
 
-# Up to which hidden size, in 16 bits and without a softcap, head and sweep in one are predicted to score faster than
-# library products and a sweep (docs/roofline.md); and below how many rows a tile reading the head takes so long that
-# they do anyway.
-SCORE_LOGIT_FREE = {"sm_80": 256, "sm_90": 320, "sm_100": 192, "sm_120": 640}
-FEW_ROWS = 256
+# Below how many rows a tile head and sweep in one score faster than library products and a sweep: there a library takes
+# longer to read the head than this kernel to multiply. Measured on an H100: 131 rows (docs/tuning.md).
+FEW_ROWS = 128
 
 # Architectures whose copy engine loads blocks through tensor descriptors.
 DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
@@ -104,10 +102,9 @@ def descriptors(arch: str, matrices: list[Tensor]) -> bool:
     )
 
 
-def logit_free(arch: str, itemsize: int, hidden: int, softcap: float | None, rows: int) -> bool:
+def logit_free(itemsize: int, rows: int) -> bool:
     """Whether scoring goes through head and sweep in one, where memory allows tiles of so many rows.
 
     In fp32 it never does: a library's products without matrix units are faster by more than the logits' traffic.
     """
-    small = hidden <= SCORE_LOGIT_FREE.get(arch, 0) and softcap is None
-    return itemsize == 2 and (small or rows < FEW_ROWS)
+    return itemsize == 2 and rows < FEW_ROWS

@@ -227,6 +227,16 @@ def _by_row(lanes, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _row_sum(products):
+    """(ROWS, lanes of a row) -> (ROWS,), the same to the last bit in every thread that has a copy of a row's sum.
+
+    Threads exchange what they add. Were a thread's own product fused with the addition, it alone would not be rounded:
+    the copies would differ, and which of them is stored would be chance. Fused with a zero it is rounded, at no cost.
+    """
+    return tl.sum(products + 0.0, 1)
+
+
+@triton.jit
 def _join(sums, ROWS: tl.constexpr):
     """The sums of rows from those of their lanes, which are neighbours: 8 × (LANES,) -> 8 × (ROWS,)."""
     lanes_top, lanes_ref_top = _by_row(sums[0], ROWS), _by_row(sums[2], ROWS)
@@ -244,13 +254,13 @@ def _join(sums, ROWS: tl.constexpr):
     _, total, _, ref_total, difference, relaxed, tightened, centred = _moved(lanes, top[:, None], ref_top[:, None])
     return (
         top,
-        tl.sum(total, 1),
+        _row_sum(total),
         ref_top,
-        tl.sum(ref_total, 1),
-        tl.sum(difference, 1),
-        tl.sum(relaxed, 1),
-        tl.sum(tightened, 1),
-        tl.sum(centred, 1),
+        _row_sum(ref_total),
+        _row_sum(difference),
+        _row_sum(relaxed),
+        _row_sum(tightened),
+        _row_sum(centred),
     )
 
 

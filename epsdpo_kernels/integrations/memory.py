@@ -69,7 +69,7 @@ def expected_memory(
     return Expected(
         sum(weights.values()) // shards, sum(trained.values()) // shards,
         None if states is None else states * sum(trained.values()) // shards, int(kept * tokens),
-        loss_memory(scored, len(head), head.shape[1], head.requires_grad),
+        loss_memory(scored, len(head), head.shape[1], head.requires_grad, head.device.type != "cpu"),
     )  # fmt: skip
 
 
@@ -78,9 +78,9 @@ def kept_with_checkpointing(layer: float, layers: int, state: float) -> float:
     return layer + layers * state
 
 
-def loss_memory(scored: int, vocabulary: int, width: int, trains_head: bool) -> int:
+def loss_memory(scored: int, vocabulary: int, width: int, trains_head: bool, on_gpu: bool) -> int:
     """Bytes of a call of the loss: tiles, dX and, of a head that trains, dW."""
-    tiles = min(8 * scored * vocabulary, tile_budget(vocabulary, width))
+    tiles = min(8 * scored * vocabulary, tile_budget(vocabulary, width, on_gpu))
     return tiles + 4 * (scored * width + vocabulary * width * trains_head)
 
 
