@@ -105,8 +105,8 @@ def token_statistics(swept: Tensor, epsilon: float) -> Tensor:
         ref_logp=of.ref_label - of.ref_max - ref_log_sum,
         relaxed_shift=u - torch.log1p(of.relaxed / of.sum),
         tightened_shift=-u - torch.log1p(of.tightened / of.sum),
-        # The two lse separately would cancel: their maxima differ exactly, their logs are small.
-        kl=of.difference / of.sum - (of.max - of.ref_max) - (log_sum - ref_log_sum),
+        # The two lse separately would cancel: their maxima differ exactly, and their sums are nearly the same.
+        kl=of.difference / of.sum - (of.max - of.ref_max) - (of.sum / of.ref_sum).log(),
         entropy=log_sum - of.centred / of.sum,
         correct=(of.label >= of.max).to(swept.dtype),
     )

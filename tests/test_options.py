@@ -110,11 +110,18 @@ def test_options_that_need_another_are_refused(tiny, tmp_path):
 def test_numbers_out_of_range_are_refused(tmp_path, name):
     """In the words of the option, before anything of the run is made."""
     said = f"{name}: got .*, takes {re.escape(NUMBERS[name][1])}"
-    args = TrainingArguments(tmp_path, report_to="none", use_cpu=True)
+    args = TrainingArguments(tmp_path, report_to="none", use_cpu=True, eval_strategy="steps", save_strategy="steps")
     for value in (-2, 0, float("nan")):
         vars(args)[name] = value
         with contextlib.nullcontext() if NUMBERS[name][0](value) else pytest.raises(ValueError, match=said):
             check_options(args)
+
+
+def test_numbers_that_nothing_reads_may_be_anything(tmp_path):
+    never = {f"{what}_strategy": "no" for what in ("save", "eval", "logging")}
+    args = TrainingArguments(tmp_path, report_to="none", use_cpu=True, max_steps=3, num_train_epochs=-1, **never)
+    args.save_steps = args.eval_steps = args.logging_steps = 0
+    check_options(args)
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def _token_statistics(sums, label, ref_label, epsilon):
         ref_label - ref_top - ref_log_sum,
         u - _log1p(relaxed / total),
         -u - _log1p(tightened / total),
-        difference / total - (top - ref_top) - (log_sum - ref_log_sum),
+        difference / total - (top - ref_top) - tl.log(total / ref_total),
         log_sum - centred / total,
         label >= top,
     )

@@ -284,13 +284,13 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "eval_accumulation_steps",
-            "dataloader_prefetch_factor", "adam_epsilon", "dataset_num_proc", "pad_to_multiple_of",
+            "dataloader_prefetch_factor", "dataset_num_proc", "pad_to_multiple_of",
             "ref_model_sync_steps",
         ),
         _POSITIVE,
     ),
     **dict.fromkeys(("learning_rate", "weight_decay", "neftune_noise_alpha", "warmup_steps"), _NUMBER),
-    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "max_grad_norm"), _COUNT),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "max_grad_norm", "adam_epsilon"), _COUNT),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
     "max_steps": (lambda x: x > 0 or x == -1, "a positive number, or -1 for num_train_epochs"),
@@ -309,9 +309,13 @@ def check_options(args: Any) -> None:
         ValueError: a number out of range, a compiler that is not there, or sizes of parallelism that do not make up the
             run's processes.
     """
+    # What nothing reads may be anything.
+    unread = {f"{what}_steps" for what in ("logging", "save", "eval") if getattr(args, f"{what}_strategy") != "steps"}
+    if args.max_steps > 0:
+        unread.add("num_train_epochs")
     for name, (taken, words) in NUMBERS.items():
         value = getattr(args, name, None)
-        if isinstance(value, (int, float)) and not taken(value):
+        if isinstance(value, (int, float)) and name not in unread and not taken(value):
             raise ValueError(f"{name}: got {value}, takes {words}")
     backend, known = args.torch_compile_backend, torch.compiler.list_backends(exclude_tags=())
     if args.torch_compile and backend not in known:
