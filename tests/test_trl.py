@@ -296,6 +296,20 @@ def test_resumed_with_its_beta(tiny, tmp_path):
         assert torch.equal(p, q)
 
 
+def test_tokens_are_counted_over_a_resume(tiny, tmp_path):
+    """Also those between the last line of the log and the checkpoint."""
+    more = {"max_steps": 6, "logging_steps": 3, "save_strategy": "steps", "save_steps": 4}
+    whole, cut = (make(tiny, tmp_path, **more) for _ in range(2))
+    whole.train()
+    cut.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    loader, tokens = whole.get_train_dataloader(), []
+    for epoch in range(2):  # of 4 steps
+        loader.set_epoch(epoch)
+        tokens += [int(batch["attention_mask"].sum()) for batch in loader]
+    for trainer in (whole, cut):
+        assert [entry["num_tokens"] for entry in entries(trainer)] == [sum(tokens[:12]), sum(tokens[:24])]
+
+
 @pytest.mark.parametrize("more", [{}, {"sync_ref_model": True, "ref_model_sync_steps": 1}, {"lora": True}], ids=str)
 def test_the_best_model_comes_with_its_beta_and_reference(tiny, tmp_path, more):
     """β falls, so the first evaluation is the best by it, and later steps have moved everything."""

@@ -84,6 +84,7 @@ check_trl()
 
 LOSS_STATE = "epsilon_dpo.safetensors"
 REFERENCE_STATE = "reference.safetensors"
+TOKENS = "num_tokens"  # beside β, trained on so far
 IGNORE = -100
 # A pair's figures by their names in TRL's log. Entropy is a token's there, and nothing is vetoed.
 OF_PAIRS = {
@@ -433,7 +434,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.loss_fn.state_dict(), folder / LOSS_STATE, as_metadata(self._settings))
+            state = self.loss_fn.state_dict() | {TOKENS: torch.tensor(self._total_train_tokens)}
+            save_file(state, folder / LOSS_STATE, as_metadata(self._settings))
             if self.args.sync_ref_model:
                 save_model(self._plain(self.ref_model), str(folder / REFERENCE_STATE))
         super()._save_checkpoint(model, trial)
@@ -451,18 +453,21 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         check_settings(folder / LOSS_STATE, self._settings)
         check_checkpoint(folder, self)
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._load_state(folder)
+        self._total_train_tokens = int(self._load_state(folder))
 
     def _load_best_model(self):
         super()._load_best_model()
         self._load_state(Path(str(self.state.best_model_checkpoint)))
 
-    def _load_state(self, checkpoint: Path) -> None:
-        """β, and the reference where it moves, as they were with a checkpoint's model."""
+    def _load_state(self, checkpoint: Path) -> Tensor:
+        """β, and the reference where it moves, as they were with a checkpoint's model. The tokens trained on: ()."""
         load_renamed(self, checkpoint)
-        self.loss_fn.load_state_dict(load_file(checkpoint / LOSS_STATE))
+        state = load_file(checkpoint / LOSS_STATE)
+        tokens = state.pop(TOKENS)
+        self.loss_fn.load_state_dict(state)
         if self.args.sync_ref_model:
             load_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))
+        return tokens
 
 
 class _Loss(EpsilonDPOLoss):
