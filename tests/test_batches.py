@@ -125,8 +125,8 @@ def test_no_layout_changes_a_run_of_trl(tiny, tmp_path, monkeypatch):
         assert trainer.packed == more.get("packed", True)
         assert trainer.loss_fn.beta.item() == pytest.approx(first.loss_fn.beta.item(), rel=1e-6)
         for a, b in zip(trainer.state.log_history[:-1], first.state.log_history[:-1], strict=True):
-            # Not where TRL averages over a micro-batch's tokens: logits, entropy, accuracy.
-            for name in ("loss", "grad_norm", "kl/relaxed", "kl/tightened", "kl/beta", "kl/chosen", "logps/rejected"):
+            of_pairs = ("loss", "grad_norm", "kl/relaxed", "kl/tightened", "kl/beta", "kl/chosen", "logps/rejected")
+            for name in (*of_pairs, "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "num_tokens"):
                 if name in b:
                     assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
         for name in ("eval_loss", "eval_kl/chosen", "eval_rewards/margins", "eval_logits/rejected"):

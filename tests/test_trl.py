@@ -203,10 +203,10 @@ def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, lora, packed):
             name.removeprefix("eval_") for name in names
         }
         for name in names:
-            # TRL averages the ten evaluation pairs' batches (8 and 2), here pairs weigh alike. Its averages over the
-            # tokens of a micro-batch say which pairs share one, and packed rows are dealt otherwise.
-            dealt = packed and name in ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
-            if (not name.startswith("eval_") and not dealt) or name == "eval_loss":
+            # TRL averages the ten evaluation pairs' batches (8 and 2), and micro-batches' means over tokens; here pairs
+            # and tokens weigh alike.
+            of_tokens = name in ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+            if (not name.startswith("eval_") and not of_tokens) or name == "eval_loss":
                 assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), name
             else:
                 assert name in a
@@ -221,6 +221,20 @@ def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, lora, packed):
         head = ours.model.get_output_embeddings()
         assert torch.equal(head.original_module.weight, trl_runs.model(tiny).lm_head.weight)
         assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_means_over_tokens_do_not_know_of_micro_batches(tiny, tmp_path, packed):
+    """In four micro-batches a step, and these cut, they are what TRL logs of all twelve pairs as one."""
+    more = {"max_steps": 3}
+    ours = make(tiny, tmp_path, epsilon=0.0, packed=packed, max_tokens_per_batch=40, **more)
+    more |= {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
+    theirs = make(tiny, tmp_path, trainer=trl.DPOTrainer, config=trl.DPOConfig, **more)
+    for trainer in (ours, theirs):
+        trainer.train()
+    for a, b in zip(entries(ours), entries(theirs), strict=True):
+        for name in ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "num_tokens"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
@@ -278,8 +292,8 @@ def test_evaluation(tiny, tmp_path):
     }  # fmt: skip
     for name, value in expected.items():
         assert metrics[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-3, abs=1e-6), name
-    assert 0 < right < 1  # TRL averages its token figures over batches, the last of 3 pairs
-    assert metrics["eval_mean_token_accuracy"] == pytest.approx(right, abs=0.1)
+    assert 0 < right < 1
+    assert metrics["eval_mean_token_accuracy"] == pytest.approx(right)  # of all tokens; the last batch has 3 pairs
     assert torch.equal(trainer.loss_fn.beta, beta) and trainer.loss_fn.counts.sum() == 0
 
 

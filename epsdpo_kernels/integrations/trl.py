@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,10 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             self.train_dataset, self.eval_dataset = map(self.numbered, (self.train_dataset, self.eval_dataset))
         self.keep_identities(LOSS_STATE)
         self._settings = self._run_settings()
+        # Since the last line of the log, by split and figure: (2,) its sum over tokens, and these.
+        self._sums: dict[str, Any] = {
+            split: defaultdict(lambda: torch.zeros(2).double()) for split in ("train", "eval")
+        }
         check_metric(self, self._metric_names())
         if config.record:
             self.start_recording(self._options())
@@ -380,10 +385,13 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         return {name: of_pairs(batch[name], pairs) for name in rows if name in batch}, of_pairs(labels, pairs), pairs
 
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor, own: int) -> None:
-        """Hands TRL's log the figures of the first ``own`` pairs of every rank, so that its mean is theirs."""
+        """Hands the log the figures of the first ``own`` pairs of every rank, so that its means are theirs."""
         chosen, rejected = (labels != IGNORE).sum(1).chunk(2)
         of_pair = {OF_PAIRS[name]: values for name, values in pair_metrics(out).items() if name in OF_PAIRS}
         of_pair["losses"] = out.losses
+        if self.aux_loss_enabled:  # a micro-batch's, which weighs in the loss as many pairs as it has
+            router_loss = (out.loss - out.losses.mean()).detach() / self.router_aux_loss_coef
+            of_pair["aux_loss"] = router_loss.expand_as(out.losses)
         # Where TRL averages over tokens: sums over a pair's.
         sums = {
             "entropy": (out.chosen_entropy * chosen + out.rejected_entropy * rejected, chosen + rejected),
@@ -407,14 +415,18 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             else:
                 metrics[name].extend(values)
         for i, name in enumerate(sums):
-            total, tokens = (sum(figures[len(of_pair) + 2 * i + k]) for k in (0, 1))
-            metrics[name].append(total / tokens)
+            first = len(of_pair) + 2 * i
+            self._sums[split][name] += torch.tensor(figures[first : first + 2], dtype=torch.float64).sum(1)
         if split == "train":
             self._total_train_tokens += int(sum(figures[-1])) // self.row_ranks
         metrics["num_tokens"] = [self._total_train_tokens]
-        if self.aux_loss_enabled:
-            router_loss = (out.loss - out.losses.mean()).detach() / self.router_aux_loss_coef
-            metrics["aux_loss"].append(self.accelerator.reduce(router_loss, "mean").item())
+
+    def log(self, logs, start_time=None):
+        split = "train" if self.model.training else "eval"
+        for name, (total, tokens) in self._sums[split].items():
+            self._metrics[split][name] = [(total / tokens).item()]
+        self._sums[split].clear()
+        super().log(logs, start_time)
 
     def _stop_if_not_finite(self, split: str, losses: list[float]) -> None:
         bad = [i for i, loss in enumerate(losses) if loss - loss != 0]
