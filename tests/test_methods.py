@@ -192,8 +192,10 @@ def test_bad_numbers_are_named():
         make_loss(
             "ppo", beta=0.1, epsilon=0.1, beta_update="none", label_smoothing=0.0, veto={}, beta_dpo={}, lsc_dpo={}
         )
-    with pytest.raises(ValueError, match=r"keep: got 0, takes a number in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"^beta_dpo_keep: got 0, takes a number in \(0, 1\]"):
         BetaDPOLoss(keep=0)
+    with pytest.raises(ValueError, match="^beta_dpo_alpha: got nan, takes a finite number"):
+        BetaDPOLoss(alpha=float("nan"))
     with pytest.raises(ValueError, match="lsc_eta: got -1, takes a positive finite number"):
         LSCDPOLoss(eta=-1)
     with pytest.raises(ValueError, match="lsc_z_star: got inf"):

@@ -178,11 +178,12 @@ def test_what_would_train_another_model_is_refused(tiny, tmp_path):
         (peft.PrefixTuningConfig(num_virtual_tokens=-1, task_type="CAUSAL_LM"), "num_virtual_tokens=-1 of Prefix"),
         (peft.PromptEncoderConfig(task_type="CAUSAL_LM"), "num_virtual_tokens=None of PromptEncoderConfig, takes"),
         (peft.AdaptionPromptConfig(adapter_len=0, task_type="CAUSAL_LM"), "adapter_len=0 of AdaptionPromptConfig"),
+        (peft.VeraConfig(r=0, task_type="CAUSAL_LM"), "r=0 of VeraConfig, takes a positive number"),
         (peft.PromptTuningConfig(num_virtual_tokens=3), "task_type=None of PromptTuningConfig, takes 'CAUSAL_LM'"),
         (peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"), "task_type='SEQ_CLS' of Prefix"),
     ],
 )  # fmt: skip
-def test_virtual_tokens_that_would_not_be_there_are_refused(tiny, tmp_path, config, said):
+def test_adapters_of_nothing_are_refused(tiny, tmp_path, config, said):
     with pytest.raises(ValueError, match=f"peft_config: got {said}"):
         EpsilonDPOTrainer(
             trl_runs.model(tiny), args=EpsilonDPOConfig(**trl_runs.options(tmp_path)),

@@ -47,8 +47,10 @@ class BetaDPOLoss(nn.Module):
         super().__init__()
         if not (math.isfinite(beta) and beta > 0):
             raise ValueError(f"beta: got {beta}, takes a positive finite number")
+        if not math.isfinite(alpha):
+            raise ValueError(f"beta_dpo_alpha: got {alpha}, takes a finite number")
         if not 0 < keep <= 1:
-            raise ValueError(f"keep: got {keep}, takes a number in (0, 1]")
+            raise ValueError(f"beta_dpo_keep: got {keep}, takes a number in (0, 1]")
         self.base_beta, self.alpha, self.keep = beta, alpha, keep
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float32))
         # Averages of a whole run: in float32 they gather roundings, which β shows where margin − M₀ is near −1/α.

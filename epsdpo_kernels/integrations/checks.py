@@ -229,7 +229,7 @@ def _trained_in_reference(model: Any, autocast: torch.dtype | None, batch: dict[
 
 
 def check_adapter(config: Any) -> None:
-    """Raises ValueError where PEFT would make an adapter without tokens, or no causal language model with them.
+    """Raises ValueError where PEFT would make an adapter of nothing, or no causal language model with virtual tokens.
 
     Args:
         config: a ``peft.PeftConfig``, or None.
@@ -241,6 +241,8 @@ def check_adapter(config: Any) -> None:
                 f"peft_config: got {name}={count!r} of {type(config).__name__}, takes a positive number: with no token "
                 "nothing would train"
             )
+    if getattr(config, "peft_type", None) in ("VERA", "PVERA") and config.r < 1:  # PEFT divides by it first
+        raise ValueError(f"peft_config: got r={config.r} of {type(config).__name__}, takes a positive number")
     task = getattr(config, "task_type", None)
     if getattr(config, "is_prompt_learning", False) and task != "CAUSAL_LM":
         got = getattr(task, "value", task)
