@@ -48,6 +48,7 @@ from .checks import (
     NotFiniteError,
     check_causal,
     check_checkpoint,
+    check_deepspeed,
     check_gradient,
     check_launch,
     check_metric,
@@ -179,6 +180,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         loss_fn = _Loss(settings.beta, config.epsilon, config.beta_update, settings.label_smoothing)
         if args is not None:
             _refuse_arguments(args)
+            if args.deepspeed_plugin:  # before TRL makes its engines
+                check_deepspeed(args.deepspeed_plugin.deepspeed_config)
         _refuse_adapters(model, ref_model)
         super().__init__(model, ref_model, args, *rest, **kwargs)
         _refuse_launch(self)
