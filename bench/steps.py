@@ -125,8 +125,8 @@ def make_trainer(variant: str, model: Any, tokenizer: Any) -> Any:
 
 def step(trainer: Any, pairs: list[Pair]) -> None:
     """One optimizer step on a batch of pairs."""
-    batch = trainer.data_collator(pairs)
-    # What Trainer's loop does around a step of one micro-batch.
+    # What Trainer's loop does around a step of one micro-batch, which accelerate's loader has put on the device.
+    batch = trainer._prepare_inputs(trainer.data_collator(pairs))
     trainer.accelerator.gradient_state._set_sync_gradients(True)
     trainer.current_gradient_accumulation_steps = 1
     (batch,), items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)

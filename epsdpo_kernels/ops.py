@@ -61,6 +61,16 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
     return loss, results, dx, dw, db, unit
 
 
+# An op of its own, because a compiler that traces backward must not look into a kernel.
+scaled = torch.library.custom_op(
+    op_name("scaled"),
+    lambda g, factor, dtype, engine: engines.tile_operations(engine, g).scaled(g, factor, dtype),
+    mutates_args=(),
+    schema="(Tensor g, Tensor factor, ScalarType dtype, str engine) -> Tensor",
+)
+scaled.register_fake(lambda g, factor, dtype, engine: torch.empty_like(g, dtype=dtype))
+
+
 def _keep_gradients(ctx, inputs, output) -> None:
     _, results, *gradients, unit = output
     ctx.save_for_backward(*gradients, unit)
@@ -78,16 +88,13 @@ def _scale_gradients(ctx, grad_loss, *_):
     # The factor comes in before the cast, so that a loss scaler finds what it needs.
     factor = grad_loss * unit
     # A graph that is not kept gives its buffers away: no second dX and dW. No public call tells; ctx would have to.
-    compiling = torch.compiler.is_compiling()
-    kept = compiling or torch._C._autograd._get_current_graph_task_keep_graph()
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
     gradients: list[Tensor | None] = []
     for g, needed in zip(buffers, ctx.needs, strict=True):
         if not needed:
             gradients.append(None)
-        elif compiling:
-            gradients.append((g * factor).to(ctx.dtype))
         elif kept or g.dtype != ctx.dtype:
-            gradients.append(engines.tile_operations(ctx.engine, g).scaled(g, factor, ctx.dtype))
+            gradients.append(scaled(g, factor, ctx.dtype, ctx.engine))
         else:
             gradients.append(g.mul_(factor))
     return (*gradients, *[None] * (ctx.arguments - 3))

@@ -419,8 +419,9 @@ def test_heads_beyond_2_31_elements():
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_compiled_is_eager(bias, route):
+def test_compiled_is_eager(bias, dtype, route):
     case = make_case(2, length=3, width=16, vocabulary=130, bias=bias)
     loss_fn = EpsilonDPOLoss()
 
@@ -429,7 +430,7 @@ def test_compiled_is_eager(bias, route):
 
     outputs = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        (x, w, labels, *ref), biases = case.arguments(torch.float32, GRADS)
+        (x, w, labels, *ref), biases = case.arguments(dtype, GRADS)
         out = function(x, w, biases["bias"], labels, *ref, biases["ref_bias"])
         inputs = [t for t in (x, w, biases["bias"]) if t is not None]
         outputs.append((*out, *torch.autograd.grad(2 * out.loss, inputs)))
