@@ -113,20 +113,7 @@ def _check(variant: str, case: Case, device: str) -> dict[str, Any]:
 
 
 def exact(s: Session) -> None:
-    """Every variant against float64, decisions of thousands of pairs, and the same bits 50 times over."""
-    for dtype in ("bfloat16",) if s.quick else ("bfloat16", "float32"):
-        for head in ("tiny", "tiny-softcap"):
-            for variant in s.variants:
-                case = Case(head, 12, pairs=3, masked=0.5, dtype=dtype)
-                s.once(partial(_check, variant, case, s.device), kind="check", variant=variant, **case.as_dict())
-    for head in () if s.tiny else HEAD_ORDER:
-        case = Case(head, 64, masked=0.25, dtype="bfloat16")
-        for variant in s.variants:
-            s.once(partial(_check, variant, case, s.device), kind="check", variant=variant, **case.as_dict())
-    for drift in fidelity.DRIFTS[:: 2 if s.quick else 1]:
-        batches, vocabulary = (1, 1031) if s.tiny else (20, 16384)
-        pairs = fidelity.synthetic(drift, batches, vocabulary=vocabulary, device=s.device)
-        s.once(partial(fidelity.decide_all, pairs, s.progress, f"drift {drift}"), kind="synthetic", drift=drift)
+    """The same bits 50 times over, decisions of thousands of pairs, and every variant against float64."""
 
     def repeated() -> dict[str, Any]:
         case = Case("tiny" if s.tiny else "llama3", 16 if s.tiny else 2048, pairs=2, masked=0.25, dtype="bfloat16")
@@ -141,6 +128,16 @@ def exact(s: Session) -> None:
         return {"repetitions": 50, "different": different}
 
     s.once(repeated, kind="repeated")
+    for drift in fidelity.DRIFTS[:: 2 if s.quick else 1]:
+        batches, vocabulary = (1, 1031) if s.tiny else (20, 16384)
+        pairs = fidelity.synthetic(drift, batches, vocabulary=vocabulary, device=s.device)
+        s.once(partial(fidelity.decide_all, pairs, s.progress, f"drift {drift}"), kind="synthetic", drift=drift)
+    cases = [Case(head, 64, masked=0.25, dtype="bfloat16") for head in (() if s.tiny else HEAD_ORDER)]
+    for dtype in ("bfloat16",) if s.quick else ("bfloat16", "float32"):
+        cases += [Case(head, 12, pairs=3, masked=0.5, dtype=dtype) for head in ("tiny", "tiny-softcap")]
+    for case in cases:
+        for variant in s.variants:
+            s.once(partial(_check, variant, case, s.device), kind="check", variant=variant, **case.as_dict())
 
 
 # Speed and memory

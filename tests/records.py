@@ -87,7 +87,8 @@ def write_run(
         if split == "train":
             loss_fn.counts += torch.tensor([int((decision == sign).sum()) for sign in (1, 0, -1)])
         recorders[rank].append({
-            "step": step, "micro": micro, "epoch": epoch, "split": split, "method": options["method"],
+            "step": step, "policy_step": step - (split == "train"), "micro": micro,
+            "epoch": epoch, "split": split, "method": options["method"],
             "pair_id": [ids[r] for r in row], "row": row, "chosen_tokens": tokens[0, row],
             "rejected_tokens": tokens[1, row], "chosen_logp": chosen, "rejected_logp": rejected,
             "ref_chosen_logp": ref_chosen, "ref_rejected_logp": ref_rejected, "margin": margin,

@@ -105,6 +105,7 @@ def test_an_altered_decision_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("column", "change", "named"),
     [
+        ("policy_step", lambda v: v - 1, {"policy_step"}),
         ("beta", lambda v: v * 1.00001, {"beta"}),
         ("beta_used", lambda v: v * 1.00001, {"beta_used"}),
         ("margin", lambda v: v + 0.01, {"margin"}),
@@ -130,6 +131,23 @@ def test_every_altered_figure_is_named(tmp_path, column, change, named):
     assert {finding.column for finding in here} == named - ({"beta"} if column == "relaxed_shift" else set())
     if column != "relaxed_shift":  # a shift moves the decision, and with it the running β of every later step
         assert len(here) == len(found.findings)
+
+
+@pytest.mark.parametrize("method", ["eps-dpo", "beta-dpo"])
+def test_an_evaluation_is_of_the_policy_that_it_names(tmp_path, method):
+    """The last step's or an earlier one's, with the β after that step."""
+    write_run(tmp_path, **({"method": method, "epsilon": 0.0} if method == "beta-dpo" else {}))
+    rows = pq.read_table(parts(tmp_path / "record")[0]).to_pylist()
+    place = next(i for i, row in enumerate(rows) if row["split"] == "eval")
+    step, held = rows[place]["step"], {row["step"]: row["beta"] for row in rows if row["split"] == "train"}
+    alter(tmp_path, place, policy_step=step + 1)
+    assert [(f.column, f.holds, f.follows) for f in audit(tmp_path).findings if f.column == "policy_step"] == [
+        ("policy_step", str(step + 1), str(step))
+    ]
+    if method == "eps-dpo":
+        alter(tmp_path, place, policy_step=3)
+        (finding,) = [f for f in audit(tmp_path).findings if f.column == "beta"]
+        assert finding.place == place and float(finding.follows) == pytest.approx(held[4], rel=1e-6)
 
 
 def test_a_veto_must_follow_from_its_bounds(tmp_path):
@@ -314,6 +332,7 @@ def test_what_a_method_needs(tmp_path, capsys, method):
     ("column", "value", "taken"),
     [
         ("step", 10**12, "an integer from 0, below 2^31"), ("step", -5, "an integer from 0, below 2^31"),
+        ("policy_step", -1, "an integer from 0, below 2^31"),
         ("micro", -2, "an integer from 0"), ("rank", 3, "0, as the part's name says"),
         ("epoch", math.inf, "a finite number from 0"), ("epoch", -5.0, "a finite number from 0"),
         ("row", -7, "an integer from 0, or null"), ("chosen_tokens", -1, "an integer from 0"),
@@ -562,7 +581,8 @@ def test_a_long_run_of_beta_dpo(tmp_path):
         losses, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), used.double(), 0.0)
         columns = {name: 0.0 for name in SCHEMA.names if name not in ("rank", "label")}
         recorder.append(columns | {
-            "step": step, "micro": 0, "epoch": float(step - 1), "split": "train", "method": "beta-dpo",
+            "step": step, "policy_step": step - 1, "micro": 0, "epoch": float(step - 1), "split": "train",
+            "method": "beta-dpo",
             "pair_id": [f"{n:016x}" for n in range(16)], "row": range(16), "vetoed": False, "beta": before,
             "chosen_logp": margins.numpy(), "margin": margins.numpy(), "beta_used": used.numpy(),
             "loss": torch.where(kept, losses, 0).numpy(), "coefficient": coefficient.numpy(),

@@ -40,7 +40,7 @@ def test_gpu_program_runs_and_resumes(tmp_path, monkeypatch):
     assert {part: {r["kind"] for r in each} for part, each in found.items()} == parts
     assert not [r for each in found.values() for r in each if r["outcome"] == "failed"]
     assert {r["outcome"] for r in found["smoke"]} == {"ok"} and len(found["smoke"]) == 2 * 4 + 3 * 2 * 2 + 1
-    assert found["exact"][-1]["different"] == 0
+    assert found["exact"][0]["different"] == 0
     assert set(found["stages"][0]["stages"]) == {
         "policy product", "reference product", "sweep", "decide", "gradient", "dX", "dW", "head and sweep in one",
         "head and sweep in one, logits not kept",

@@ -142,6 +142,30 @@ def test_ids_are_one_a_pair(tmp_path, pair_id, named):
         Record(tmp_path, loss_fn).append(out, labels, step=1, pair_id=pair_id)
 
 
+def test_an_evaluation_of_an_earlier_checkpoint_says_so(tmp_path):
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record = Record(tmp_path, loss_fn)
+    steps(record, loss_fn, 1, 2)
+    after = loss_fn.beta.item()
+    steps(record, loss_fn, 3, 6)
+    out, labels = call(loss_fn)
+    for split, policy_step, taken in (
+        ("train", 2, "takes 5"),
+        ("eval", 7, "takes 0 to 6"),
+        ("eval", -1, "takes 0 to 6"),
+    ):
+        with pytest.raises(ValueError, match=f"policy_step: got {policy_step} at step 6 of {split!r}, {taken}"):
+            record.append(out, labels, step=6, split=split, policy_step=policy_step)
+    loss_fn.eval()
+    record.append(call(loss_fn)[0], labels, step=6)
+    loss_fn.beta.fill_(after)
+    record.append(call(loss_fn)[0], labels, step=6, policy_step=2)
+    record.close()
+    found = audit(tmp_path)
+    assert found.ok, str(found)
+    assert found.table["policy_step"].to_pylist() == [step for step in (0, 1, 2, 3, 4, 5, 6, 2) for _ in range(3)]
+
+
 def test_resumed_with_the_facts_of_its_start(tmp_path):
     loss_fn = EpsilonDPOLoss(0.1, 0.05)
     record = Record(tmp_path, loss_fn, facts={"pairs": {"train": 3}})

@@ -19,6 +19,7 @@ pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
 from epsdpo_kernels.integrations.checkpoints import last_checkpoint  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
+from epsdpo_kernels.record.audit import audit  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
 from train.data import Collator  # noqa: E402
@@ -244,6 +245,11 @@ def test_the_best_model_comes_with_its_beta_and_reference(tiny, tmp_path, method
         *(["eval_beta/running"] * (method == "eps-dpo")),
     ):
         assert now[name] == pytest.approx(log[2][name], rel=1e-6) != pytest.approx(log[6][name], rel=1e-6)
+    trainer.record.close()
+    found = audit(tmp_path)
+    assert found.ok, str(found)
+    rows = found.table.to_pandas().query("split == 'eval'")
+    assert rows.groupby(["step", "policy_step"]).size().to_dict() == {(2, 2): 12, (4, 4): 12, (6, 2): 12, (6, 6): 12}
 
 
 def test_a_metric_that_no_evaluation_gives_is_refused(tiny, tmp_path):

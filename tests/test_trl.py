@@ -608,6 +608,28 @@ def test_refused_launches(how, said):
             _refuse_launch(launched(**how))
 
 
+@pytest.mark.parametrize(
+    "zero, said",
+    [
+        (None, "got stage None"), ({}, "got stage None of zero_optimization, takes 1, 2 or 3"),
+        ({"stage": 0}, "got stage 0"),
+        ({"stage": 3, "stage3_module_granularity_threshold": 9}, "got stage3_module_granularity_threshold=9 .*takes 0"),
+        ({"stage": 3, "stage3_module_granularity_threshold": 0}, None),
+        ({"stage": 2, "stage3_module_granularity_threshold": 9}, None),  # which is ZeRO-3's alone
+    ],
+)  # fmt: skip
+def test_refused_settings_of_deepspeed(tiny, tmp_path, zero, said):
+    """Before TRL makes its engines, which fail with errors that name none of them."""
+    config = {} if zero is None else {"zero_optimization": zero}
+    args = EpsilonDPOConfig(**trl_runs.options(tmp_path))
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)
+    if said is None:
+        checks.check_deepspeed(config)
+    else:
+        with pytest.raises(ValueError, match=f"deepspeed: .*{said}"):
+            EpsilonDPOTrainer(trl_runs.model(tiny), args=args, train_dataset=trl_runs.pairs(tiny))
+
+
 @pytest.mark.parametrize("name, argument", [("load_best_model_at_end", "best"), ("sync_ref_model", "sync")])
 def test_what_a_split_model_does_not_go_with(monkeypatch, name, argument):
     monkeypatch.setattr(checks, "vocab_group", lambda head: "a group")

@@ -224,6 +224,45 @@ def test_evaluations_outside_of_training(tiny, tmp_path):
     assert audit(tmp_path / "alone").ok and len(frame(tmp_path / "alone")) == 6
 
 
+def test_the_best_checkpoint_is_evaluated_as_what_it_is(tiny, tmp_path):
+    """Its policy and its β, after the last step; a resumed run, or another training, begins with its own again."""
+    data = trl_runs.pairs(tiny)
+    sets = {"a": data.select(range(4)), "b": data.select(range(5))}
+    # β falls, so the first evaluation is the best by it.
+    best = {
+        "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_kl/beta", "greater_is_better": True,
+    }  # fmt: skip
+    trainer = make(tiny, tmp_path, data, eval_dataset=sets, max_steps=6, **best)
+    trainer.train()
+    trainer.evaluate()
+    trainer.evaluate(data.select(range(6)))
+    trainer.predict(trainer.eval_dataset["b"])
+    found = audit(tmp_path)
+    assert found.ok, str(found)
+    rows = found.table.to_pandas()
+    held_out = rows[rows["split"] != "train"].assign(split=lambda of: of["split"].str.split("@").str[0])
+    assert held_out.groupby(["split", "step", "policy_step"]).size().to_dict() == {
+        ("eval", 6, 3): 6, ("eval_a", 3, 3): 4, ("eval_a", 6, 3): 4, ("eval_a", 6, 6): 4, ("eval_b", 3, 3): 5,
+        ("eval_b", 6, 3): 5, ("eval_b", 6, 6): 5, ("test", 6, 3): 5,
+    }  # fmt: skip
+    again, then = (held_out.query(f"split == 'eval_a' and step == {step} and policy_step == 3") for step in (6, 3))
+    for name in ("row", "beta", "beta_used", "margin", "loss", "decision"):
+        assert again[name].tolist() == then[name].tolist(), name
+    assert (held_out.query("policy_step == 6")["beta"] < again["beta"].iloc[0]).all()
+    # The report draws it where the policy is from.
+    (shown,) = data_of(report([tmp_path]))["runs"]
+    assert [one["step"] for one in shown["evaluation"] if one["name"] == "eval_a"] == [[3, 6]]
+
+    trainer = make(tiny, tmp_path, data, eval_dataset=sets, max_steps=8, **best | {"load_best_model_at_end": False})
+    trainer.train(resume_from_checkpoint=True)
+    trainer.evaluate()
+    found = audit(tmp_path)
+    assert found.ok, str(found)
+    rows = found.table.to_pandas().query("split == 'eval_a'")
+    assert rows.groupby(["step", "policy_step"]).size().to_dict() == {(3, 3): 4, (6, 3): 4, (6, 6): 4, (8, 8): 8}
+
+
 def test_texts_are_found_again(tiny, tmp_path, monkeypatch):
     """In the file that `datasets` keeps of the data, whatever order they were put in since."""
     rows = trl_runs.pairs(tiny).to_list()

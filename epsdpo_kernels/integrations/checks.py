@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -343,13 +343,23 @@ def check_launch(trainer: Any) -> None:
     if parallelism is not None and parallelism.tp_size > 1:
         _check_tensor_parallelism(trainer)
     if trainer.is_deepspeed_enabled:
-        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-        if (size := config.get("tensor_parallel", {}).get("autotp_size", 0)) > 1:
-            raise ValueError(f"deepspeed: got autotp_size={size}, takes ZeRO alone: the vocabulary has to be whole")
-        if (stage := config.get("zero_optimization", {}).get("stage")) not in (1, 2, 3):
-            raise ValueError(f"deepspeed: got stage {stage} of zero_optimization, takes 1, 2 or 3")
+        check_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where DeepSpeed's configuration asks for what the loss does not go with."""
+    if (size := config.get("tensor_parallel", {}).get("autotp_size", 0)) > 1:
+        raise ValueError(f"deepspeed: got autotp_size={size}, takes ZeRO alone: the vocabulary has to be whole")
+    zero = config.get("zero_optimization", {})
+    if (stage := zero.get("stage")) not in (1, 2, 3):
+        raise ValueError(f"deepspeed: got stage {stage} of zero_optimization, takes 1, 2 or 3")
+    if stage == 3 and (size := zero.get("stage3_module_granularity_threshold", 0)) > 0:
+        raise ValueError(
+            f"deepspeed: got stage3_module_granularity_threshold={size} of zero_optimization, takes 0: DeepSpeed then "
+            "gathers modules whole, and fails on the gradients of those that the loss runs in"
+        )
 
 
 def _check_tensor_parallelism(trainer: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
 from ..record.recorder import TRAIN, numbers
-from .checkpoints import checkpoint_of, set_later_aside
+from .checkpoints import checkpoint_of, checkpoint_step, set_later_aside
 from .sequence import sequence_ranks
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
@@ -46,9 +46,12 @@ class Recorded:
     Rows past a checkpoint come again when it is resumed; rows before it would not, so they are written first.
     """
 
+    state: Any
     record: Any = None  # a Record, a RecordElsewhere, or None
+    _best_step: int | None = None  # in the best checkpoint, where its policy and β are in the last step's place
 
     def train(self, *args, **kwargs):
+        self._best_step = None
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         except BaseException:
@@ -62,6 +65,10 @@ class Recorded:
             self.record.flush()
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
+    def _load_best_model(self):
+        super()._load_best_model()  # type: ignore[misc]
+        self._best_step = checkpoint_step(self.state.best_model_checkpoint)
+
 
 class RecordedTRL(Recorded):
     """A trainer of TRL that records every pair into ``output_dir/record``.
@@ -73,7 +80,6 @@ class RecordedTRL(Recorded):
 
     args: Any
     model: Any
-    state: Any
     accelerator: Any
     loss_fn: Any
     data_collator: Any
@@ -245,7 +251,7 @@ class RecordedTRL(Recorded):
                 row = None
             pair_id = [None if one == NO_ID else f"{one % 2**64:016x}" for one in ids]
         self.record.append(
-            out, labels, step=self.state.global_step + training, row=row, pair_id=pair_id,
+            out, labels, step=self.state.global_step + training, policy_step=self._best_step, row=row, pair_id=pair_id,
             epoch=max(float(self.state.epoch or 0), self._epoch, 0.0), split=TRAIN if training else self._evaluation,
         )  # fmt: skip
 

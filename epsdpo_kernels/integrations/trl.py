@@ -51,6 +51,7 @@ from .checks import (
     check_adapter,
     check_causal,
     check_checkpoint,
+    check_deepspeed,
     check_gradient,
     check_launch,
     check_metric,
@@ -184,6 +185,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         loss_fn = _Loss(settings.beta, config.epsilon, config.beta_update, settings.label_smoothing)
         if args is not None:
             _refuse_arguments(args)
+            if args.deepspeed_plugin:  # before TRL makes its engines
+                check_deepspeed(args.deepspeed_plugin.deepspeed_config)
         _refuse_adapters(model, ref_model)
         given = inspect.signature(DPOTrainer).bind(model, ref_model, args, *rest, **kwargs).arguments
         check_adapter(given.get("peft_config"))

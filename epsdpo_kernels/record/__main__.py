@@ -29,7 +29,8 @@ goes on from another checkpoint than its last moves the later ones there.
 What is not known is null: the row and id of a pair where a data collator or a stream that several workers read lost
 them, or your loop didn't give them; the epoch where it wasn't given. Rows that fill up a rank's last batch are not
 recorded. A stream's row is the place in one pass. Data that are given to `evaluate()`, other than those the trainer was
-made with, have a split of their own, `eval@` and the fingerprint of the data.
+made with, have a split of their own, `eval@` and the fingerprint of the data. Where an earlier checkpoint is evaluated
+(`load_best_model_at_end`), `policy_step` says which, and its β is what the audit expects.
 
 Texts stay in the data set: `pair_id` and `row` lead there. Everything below is as the loss computed it, in its
 precision, before the optimizer step. The table is made from the schema (`python -m epsdpo_kernels.record`).

@@ -298,6 +298,11 @@ def _check_values(result: Audit, rows: Columns) -> None:
         told = np.float32(value) if isinstance(value, float | int) else value
         _name_rows(result, rows, "value", name, rows[name] != told, told)
 
+    # Training moves the last step's policy; an evaluation may be one of an earlier checkpoint.
+    done = rows["step"] - rows["train"]
+    ahead = np.where(rows["train"], rows["policy_step"] != done, rows["policy_step"] > done)
+    _name_rows(result, rows, "value", "policy_step", ahead, done)
+
     def tensor(name: str) -> torch.Tensor:
         return torch.from_numpy(rows[name].astype(np.float64))
 
@@ -367,10 +372,11 @@ def _betas(result: Audit, rows: Columns, decision: np.ndarray) -> tuple[np.ndarr
         after = held / (1 + epsilon * (relaxed - tightened) / count)
     else:
         after = held * (relaxed / (1 + epsilon) + (count - relaxed - tightened) + tightened / (1 - epsilon)) / count
-    # β after each step that was taken, and at the start: what the next step, and an evaluation, works with.
+    # β after each step that was taken, and at the start: what the next step, and an evaluation of that policy, works
+    # with.
     start = np.nan if result.facts.get("begins_after") else np.float32(options["beta"])
     done, known = np.concatenate([[0], steps]), np.concatenate([[start], after])
-    before = rows["step"] - train
+    before = np.where(train, rows["step"] - 1, rows["policy_step"])
     place = np.minimum(np.searchsorted(done, before), len(done) - 1)
     beta = np.where(done[place] == before, known[place], np.nan)
     own = np.searchsorted(steps, rows["step"]).clip(max=max(len(steps) - 1, 0))
@@ -421,7 +427,7 @@ def _beta_dpo_betas(options: dict[str, Any], rows: Columns) -> tuple[np.ndarray,
     used[train] = np.where(known & kept[train], moved[group], used[train])
     evaluated = np.flatnonzero(~rows["train"])
     beta[evaluated] = [
-        after.get(step, held) for step, held in zip(rows["step"][evaluated], beta[evaluated], strict=True)
+        after.get(step, held) for step, held in zip(rows["policy_step"][evaluated], beta[evaluated], strict=True)
     ]
     used[evaluated] = beta[evaluated]
     return beta, used

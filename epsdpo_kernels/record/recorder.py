@@ -38,6 +38,13 @@ SCHEMA = pa.schema(
         _field(
             "step", pa.int64(), "", "optimizer step that the pair was part of, from 1; in evaluation, steps done before"
         ),
+        _field(
+            "policy_step",
+            pa.int64(),
+            "",
+            "optimizer steps that policy and β had had: in training, those before the step; in evaluation, all that "
+            "were done, or fewer where an earlier checkpoint was loaded",
+        ),
         _field("micro", pa.int32(), "", "micro-batch within the step, or batch within the evaluation, from 0"),
         _field("rank", pa.int16(), "", "process that computed the pair, from 0; those that share a row count as one"),
         _field("epoch", pa.float64(), "passes", "passes over the data done before the step", nullable=True),
@@ -61,7 +68,7 @@ SCHEMA = pa.schema(
             "vetoed", pa.bool_(), "", "the check said +1 and a second signal withheld it, which makes the decision 0"
         ),
         _field("epsilon", _F, "", "ε, size of the perturbation; 0 where the method has none"),
-        _field("beta", _F, "", "running β before the step"),
+        _field("beta", _F, "", "running β before the step; in evaluation, the one after policy_step"),
         _field("beta_used", _F, "", "β of the pair's loss"),
         _field("label_smoothing", _F, "", "share of labels assumed flipped"),
         _field("loss", _F, "nats", "loss of the pair"),

@@ -213,8 +213,8 @@ def _findings(found: Audit) -> list[dict[str, Any]]:
 
 
 def _evaluation(rows: Columns) -> dict[str, list]:
-    """The measures of each evaluation; a step that was evaluated twice counts once, averaged."""
-    steps, group = np.unique(rows["step"], return_inverse=True)
+    """The measures of each evaluation, at its policy's step; one that was evaluated twice counts once, averaged."""
+    steps, group = np.unique(rows["policy_step"], return_inverse=True)
     means = {name: np.bincount(group, values) / np.bincount(group) for name, values in figures.measures(rows).items()}
     return {"step": steps.tolist()} | {name: figures.rounded(values) for name, values in means.items()}
 

@@ -114,6 +114,7 @@ class Record:
         pair_id: Sequence[str | None] | None = None,
         epoch: float | None = None,
         split: str | None = None,
+        policy_step: int | None = None,
         beta: Tensor | float | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
@@ -131,14 +132,22 @@ class Record:
             pair_id: (B,) ids; by default those of ``pairs`` at ``row``.
             epoch: passes over the data done before the step, 1.5 in the middle of the second.
             split: "train", or an evaluation's name; by default "train" or "eval", as ``loss_fn.training`` says.
+            policy_step: of an evaluation of an earlier checkpoint, whose policy and β were loaded: the steps in it. By
+                default the policy is the one after all steps before.
             beta: () the running β that the call began with; by default the one that ``loss_fn`` holds.
             cu_seqlens: (2B+1,) int, bounds of the completions in packed ``labels``.
 
         Raises:
-            ValueError: ``out`` does not follow from ``beta``, which moved in between; steps fall; rows or ids of
-                another number or kind than the pairs, or a row that ``pairs`` do not have.
+            ValueError: ``out`` does not follow from ``beta``, which moved in between; steps fall; a ``policy_step``
+                that isn't there yet, or of training; rows or ids of another number or kind than the pairs, or a row
+                that ``pairs`` do not have.
         """
         split = split or (TRAIN if self.loss_fn.training else "eval")
+        done = step - (split == TRAIN)
+        policy_step = done if policy_step is None else policy_step
+        if not (policy_step == done or split != TRAIN and 0 <= policy_step < done):
+            takes = done if split == TRAIN else f"0 to {done}"
+            raise ValueError(f"policy_step: got {policy_step} at step {step} of {split!r}, takes {takes}")
         scored = labels != IGNORE
         if cu_seqlens is None:
             tokens = scored.sum(1)
@@ -154,6 +163,7 @@ class Record:
         if (split, step) != self._place:
             self._place, self._micro = (split, step), 0
         columns = figures | self._constants | {"split": split, "step": step, "micro": self._micro, "epoch": epoch}
+        columns["policy_step"] = policy_step
         columns |= self._identity(split, row, pair_id, len(figures["loss"]))
         self._recorder.append(columns)
         self._micro += 1

@@ -77,6 +77,7 @@ FACTS: dict[str, Takes] = {
 ARGUMENTS: dict[str, Takes] = {"per_device_train_batch_size": (_count, "a number of pairs")}
 COLUMNS: dict[str, Takes] = {
     "step": (lambda v: (v >= 0) & (v < 2**31), "an integer from 0, below 2^31"),
+    "policy_step": (lambda v: (v >= 0) & (v < 2**31), "an integer from 0, below 2^31"),
     "micro": (lambda v: v >= 0, "an integer from 0"),
     "epoch": (lambda v: np.isnan(v) | (v >= 0) & (v < 2**53), "a finite number from 0"),
     "row": (lambda v: v >= 0, "an integer from 0, or null"),
