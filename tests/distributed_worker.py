@@ -42,7 +42,7 @@ def fsdp(folder: Path) -> None:
     """The same, sharded by accelerate's own FSDP2."""
     shard_on_cpu(PairTrainer)
     trainer = main(json.loads((folder / "flags.json").read_text()))
-    assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+    assert all(isinstance(p, DTensor) for model in trainer._models for p in model.parameters())
 
 
 def zero(folder: Path) -> None:

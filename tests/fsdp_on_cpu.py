@@ -12,6 +12,8 @@ def shard_on_cpu(trainer_class) -> None:
         create(self)
         state = self.accelerator.state
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if self.accelerator.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(self.accelerator.mixed_precision)
         # The one is copied over the other whenever accelerate looks up its state.
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         self.is_fsdp_enabled = True

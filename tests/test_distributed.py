@@ -227,3 +227,15 @@ def test_micro_batches_do_not_matter(tiny, tmp_path):
     for entries in zip(*logs, strict=True):
         for name in ("loss", "beta/running", "beta/relaxed", "beta/tightened", "rewards/margins"):
             assert [e[name] for e in entries] == pytest.approx([entries[0][name]] * 3, rel=2e-4, abs=2e-6), name
+
+
+def test_what_fsdp_computes_in_16_bits(tiny, tmp_path):
+    """Policy and reference round alike, and the loss's figures are not rounded on their way out of the forward."""
+    more = {"dataset": cut(tiny, tmp_path, 43), "bf16": True, "max_steps": 4, "gradient_accumulation_steps": 1}
+    (tmp_path / "flags.json").write_text(json.dumps([*flags(tiny, tmp_path / "two", **more), *sharded(tmp_path)]))
+    launch(2, "fsdp", tmp_path)
+    pairs = read(tmp_path / "two" / "record").to_pandas()
+    start, later = pairs[pairs["step"] <= 2], pairs[pairs["step"] > 2]  # the first step of a warm-up moves nothing
+    assert not start["decision"].any() and not start["chosen_kl"].any() and later["chosen_kl"].all()
+    figures = torch.tensor(later["beta_used"].tolist() + later["margin"].tolist())
+    assert (figures != figures.bfloat16().float()).any()

@@ -181,3 +181,12 @@ def test_fsdp2_is_one_process(tiny, tmp_path, lora):
     assert any("lm_head" in name for name in two[0]["sharded"])
     same(two, run(tmp_path / "one", tiny, 1, 43, lora=lora))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run")
+
+
+def test_fsdp2_in_16_bits_rounds_no_figures(tiny, tmp_path):
+    """Policy and reference round alike, and β and margins are not bf16's on their way out of the forward."""
+    run(tmp_path, tiny, 2, 43, bf16=True, **FSDP2)
+    pairs = read(tmp_path / "run" / "record").to_pandas()
+    start = pairs[(pairs["step"] == 1) & (pairs["split"] == "train")]
+    assert not start["decision"].any() and not start["chosen_kl"].any()
+    assert start["beta_used"].tolist() == pytest.approx([0.1] * len(start), rel=1e-7)

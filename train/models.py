@@ -198,7 +198,7 @@ def make_reference(
         ref_model = load_model(options.ref_model or options.model, options.dtype, ranks)[0]
     else:
         ref_model = copy.deepcopy(base) if base is model else base
-    inputs = by_call(ref_model) if is_split(ref_model) else head_inputs
+    inputs = by_call(ref_model) if args.fsdp or is_split(ref_model) else head_inputs
     check_reference(model, ref_model, args.autocast_dtype, inputs)
     reference = frozen_reference(ref_model.to(args.device), inputs)
     moving = MovingReference(model, ref_model, options.sync_alpha, options.sync_steps) if moves else None

@@ -132,7 +132,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             )
         self.by_batch = getattr(loss_fn, "by_batch", False)
         self.set_layout([model] if ref_model is None else [model, ref_model], packed, max_tokens)
-        if ref_model is not None and self.is_deepspeed_enabled:
+        if ref_model is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self.reference_engine = prepare_reference(ref_model, self.accelerator)
         weighs_pairs_itself(self)
         self.loss_fn = loss_fn.to(args.device)

@@ -171,13 +171,19 @@ def runnable(model: nn.Module) -> Iterator[None]:
 
 
 def prepare_reference(model: nn.Module, accelerator: Any) -> Any:
-    """Makes a model that does not train run as DeepSpeed runs the policy: in its dtype, and split where ZeRO-3 is on.
+    """Makes a model that does not train run as DeepSpeed or FSDP2 runs the policy: in its dtype, split as it is.
 
-    Of the policy's configuration all is left out that belongs to training.
+    Of DeepSpeed's configuration all is left out that belongs to training.
 
     Returns:
-        The engine, to be kept as long as the model runs; the model itself is to be called.
+        What is to be kept as long as the model runs, DeepSpeed's engine; the model itself is to be called.
     """
+    if accelerator.is_fsdp2:
+        from accelerate.utils import fsdp2_prepare_model
+
+        prepared = fsdp2_prepare_model(accelerator, model)
+        prepared.set_reshard_after_forward(True)  # the head too, which accelerate keeps whole for a backward
+        return prepared
     import deepspeed
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
