@@ -7,6 +7,7 @@ The public functions check and bind their arguments here; below them these three
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -144,8 +145,13 @@ def bind_execution(
         TypeError, ValueError: name the argument, what came and what is taken.
     """
     engines.check(engine, hidden.dtype)
-    if max_tile_bytes is not None and max_tile_bytes <= 0:
-        raise ValueError(f"max_tile_bytes: got {max_tile_bytes}, takes a positive number of bytes or None")
+    if max_tile_bytes is not None:
+        if not (isinstance(max_tile_bytes, Integral) and 0 < max_tile_bytes < 1 << 63):
+            raise ValueError(f"max_tile_bytes: got {max_tile_bytes!r}, takes a positive integer of bytes or None")
+        max_tile_bytes = int(max_tile_bytes)
+    for name, group in (("vocab_group", vocab_group), ("sequence_group", sequence_group)):
+        if group is not None and not hasattr(group, "group_name"):
+            raise TypeError(f"{name}: got {group!r}, takes a process group of torch.distributed or None")
     names = (None if group is None else group.group_name for group in (vocab_group, sequence_group))
     return Execution(engine, max_tile_bytes, *names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,36 +15,53 @@ from . import parallel
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+# What an fp32 number may be.
+LARGEST = torch.finfo(torch.float32).max
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+
+
 def check_scalars(beta: float | Tensor, epsilon: float, label_smoothing: float) -> None:
     """Raises ValueError for a β, ε or smoothing outside its range; a tensor β is checked by shape only."""
     if isinstance(beta, Tensor):
         if beta.numel() != 1 or not beta.is_floating_point():
             raise ValueError(f"beta: got a {beta.dtype} tensor of shape {tuple(beta.shape)}, takes one float")
-    elif not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta: got {beta}, takes a positive finite number")
-    if not 0 <= epsilon < 1:
-        raise ValueError(f"epsilon: got {epsilon}, takes a number in (0, 1), or 0 for plain DPO")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing: got {label_smoothing}, takes a number in [0, 0.5)")
+    elif not (_is_number(beta) and 0 < beta <= LARGEST):
+        raise ValueError(f"beta: got {beta!r}, takes a positive finite number")
+    if not (_is_number(epsilon) and 0 <= epsilon < 1):
+        raise ValueError(f"epsilon: got {epsilon!r}, takes a number in (0, 1), or 0 for plain DPO")
+    if not (_is_number(label_smoothing) and 0 <= label_smoothing < 0.5):
+        raise ValueError(f"label_smoothing: got {label_smoothing!r}, takes a number in [0, 0.5)")
 
 
 def check_veto(max_entropy: float | None, max_kl: float | None) -> None:
     for name, value in (("max_entropy", max_entropy), ("max_kl", max_kl)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}: got {value}, takes nats from 0, or None")
+        if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+            raise ValueError(f"{name}: got {value!r}, takes nats from 0, or None")
 
 
 def check_transforms(scale: Any, softcap: Any, prefix: str = "") -> None:
     """Raises ValueError for a scale or softcap of logits outside its range."""
     also = ", or 'policy' for the policy's" if prefix else ""
-    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale != 0):
+    if not (isinstance(scale, (int, float)) and 0 < abs(scale) <= LARGEST):
         raise ValueError(f"{prefix}logit_scale: got {scale!r}, takes a finite number other than 0{also}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap <= LARGEST):
         raise ValueError(f"{prefix}softcap: got {softcap!r}, takes a positive finite number, None for none{also}")
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Raises TypeError where one is no dense tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            came = f"a {tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: got {came}, takes a dense tensor")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """Raises TypeError or ValueError where hidden (…, H), weight (V, H) and bias (V,) do not fit each other."""
+    check_tensors(**{f"{prefix}weight": weight}, **({} if bias is None else {f"{prefix}bias": bias}))
     names = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
     for name, tensor in names.items():
         if tensor is None:
@@ -60,6 +78,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
 
 def check_tokens(hidden: Tensor, labels: Tensor, ref_hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     """Raises where the padded (2B, T, H) or packed (N, H) tensors do not fit each other."""
+    bounds = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+    check_tensors(hidden=hidden, labels=labels, ref_hidden=ref_hidden, **bounds)
     dims, form = (3, "(2B, T, H)") if cu_seqlens is None else (2, "(N, H)")
     for name, tensor in (("hidden", hidden), ("ref_hidden", ref_hidden)):
         if tensor.dtype not in DTYPES:

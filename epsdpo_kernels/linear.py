@@ -126,12 +126,12 @@ def linear_epsilon_dpo(
     Raises:
         TypeError, ValueError: name the argument, what came and what is taken.
     """
-    settings = bind_settings(beta, epsilon, label_smoothing, max_entropy, max_kl, hidden)
-    execution = bind_execution(engine, max_tile_bytes, vocab_group, sequence_group, hidden)
     policy, reference = heads(
         (weight, bias), (ref_weight, ref_bias), (logit_scale, ref_logit_scale), (softcap, ref_softcap)
     )
     inputs = bind_inputs(hidden, policy, ref_hidden, reference, labels, cu_seqlens)
+    settings = bind_settings(beta, epsilon, label_smoothing, max_entropy, max_kl, hidden)
+    execution = bind_execution(engine, max_tile_bytes, vocab_group, sequence_group, hidden)
     loss, results = ops.epsilon_dpo(inputs, settings, execution)
     return output(loss, PairResults(*results))
 
@@ -161,12 +161,12 @@ def linear_pair_stats(
     Two passes over the policy's logits (5 products instead of 4), because a general loss is not known before all
     log-probs are. Arguments and errors as for :func:`linear_epsilon_dpo`. torch.compile breaks its graph here.
     """
-    settings = bind_settings(1.0, epsilon, 0.0, None, None, hidden)
-    execution = bind_execution(engine, max_tile_bytes, vocab_group, sequence_group, hidden)
     policy, reference = heads(
         (weight, bias), (ref_weight, ref_bias), (logit_scale, ref_logit_scale), (softcap, ref_softcap)
     )
     inputs = bind_inputs(hidden, policy, ref_hidden, reference, labels, cu_seqlens)
+    settings = bind_settings(1.0, epsilon, 0.0, None, None, hidden)
+    execution = bind_execution(engine, max_tile_bytes, vocab_group, sequence_group, hidden)
     call = inputs, settings, execution
     chosen, rejected, results = ops.TwoPass.apply(inputs.hidden, inputs.policy.weight, inputs.policy.bias, call)
     return PairStatistics(chosen, rejected, *results)

@@ -41,11 +41,11 @@ def epsilon_dpo_reference(
     Raises:
         TypeError, ValueError: what that function refuses.
     """
-    settings = bind_settings(beta, epsilon, label_smoothing, max_entropy, max_kl, hidden)
     policy, reference = heads(
         (weight, bias), (ref_weight, ref_bias), (logit_scale, ref_logit_scale), (softcap, ref_softcap)
     )
     bound = bind_inputs(hidden, policy, ref_hidden, reference, labels, None)
+    settings = bind_settings(beta, epsilon, label_smoothing, max_entropy, max_kl, hidden)
     vocabulary = labels.new_tensor([len(weight)])
     lengths, _ = checks.scored_lengths(bound.labels, bound.cu_seqlens, vocabulary, settings.beta)
     if not lengths:

@@ -11,6 +11,14 @@ BAD_SCALARS = [
     ({"beta": float("nan")}, "beta: got nan"),
     ({"beta": torch.tensor(-1.0)}, "beta: got -1.0"),
     ({"beta": torch.ones(2)}, r"beta: got a torch.float32 tensor of shape \(2,\), takes one float"),
+    ({"beta": "0.1"}, "beta: got '0.1', takes a positive finite number"),
+    ({"beta": 1e39}, r"beta: got 1e\+39, takes"),
+    ({"epsilon": None}, "epsilon: got None, takes a number in"),
+    ({"epsilon": torch.ones(2)}, "epsilon: got tensor"),
+    ({"label_smoothing": "0"}, "label_smoothing: got '0', takes"),
+    ({"max_kl": [1.0]}, r"max_kl: got \[1.0\], takes nats"),
+    ({"softcap": 10**400}, "softcap: got 1000"),
+    ({"max_tile_bytes": 1e6}, "max_tile_bytes: got 1000000.0, takes a positive integer"),
     ({"epsilon": 1.0}, "epsilon: got 1.0, takes a number in"),
     ({"epsilon": -0.1}, "epsilon: got -0.1"),
     ({"label_smoothing": 0.5}, "label_smoothing: got 0.5, takes a number in"),
@@ -34,6 +42,10 @@ def test_scalars(options, message):
 
 
 BAD_TENSORS = [
+    (0, lambda t: None, TypeError, "^hidden: got NoneType, takes a dense tensor"),
+    (1, lambda t: t.tolist(), TypeError, "^weight: got list, takes a dense tensor"),
+    (2, lambda t: t.to_sparse(), TypeError, "labels: got a torch.sparse_coo tensor, takes a dense"),
+    (4, lambda t: "w", TypeError, "ref_weight: got str, takes a dense"),
     (0, lambda t: t[:3], ValueError, "hidden: got 3 rows, takes an even number|labels: got shape"),
     (0, lambda t: t[0], ValueError, r"hidden: got shape \(7, 6\), takes \(2B, T, H\)"),
     (0, lambda t: t.int(), TypeError, "^hidden: got torch.int32, takes float32"),
@@ -58,6 +70,12 @@ def test_tensors(function, position, change, error, message):
     args[position] = change(args[position])
     with pytest.raises(error, match=message):
         function(*args)
+
+
+@pytest.mark.parametrize("name", ["vocab_group", "sequence_group"])
+def test_groups(name):
+    with pytest.raises(TypeError, match=f"{name}: got 'tp', takes a process group"):
+        linear_epsilon_dpo(*make_case().arguments()[0], **{name: "tp"})
 
 
 def test_odd_rows_are_named():
