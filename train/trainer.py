@@ -32,7 +32,7 @@ from epsdpo_kernels.integrations.checks import (
 )
 from epsdpo_kernels.integrations.packing import part
 from epsdpo_kernels.integrations.recording import Recorded, RecordElsewhere
-from epsdpo_kernels.integrations.sharding import prepare_reference
+from epsdpo_kernels.integrations.sharding import keep_figures, prepare_reference
 from epsdpo_kernels.integrations.transformers import (
     PAIR_METRICS,
     AfterStep,
@@ -123,6 +123,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
                 kwargs[name] = WithBlank(kwargs[name])
         super().__init__(model, args, **kwargs)
         check_launch(self)
+        keep_figures(self.accelerator)
         check_prompt_learning(model, args)
         check_metric(self, [*PAIR_METRICS, RUNNING])
         if args.fsdp and not self.accelerator.is_fsdp2:

@@ -4,7 +4,6 @@ before every step: a gradient that is finite."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -334,7 +333,7 @@ def check_options(args: Any) -> None:
 
 
 def check_launch(trainer: Any) -> None:
-    """Raises ValueError where the model would be split in a way that the loss does not know; keeps its figures fp32."""
+    """Raises ValueError where the model would be split in a way that the loss does not know."""
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and parallelism.cp_size > 1:
         raise ValueError(
@@ -347,9 +346,6 @@ def check_launch(trainer: Any) -> None:
         check_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
-    if trainer.is_fsdp_enabled and (policy := trainer.accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
-        # FSDP would round what the loss gives in fp32, β and log-probs, when the policy's forward returns.
-        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:

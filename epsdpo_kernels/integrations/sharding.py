@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -168,6 +169,16 @@ def runnable(model: nn.Module) -> Iterator[None]:
             stack.enter_context(module.register_forward_hook(release))
         stack.enter_context(saved_tensors_hooks(pack, unpack))
         yield
+
+
+def keep_figures(accelerator: Any) -> None:
+    """FSDP would round what the loss gives in fp32, β and log-probs, to its dtype when the policy's forward returns.
+
+    To be called before the policy is prepared.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def prepare_reference(model: nn.Module, accelerator: Any) -> Any:

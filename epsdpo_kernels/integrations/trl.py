@@ -63,7 +63,7 @@ from .checks import (
 from .packing import PaddedRight, of_pairs, part
 from .recording import PAIR_ID, ROW, RecordedTRL
 from .seams import check_trl
-from .sharding import gathers_itself
+from .sharding import gathers_itself, keep_figures
 from .transformers import (
     PAIR_METRICS,
     AfterStep,
@@ -193,6 +193,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         super().__init__(model, ref_model, args, *rest, **kwargs)
         self.data_collator = PaddedRight(self.data_collator)
         _refuse_launch(self)
+        keep_figures(self.accelerator)
         check_prompt_learning(self.model, self.args)
         self.loss_fn = loss_fn.to(self.args.device)
         weighs_pairs_itself(self)
