@@ -15,8 +15,8 @@ from . import parallel
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# What an fp32 number may be.
-LARGEST = torch.finfo(torch.float32).max
+# What a number may be that is one in fp32 too.
+LEAST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def _is_number(value: Any) -> bool:
@@ -45,9 +45,9 @@ def check_veto(max_entropy: float | None, max_kl: float | None) -> None:
 def check_transforms(scale: Any, softcap: Any, prefix: str = "") -> None:
     """Raises ValueError for a scale or softcap of logits outside its range."""
     also = ", or 'policy' for the policy's" if prefix else ""
-    if not (isinstance(scale, (int, float)) and 0 < abs(scale) <= LARGEST):
+    if not (isinstance(scale, (int, float)) and LEAST <= abs(scale) <= LARGEST):
         raise ValueError(f"{prefix}logit_scale: got {scale!r}, takes a finite number other than 0{also}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap <= LARGEST):
+    if softcap is not None and not (isinstance(softcap, (int, float)) and LEAST <= softcap <= LARGEST):
         raise ValueError(f"{prefix}softcap: got {softcap!r}, takes a positive finite number, None for none{also}")
 
 

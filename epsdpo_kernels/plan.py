@@ -57,7 +57,7 @@ class Rows(NamedTuple):
     """How many rows there may be."""
 
     tile: int
-    group: int  # of tiles whose gradients wait for one product; 0 where none waits
+    group: int  # of tiles whose gradients wait for one product; none waits where that is less than two tiles
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Pass:
     def _tile(self, name: str, rows: int, largest: int, dtype: torch.dtype) -> Tensor:
         """(rows, V) of a buffer that all tiles of a pass share, made when the first of them comes.
 
-        Its rows begin at multiples of 64 bytes, so that kernels load 16 at a time whatever V is.
+        Its rows begin at multiples of 16 elements, so that kernels load 16 bytes at a time whatever V is.
         """
         vocabulary = len(self.policy.weight)
         if name not in self._tiles:

@@ -8,6 +8,7 @@ log-softmaxes of order 10² would leave rounding to decide the check.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,8 +68,8 @@ class Tokens:
 
     def completed(self, tile: slice) -> range:
         """The pairs whose last token is in a tile."""
-        ends = [i for i, end in enumerate(self.edges[2::2]) if tile.start < end <= tile.stop]
-        return range(ends[0], ends[-1] + 1) if ends else range(0)
+        ends = self.edges[2::2]
+        return range(bisect_right(ends, tile.start), bisect_right(ends, tile.stop))
 
 
 def merge(parts: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ BAD_SCALARS = [
     ({"label_smoothing": "0"}, "label_smoothing: got '0', takes"),
     ({"max_kl": [1.0]}, r"max_kl: got \[1.0\], takes nats"),
     ({"softcap": 10**400}, "softcap: got 1000"),
+    ({"softcap": 1e-46}, "softcap: got 1e-46, takes a positive"),  # 0 in fp32
+    ({"logit_scale": 1e-300}, "logit_scale: got 1e-300, takes a finite number other than 0"),
     ({"max_tile_bytes": 1e6}, "max_tile_bytes: got 1000000.0, takes a positive integer"),
     ({"epsilon": 1.0}, "epsilon: got 1.0, takes a number in"),
     ({"epsilon": -0.1}, "epsilon: got -0.1"),
