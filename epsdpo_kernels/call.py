@@ -118,7 +118,7 @@ def bind_settings(
     if isinstance(beta, Tensor):
         beta = beta.detach().to(like.device, dtype).reshape(())
     else:  # filled on the device: a copy from the host would wait for it
-        beta = torch.full((), beta, dtype=dtype, device=like.device)
+        beta = torch.full((), float(beta), dtype=dtype, device=like.device)
     return Settings(beta, float(epsilon), float(label_smoothing), max_entropy, max_kl)
 
 
