@@ -185,3 +185,20 @@ def test_pair_stats_without_tokens():
 def test_cuda_graphs_leave_the_pass_alone():
     """It reads lengths back to the host: mode="reduce-overhead" would fail while it captures."""
     assert torch.Tag.cudagraph_unsafe in ops.single_pass._opoverload.tags
+
+
+@pytest.mark.parametrize("budget", [None, 1], ids=["pairs", "long pairs"])
+def test_a_shift_that_is_not_finite_stops_the_run(budget):
+    """ε·d of 200 overflows in fp32 where the log-probs do not: such a pair has no decision, and no loss."""
+    hidden = torch.ones(4, 2, 1, requires_grad=True)
+    weight = torch.zeros(3, 1, requires_grad=True)
+    ref_hidden = torch.ones(4, 2, 1)
+    ref_hidden[1::2] = 0  # pair 1 and its reference agree
+    ref_weight = torch.tensor([[-400.0], [0.0], [0.0]])
+    labels = torch.tensor([[1, 2]] * 4)
+    out = linear_epsilon_dpo(hidden, weight, labels, ref_hidden, ref_weight, epsilon=0.5, max_tile_bytes=budget)
+    assert torch.isfinite(torch.stack((out.chosen_logps, out.ref_chosen_logps, out.ref_rejected_logps))).all()
+    assert not torch.isfinite(out.relaxed_shift[0]) and out.step[0] == 0
+    assert out.losses.isnan().tolist() == [True, False] and out.loss.isnan()
+    dx, dw = torch.autograd.grad(out.loss, (hidden, weight))
+    assert dx[0::2].isnan().all() and dw.isnan().all()
