@@ -228,8 +228,11 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         return norm
 
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, real: Tensor) -> None:
-        sums = self._sums[split]
-        for name, values in pair_metrics(out).items():
+        sums, figures = self._sums[split], pair_metrics(out)
+        if split == "eval":
+            # transformers weighs ranks' batches alike, however many pairs are in them.
+            figures["loss"] = out.losses
+        for name, values in figures.items():
             # Sum and count, because a micro-batch may be short or, on one rank, blank.
             part = torch.stack((torch.where(real, values.double(), 0).sum(), real.sum().double()))
             sums[name] = sums[name] + part if name in sums else part
