@@ -7,6 +7,7 @@ is ever formed twice. A pair longer than a tile writes ±(p − onehot) unscaled
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -406,20 +407,21 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
     """Everything of one call.
 
     Returns:
-        (PAIR, B) results, zeros where nothing is scored; and the () unit of the gradients in ``into``. That is β/B, so
-        that 16-bit gradients of a small β do not underflow; for a call of one long pair it is the pair's coefficient,
-        so that dW is not scaled twice. Whoever reads the gradients multiplies by it, together with what backward
-        receives.
+        (PAIR, B) results, zeros where nothing is scored; and the () unit of the gradients in ``into``. That is β/B, by
+        a power of two less in fp16, so that 16-bit gradients of a small β do not underflow; for a call of one long
+        pair it has the pair's coefficient in β's place, so that dW is not scaled twice. Whoever reads the gradients
+        multiplies by it, together with what backward receives.
     """
     tokens, n_pairs = run.tokens, run.layout.n_pairs
-    unit = settings.beta / max(run.pairs, 1)
+    enlarged = _enlargement(run.policy, settings.epsilon)
+    unit = settings.beta / max(run.pairs, 1) / enlarged
     if not n_pairs:
         return tokens.swept.new_zeros(PAIR, run.pairs), unit
     results = tokens.swept.new_empty(PAIR, n_pairs)
     found, wanted = PairResults(*results), any(run.needs)
     # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
-    signs = tokens.swept.new_ones(n_pairs, 2)
-    signs[:, 1] = -1
+    signs = tokens.swept.new_full((n_pairs, 2), enlarged)
+    signs[:, 1] = -enlarged
     signed = torch.empty_like(signs)
     accumulate = False
     for series in run.layout.series:
@@ -445,7 +447,7 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
         if series.long and wanted:
             (coefficient,) = decide(tokens, series.pairs, settings, found)
             if n_pairs == 1:
-                unit = coefficient.to(unit.dtype)
+                unit = (coefficient / enlarged).to(unit.dtype)
             else:
                 tiles = series.tiles
                 rows = run.layout.order[tiles[0].rows.start : tiles[-1].rows.stop]
@@ -455,6 +457,18 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
     fill_in(results, tokens, settings.label_smoothing)
     run.finish(into)
     return results, unit
+
+
+def _enlargement(policy: Head, epsilon: float) -> float:
+    """The power of two by which fp16 tiles hold gradients enlarged; 1 for other dtypes, whose exponents reach further.
+
+    c/β·(p − onehot) of a pair that is learnt well is all but 0, and fp16 ends at 6e-8, before any loss scaler comes in.
+    |c/β| is at most 1/(1 − ε); what the power leaves of fp16's range is for rounding.
+    """
+    if policy.gradient_dtype != torch.float16:
+        return 1.0
+    _, exponent = math.frexp(max(abs(policy.scale), 1.0) / (1 - epsilon))
+    return math.ldexp(1.0, 15 - exponent)
 
 
 def _own_buffers(into: Gradients, accumulate: bool) -> Gradients:

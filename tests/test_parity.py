@@ -278,6 +278,45 @@ def test_plain_dpo_where_the_reference_alone_forbids_a_word():
         assert out.losses.isfinite().all() and out.chosen_kl.isinf().all() and not out.step.any()
 
 
+def as_on_a_gpu_in_fp16(monkeypatch):
+    """Gradient tiles are fp16, and are widened for their product; gives the list of the products' rows."""
+    backward, products = head.Head.backward, []
+
+    def widened(self, g, x, rows, into, accumulate):
+        assert g.dtype == torch.float16
+        products.append(len(g))
+        backward(self, g.float(), x, rows, into, accumulate)
+
+    monkeypatch.setattr(head.Head, "gradient_dtype", torch.float16)
+    monkeypatch.setattr(head.Head, "backward", widened)
+    return products
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes what masks then drop
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+@pytest.mark.parametrize("tile_bytes", [None, 3 * 103 * 10], ids=["pairs in tiles", "pairs longer than tiles"])
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_fp16_holds_the_gradients_of_pairs_that_are_learnt_well(engine, tile_bytes, scale, monkeypatch):
+    """Pairs of σ(−β·margin) from 1 to 2e-9 in one tile, where fp16 ends at 6e-8; and none of them overflows."""
+    case = make_case(4, length=12, vocabulary=103, drift=0.5, spread=1 / scale)
+    chosen, rejected, ref_chosen, ref_rejected, *_ = linear_pair_stats(*case.arguments()[0], logit_scale=scale)
+    beta = 20 / ((chosen - rejected) - (ref_chosen - ref_rejected)).max().item()
+
+    def gradients(dtype, **options):
+        args, _ = case.arguments(dtype, ("hidden",))
+        out = linear_epsilon_dpo(*args, beta=beta, epsilon=0.5, logit_scale=scale, **options)
+        return torch.autograd.grad(out.loss, args[0])[0]
+
+    truth = gradients(torch.float64, engine="torch")
+    as_on_a_gpu_in_fp16(monkeypatch)
+    got = gradients(torch.float32, engine=engine, max_tile_bytes=tile_bytes)
+    of_pairs = [t.unflatten(0, (2, 4)).transpose(0, 1).flatten(1) for t in (got, truth)]
+    size = of_pairs[1].abs().amax(1)
+    assert size.min() < 1e-5 * size.max()
+    for g, t in zip(*of_pairs, strict=True):
+        assert relative_error(g, t) < 1e-3
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes what masks then drop
 @pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("engine", ["torch", "triton"])
@@ -292,15 +331,7 @@ def test_gradients_of_several_tiles_wait_for_one_product(engine, function, monke
         return torch.autograd.grad(loss, (args[0], args[1], biases["bias"]))
 
     truth = gradients(torch.float64, engine="torch")
-    backward, products = head.Head.backward, []
-
-    def widened(self, g, x, rows, into, accumulate):
-        assert g.dtype == torch.float16
-        products.append(len(g))
-        backward(self, g.float(), x, rows, into, accumulate)
-
-    monkeypatch.setattr(head.Head, "gradient_dtype", torch.float16)
-    monkeypatch.setattr(head.Head, "backward", widened)
+    products = as_on_a_gpu_in_fp16(monkeypatch)
     # Tiles of 3 of a pair's 80 rows, four of which share a product.
     got = gradients(torch.float32, engine=engine, max_tile_bytes=3 * 103 * (2 * 4 + 4 * 2))
     assert sum(products) == 160 and max(products) == 12 and len(products) == 2 * 7
