@@ -346,6 +346,21 @@ def test_the_best_model_comes_with_its_beta_and_reference(tiny, tmp_path, more):
     assert again["eval_kl/beta"] != pytest.approx(held_out[-1]["eval_kl/beta"], rel=1e-3)
 
 
+def test_a_prediction_leaves_nothing_in_the_next_evaluation(tiny, tmp_path):
+    sets = {"few": trl_runs.pairs(tiny, 5), "others": trl_runs.pairs(tiny, 12)}
+    trainer = make(tiny, tmp_path, eval_dataset=sets, max_steps=2)
+    trainer.train()
+    few, others = trainer.eval_dataset.values()
+    first = trainer.evaluate(few)
+    predicted = trainer.predict(others).metrics["test_loss"]
+    again = trainer.evaluate(few)
+    assert predicted == pytest.approx(trainer.evaluate(others)["eval_loss"], rel=1e-6)
+    assert predicted != pytest.approx(first["eval_loss"], rel=1e-3)
+    for name, value in first.items():
+        if not name.endswith(("runtime", "per_second")):
+            assert again[name] == pytest.approx(value, rel=1e-6), name
+
+
 @pytest.mark.parametrize("family, more", [("Llama", {}), ("Mixtral", EXPERTS), ("Gemma2", {"head_dim": 8})])
 def test_a_metric_that_no_evaluation_gives_is_refused(tiny, tmp_path, family, more):
     """When the trainer is made, with those that one gives: of experts also aux_loss, of capped logits none."""

@@ -86,8 +86,7 @@ def same(two, one, packed=True):
         assert [n in a for n in names] == [n in b for n in names]  # of nothing there are no figures
         figures = [[entry[n] for n in names if n in entry] for entry in (a, b)]
         assert figures[0] == pytest.approx(figures[1], rel=5e-4, abs=2e-6), a["step"]
-    # The loss of an evaluation is transformers', which counts repeated pairs.
-    for name in ("kl/beta", "kl/relaxed", "rewards/chosen", "logps/rejected"):
+    for name in ("loss", "kl/beta", "kl/relaxed", "rewards/chosen", "logps/rejected"):
         values = [facts["evaluation"][f"eval_{name}"] for facts in (ours, theirs)]
         assert values[0] == pytest.approx(values[1], rel=5e-4, abs=2e-6), name
     assert train[0][-1]["kl/beta"] != pytest.approx(0.1, rel=1e-3)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,6 +221,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         self._sums: dict[str, Any] = {
             split: defaultdict(lambda: torch.zeros(2).double()) for split in ("train", "eval")
         }
+        self._losses: list[float] = []  # of an evaluation's pairs
         check_metric(self, self._metric_names())
         if config.record:
             self.start_recording(self._options())
@@ -394,8 +396,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         of_pair = {OF_PAIRS[name]: values for name, values in pair_metrics(out).items() if name in OF_PAIRS}
         of_pair["losses"] = out.losses
         if self.aux_loss_enabled:  # a micro-batch's, which weighs in the loss as many pairs as it has
-            router_loss = (out.loss - out.losses.mean()).detach() / self.router_aux_loss_coef
-            of_pair["aux_loss"] = router_loss.expand_as(out.losses)
+            router_loss = (out.loss - out.losses.mean()).detach()
+            of_pair["aux_loss"] = (router_loss / self.router_aux_loss_coef).expand_as(out.losses)
+            of_pair["losses"] = out.losses + router_loss
         # Where TRL averages over tokens: sums over a pair's.
         sums = {
             "entropy": (out.chosen_entropy * chosen + out.rejected_entropy * rejected, chosen + rejected),
@@ -414,10 +417,12 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             return
         metrics = self._metrics[split]
         for name, values in zip(of_pair, figures, strict=False):
-            if name == "losses":
-                self._stop_if_not_finite(split, values)
-            else:
+            if name != "losses":
                 metrics[name].extend(values)
+            elif split == "eval":
+                self._losses += values
+            else:
+                self._stop_if_not_finite(values)
         for i, name in enumerate(sums):
             first = len(of_pair) + 2 * i
             self._sums[split][name] += torch.tensor(figures[first : first + 2], dtype=torch.float64).sum(1)
@@ -432,9 +437,18 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         self._sums[split].clear()
         super().log(logs, start_time)
 
-    def _stop_if_not_finite(self, split: str, losses: list[float]) -> None:
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                        metric_key_prefix="eval"):  # fmt: skip
+        for figures in (self._losses, self._metrics["eval"], self._sums["eval"]):
+            figures.clear()  # of a prediction before, which nobody logs
+        out = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._losses:  # transformers counts the repeats that fill a last batch up
+            out.metrics[f"{metric_key_prefix}_loss"] = math.fsum(self._losses) / len(self._losses)
+        return out
+
+    def _stop_if_not_finite(self, losses: list[float]) -> None:
         bad = [i for i, loss in enumerate(losses) if loss - loss != 0]
-        if bad and split == "train":
+        if bad:
             raise NotFiniteError(
                 f"step {self.state.global_step + 1}: the loss of the pairs {bad} of a micro-batch of {len(losses)} is "
                 f"not finite. Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
