@@ -274,13 +274,12 @@ def stage_times(case: Case, device: str, rounds: int) -> dict[str, Any]:
         g = a if run.policy.gradient_dtype == a.dtype else torch.empty_like(a, dtype=run.policy.gradient_dtype)
         coefficient = torch.ones(2 * case.pairs, device=device)
         what = (tile, tokens, run.policy, run.reference, EPSILON)
-        out = torch.empty(plan.PAIR, case.pairs, device=device)
         # In the order of a call, so that each finds what it would find there.
         work = {
             "policy product": lambda: run.policy.project(x, a),
             "reference product": lambda: run.reference.project(ref_x, b),
             "sweep": lambda: run.engine.sweep(a, b, *what),
-            "decide": lambda: plan.decide(tokens, range(case.pairs), settings, plan.PairResults(*out)),
+            "decide": lambda: plan.coefficients(tokens, slice(None), settings),
             "gradient": lambda: run.engine.gradient(a, tile, tokens, coefficient, run.policy, g),
             "dX": lambda: run.policy.backward(g, x, rows, Gradients(into.hidden, None, None), False),
             "dW": lambda: run.policy.backward(g, x, rows, Gradients(None, into.weight, None), False),

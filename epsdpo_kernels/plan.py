@@ -364,23 +364,21 @@ def _contiguous(policy: Head, reference: Head, weights: bool) -> tuple[Head, Hea
     return replace(policy, weight=weight, bias=bias), replace(reference, weight=ref_weight, bias=ref_bias)
 
 
-def decide(tokens: Tokens, pairs: range, settings: Settings, results: PairResults) -> Tensor:
-    """Fills in step and β of pairs whose tokens have all been swept.
-
-    Returns:
-        (pairs,) ∂loss_i/∂rejected_logps_i, NaN where a shift is not finite: such a pair must stop a run.
-    """
-    part = slice(pairs.start, pairs.stop)
-    sums, check = tokens.sums[:, part], tokens.step[part]
-    step = check
+def decisions(tokens: Tokens, pairs: slice, settings: Settings) -> tuple[Tensor, Tensor]:
+    """(step, β) of pairs whose tokens have all been swept, each (pairs,)."""
+    step = tokens.step[pairs]
     if settings.max_entropy is not None or settings.max_kl is not None:
         # The veto goes by the very figures that the caller sees, the loss by the sums in float64.
-        kl, entropy = (row.to(tokens.swept.dtype) for row in TokenStatistics(*sums)[4:6])
-        step = withhold_relaxation(check, entropy[:, 0], kl[:, 0] + kl[:, 1], settings.max_entropy, settings.max_kl)
-    beta_i = pair_beta(step, settings.beta, settings.epsilon)
-    results.step[part], results.beta[part] = step, beta_i
-    coefficient = loss_coefficients(logps(sums), beta_i.double(), settings.label_smoothing)
-    return coefficient + sum(shifts(sums)) * 0
+        kl, entropy = (row.to(tokens.swept.dtype) for row in TokenStatistics(*tokens.sums[:, pairs])[4:6])
+        step = withhold_relaxation(step, entropy[:, 0], kl[:, 0] + kl[:, 1], settings.max_entropy, settings.max_kl)
+    return step, pair_beta(step, settings.beta, settings.epsilon)
+
+
+def coefficients(tokens: Tokens, pairs: slice, settings: Settings) -> Tensor:
+    """(pairs,) ∂loss_i/∂rejected_logps_i, NaN where a shift is not finite: such a pair must stop a run."""
+    sums, (_, beta) = tokens.sums[:, pairs], decisions(tokens, pairs, settings)
+    relaxed, tightened = shifts(sums)
+    return loss_coefficients(logps(sums), beta.double(), settings.label_smoothing) + (relaxed + tightened) * 0
 
 
 def logps(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -389,18 +387,16 @@ def logps(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return of.logp[:, 0], of.logp[:, 1], of.ref_logp[:, 0], of.ref_logp[:, 1]
 
 
-def fill_in(results: Tensor, tokens: Tokens, label_smoothing: float) -> None:
-    """What (PAIR, B) results hold beside step and β."""
-    of, found = TokenStatistics(*tokens.sums), PairResults(*results)
-    sides = torch.stack((of.logp, of.ref_logp, of.kl, of.entropy, of.correct)).transpose(1, 2).flatten(0, 1)
-    first = PairResults._fields.index("chosen_logps")
-    results[first : first + len(sides)] = sides
+def results(tokens: Tokens, settings: Settings) -> Tensor:
+    """(PAIR, B), the rows of :class:`PairResults`, when all tokens have been swept."""
+    of = TokenStatistics(*tokens.sums)
+    step, beta = (t.double() for t in decisions(tokens, slice(None), settings))
     relaxed, tightened = shifts(tokens.sums)
-    losses = preference_losses(*logps(tokens.sums), found.beta.double(), label_smoothing)
-    found.losses.copy_(losses + (relaxed + tightened) * 0)
-    found.relaxed_shift.copy_(relaxed)
-    found.tightened_shift.copy_(tightened)
-    found.vetoed.copy_(found.step != tokens.step)
+    losses = preference_losses(*logps(tokens.sums), beta, settings.label_smoothing)
+    sides = (side for row in (of.logp, of.ref_logp, of.kl, of.entropy, of.correct) for side in row.unbind(1))
+    vetoed = (step != tokens.step).double()
+    rows = (losses + (relaxed + tightened) * 0, step, beta, *sides, relaxed, tightened, vetoed)
+    return torch.stack(rows).to(tokens.swept.dtype)
 
 
 def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor, Tensor]:
@@ -417,8 +413,7 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
     unit = settings.beta / max(run.pairs, 1) / enlarged
     if not n_pairs:
         return tokens.swept.new_zeros(PAIR, run.pairs), unit
-    results = tokens.swept.new_empty(PAIR, n_pairs)
-    found, wanted = PairResults(*results), any(run.needs)
+    wanted = any(run.needs)
     # d logp/d logits is onehot − p, and the loss falls with the chosen log-prob: +(p − onehot) there.
     signs = tokens.swept.new_full((n_pairs, 2), enlarged)
     signs[:, 1] = -enlarged
@@ -433,9 +428,9 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
                 if not series.long:
                     run.join(tile.pairs)
                     if wanted:
-                        scaled = decide(tokens, tile.pairs, settings, found) / settings.beta
-                        of_pairs = slice(tile.pairs.start, tile.pairs.stop)
-                        torch.mul(scaled[:, None], signs[of_pairs], out=signed[of_pairs])
+                        pairs = slice(tile.pairs.start, tile.pairs.stop)
+                        scaled = coefficients(tokens, pairs, settings) / settings.beta
+                        torch.mul(scaled[:, None], signs[pairs], out=signed[pairs])
                 if wanted and a is not None:
                     g = run.gradient(tile.rows, a, (signs if series.long else signed).flatten(), waiting)
                     waiting += len(tile)
@@ -445,18 +440,15 @@ def single_pass(run: Pass, settings: Settings, into: Gradients) -> tuple[Tensor,
         if series.long:
             run.join(series.pairs)
         if series.long and wanted:
-            (coefficient,) = decide(tokens, series.pairs, settings, found)
+            (coefficient,) = coefficients(tokens, slice(series.pairs.start, series.pairs.stop), settings)
             if n_pairs == 1:
                 unit = (coefficient / enlarged).to(unit.dtype)
             else:
                 tiles = series.tiles
                 rows = run.layout.order[tiles[0].rows.start : tiles[-1].rows.stop]
                 _scale(own, into, rows, (coefficient / settings.beta).to(unit.dtype))
-    if not wanted:
-        decide(tokens, range(n_pairs), settings, found)
-    fill_in(results, tokens, settings.label_smoothing)
     run.finish(into)
-    return results, unit
+    return results(tokens, settings), unit
 
 
 def _enlargement(policy: Head, epsilon: float) -> float:
