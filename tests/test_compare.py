@@ -94,8 +94,9 @@ def test_compare(tiny, tmp_path, passed_on, in_process, capsys):
         assert found[name] == pytest.approx((kl * chosen).sum(1).tolist(), rel=1e-3, abs=1e-6)
         # Per token over all tokens, not a mean of means.
         assert sum(compare.per_pair(found, name)) / 12 == pytest.approx(kl[chosen].mean().item(), rel=1e-3)
-    # Nobody said that the machine is idle.
-    assert row[-2] == "–"
+    # Nobody said that the machine is idle, and one seed has no error.
+    assert row[-2] == "–" and "nan" not in text
+    assert cells(text, "their standard error:")[1][2:4] == row[3:5]
 
     # The batch in micro-batches: six steps of eight pairs, decided alike for ε-DPO; β-DPO's β is another.
     micro = cells(text, "in micro-batches:")

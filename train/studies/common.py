@@ -36,6 +36,11 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(middle, error, STUDENT[min(n - 2, len(STUDENT) - 1)] * error)
 
 
+def plus_minus(value: float, error: float, digits: int, sign: str = "") -> str:
+    """A figure and its error, where there is one."""
+    return f"{value:{sign}.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
 def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; the first column is of names."""
     lines = [" | ".join(cells) for cells in (heads, ["---", *["--:"] * (len(heads) - 1)], *rows)]

@@ -34,7 +34,7 @@ from ..__main__ import load_data
 from ..methods import METHODS
 from ..models import load_model
 from ..options import PairOptions
-from .common import LOOKS, Mean, grid, mean
+from .common import LOOKS, Mean, grid, mean, plus_minus
 
 # A run's held-out figures, and what making it took.
 FINAL, MADE = "against_original.json", "made.json"
@@ -245,14 +245,14 @@ def tables(done: dict[Run, dict[str, Any]], runs: list[Run], idle: bool) -> str:
         cells = []
         for name, _, digits in MEASURES:
             value, error, _ = mean([mean(per_pair(done[run], name)).value for run in own])
-            cells.append(f"{value:.{digits}f} ± {error:.{digits}f}")
+            cells.append(plus_minus(value, error, digits))
         means.append([method, f"{start:g}", *cells])
         if method == "dpo" or not all(run._replace(method="dpo") in done for run in own):
             continue
         cells = []
         for name, _, digits in MEASURES:
             over, error = difference(done, own, name)
-            cells.append(f"{over.value:+.{digits}f} ± {over.error:.{digits}f} ({error:.{digits}f})")
+            cells.append(f"{plus_minus(over.value, over.error, digits, '+')} ({error:.{digits}f})")
         differences.append([method, f"{start:g}", *cells])
     own_columns = ["β at the end", "relaxed", "tightened", "s/step", "peak GiB"]
     return "\n\n".join([
