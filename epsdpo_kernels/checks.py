@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # What a number may be that is one in fp32 too.
 LEAST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+BELOW_1 = 1 - 2**-24
 
 
 def _is_number(value: Any) -> bool:
@@ -30,8 +31,8 @@ def check_scalars(beta: float | Tensor, epsilon: float, label_smoothing: float) 
             raise ValueError(f"beta: got a {beta.dtype} tensor of shape {tuple(beta.shape)}, takes one float")
     elif not (_is_number(beta) and 0 < beta <= LARGEST):
         raise ValueError(f"beta: got {beta!r}, takes a positive finite number")
-    if not (_is_number(epsilon) and 0 <= epsilon < 1):
-        raise ValueError(f"epsilon: got {epsilon!r}, takes a number in (0, 1), or 0 for plain DPO")
+    if not (_is_number(epsilon) and 0 <= epsilon <= BELOW_1):
+        raise ValueError(f"epsilon: got {epsilon!r}, takes a number in (0, 1), in fp32 too, or 0 for plain DPO")
     if not (_is_number(label_smoothing) and 0 <= label_smoothing < 0.5):
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, takes a number in [0, 0.5)")
 
@@ -45,9 +46,9 @@ def check_veto(max_entropy: float | None, max_kl: float | None) -> None:
 def check_transforms(scale: Any, softcap: Any, prefix: str = "") -> None:
     """Raises ValueError for a scale or softcap of logits outside its range."""
     also = ", or 'policy' for the policy's" if prefix else ""
-    if not (isinstance(scale, (int, float)) and LEAST <= abs(scale) <= LARGEST):
+    if not (_is_number(scale) and LEAST <= abs(scale) <= LARGEST):
         raise ValueError(f"{prefix}logit_scale: got {scale!r}, takes a finite number other than 0{also}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and LEAST <= softcap <= LARGEST):
+    if softcap is not None and not (_is_number(softcap) and LEAST <= softcap <= LARGEST):
         raise ValueError(f"{prefix}softcap: got {softcap!r}, takes a positive finite number, None for none{also}")
 
 

@@ -8,6 +8,7 @@ where the process allows it; its gradients follow that setting.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# The precision of products is the process's, there is none of a thread: so one thread at a time sets it.
+_PRECISION = threading.RLock()
 # Off CUDA, products go over blocks of this many vocabulary rows: what is cast and what is multiplied stays in cache.
 BLOCK = 2048
 
@@ -28,13 +31,14 @@ def _cpu_precision(dtype: torch.dtype) -> Iterator[None]:
     allowed (``torch.set_float32_matmul_precision``): less would decide ε-DPO's check.
     """
     mkldnn: Any = torch.backends.mkldnn
-    mode = mkldnn.matmul  # of the process: there is none of a thread
-    before = mode.fp32_precision
-    mode.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
-    try:
-        yield
-    finally:
-        mode.fp32_precision = before
+    mode = mkldnn.matmul
+    with _PRECISION:
+        before = mode.fp32_precision
+        mode.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
+        try:
+            yield
+        finally:
+            mode.fp32_precision = before
 
 
 @contextlib.contextmanager
@@ -44,18 +48,19 @@ def _without_tf32() -> Iterator[None]:
     Both of torch's interfaces are set, because it refuses to multiply where they disagree.
     """
     backends: Any = torch.backends
-    each = [(mode, mode.fp32_precision) for mode in (backends.cuda.matmul, backends.mkldnn.matmul)]
-    try:
-        overall = torch.get_float32_matmul_precision()
-    except RuntimeError:  # they disagree: the newer one alone was used
-        overall = "highest"
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(overall)
-        for mode, before in each:
-            mode.fp32_precision = before
+    with _PRECISION:
+        each = [(mode, mode.fp32_precision) for mode in (backends.cuda.matmul, backends.mkldnn.matmul)]
+        try:
+            overall = torch.get_float32_matmul_precision()
+        except RuntimeError:  # they disagree: the newer one alone was used
+            overall = "highest"
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(overall)
+            for mode, before in each:
+                mode.fp32_precision = before
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -167,6 +167,5 @@ def linear_pair_stats(
     inputs = bind_inputs(hidden, policy, ref_hidden, reference, labels, cu_seqlens)
     settings = bind_settings(1.0, epsilon, 0.0, None, None, hidden)
     execution = bind_execution(engine, max_tile_bytes, vocab_group, sequence_group, hidden)
-    call = inputs, settings, execution
-    chosen, rejected, results = ops.TwoPass.apply(inputs.hidden, inputs.policy.weight, inputs.policy.bias, call)
+    chosen, rejected, results = ops.pair_stats(inputs, settings, execution)
     return PairStatistics(chosen, rejected, *results)

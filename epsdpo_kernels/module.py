@@ -52,7 +52,7 @@ class EpsilonDPOLoss(nn.Module):
         # β is a running product of factors near 1: a module cast to bf16 must not round it away.
         beta = self.beta
         super()._apply(fn, recurse)
-        self.beta = beta.to(self.beta.device)
+        self.beta = self.beta.to(beta.dtype) if beta.is_meta else beta.to(self.beta.device)
         return self
 
     def forward(

@@ -105,20 +105,31 @@ single_pass.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 def epsilon_dpo(inputs: Inputs, settings: Settings, execution: Execution) -> tuple[Tensor, Tensor]:
     """The () differentiable loss and the (PAIR, B) results of a call."""
-    trained = (inputs.hidden, inputs.policy.weight, inputs.policy.bias)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
-    loss, results, *_ = single_pass(*flatten(inputs, settings, execution), needs)
+    loss, results, *_ = single_pass(*flatten(inputs, settings, execution), _needs(inputs))
     return loss, results
 
 
+@torch.compiler.disable  # what it would compile is the inside of a pass
+def pair_stats(inputs: Inputs, settings: Settings, execution: Execution) -> tuple[Tensor, Tensor, Tensor]:
+    """The (B,) log-probs of chosen and rejected, which carry gradient, and the other rows of PairStatistics."""
+    call, policy = (inputs, settings, execution, _needs(inputs)), inputs.policy
+    return TwoPass.apply(inputs.hidden, policy.weight, policy.bias, call)
+
+
+def _needs(inputs: Inputs) -> list[bool]:
+    """Whether gradients of hidden, weight and bias can be asked for."""
+    trained = (inputs.hidden, inputs.policy.weight, inputs.policy.bias)
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
+
+
 class TwoPass(torch.autograd.Function):
-    """Log-probs in forward; backward projects the policy once more, by the same route, when coefficients are known."""
+    """Log-probs in forward; backward projects the policy once more when coefficients are known."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, call):
-        """The (B,) log-probs of chosen and rejected, which carry gradient, and the other rows of PairStatistics."""
-        inputs, settings, execution = call
-        run = plan.Pass(inputs, settings, execution, ctx.needs_input_grad[:3], again=True)
+        """What :func:`pair_stats` gives."""
+        inputs, settings, execution, needs = call
+        run = plan.Pass(inputs, settings, execution, needs, again=True)
         with _no_autocast(hidden):
             for series in run.layout.series:
                 for tile in series.tiles:
@@ -135,8 +146,10 @@ class TwoPass(torch.autograd.Function):
         of = TokenStatistics(*sums)
         rows = (side for part in (of.ref_logp, of.kl, of.entropy, of.correct) for side in part.unbind(1))
         results = torch.stack((*rows, *shifts(sums))).to(inputs.dtype)
-        # The tensors that carry gradient are saved as such, so that a change in place before backward is noticed.
+        # The tensors that carry gradient are saved as such, so that a change in place before backward is noticed, and
+        # hidden states are freed, or kept elsewhere, as those of any other op.
         ctx.save_for_backward(hidden, weight, bias)
+        del run.x, run.ref_x
         ctx.run = run
         ctx.mark_non_differentiable(results)
         return (*of.logp.t().to(results.dtype), results)
@@ -145,6 +158,7 @@ class TwoPass(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_chosen, grad_rejected, _):
         run, hidden = ctx.run, ctx.saved_tensors[0]
+        run.x = hidden
         into: Gradients = run.accumulators()
         accumulate = False
         coefficient = torch.stack((-grad_chosen, -grad_rejected), 1).flatten().to(run.tokens.swept.dtype)
@@ -159,4 +173,5 @@ class TwoPass(torch.autograd.Function):
                     accumulate = True
             run.finish(into)
         run.release()
+        del run.x
         return (*(None if g is None else g.to(hidden.dtype) for g in into), None)

@@ -137,7 +137,7 @@ def lay_out(labels: Tensor, lengths: list[int], rows: Rows, alone: bool = False)
 
 def _on_device(numbers: list[int], device: torch.device) -> Tensor:
     """(len,) int64, without waiting for the device."""
-    host = torch.tensor(numbers)
+    host = torch.tensor(numbers, device="cpu")  # whatever the process makes its tensors on
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
@@ -247,7 +247,7 @@ class Pass:
         rows = rows_per_tile(of_pairs, max(sizes), budget, inputs.dtype.itemsize, beside, needs[1])
         self.logit_free = engines.logit_free(self.engine, policy, rows.tile, self.keep)
         if self.logit_free and not any(needs):
-            rows = Rows(max(1, len(labels)), 0)  # there are no logits to find room for
+            rows = Rows(max(1, budget // engines.logit_free_row_bytes(inputs.hidden, inputs.ref_hidden)), 0)
         self.layout = lay_out(labels, lengths, rows, alone=self.sequence_group is not None)
         if self.vocab_group is not None:
             labels = parallel.labels_in_slice(labels, sum(sizes[:rank]), sizes[rank])

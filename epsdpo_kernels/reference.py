@@ -93,8 +93,12 @@ def epsilon_dpo_reference(
 
 
 def _logits(x: Tensor, head: Head) -> Tensor:
-    logits = torch.nn.functional.linear(x, head.weight, head.bias) * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    products = torch.nn.functional.linear(x, head.weight)
+    logits = (products if head.bias is None else products + head.bias) * head.scale
+    if head.softcap is None:
+        return logits
+    # An infinity stays one that stops the run.
+    return head.softcap * torch.tanh(logits / head.softcap) + products.detach() * 0
 
 
 def _ratio(logps: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What a training loop does with the loss: scales, combines, compiles, accumulates, casts."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_second_derivative_is_refused():
 
 
 def test_a_loss_scaler_comes_in_before_the_cast():
-    """β 1e-7 with a scale of 2¹⁶: unscaled fp16 gradients would be zero."""
+    """β 1e-6 with a scale of 2¹⁶: unscaled fp16 gradients would be zero."""
     case = make_case(2, drift=0.3)
     args, _, inputs = leaves(case, torch.float16)
     truth_args, _, truth_inputs = leaves(case)
@@ -59,18 +61,64 @@ def test_nothing_scored_stays_in_the_graph(function):
     assert all(v.shape == (2,) and v.count_nonzero() == 0 for v in out[1:])
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["", "softcap"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("budget", [None, 1])
-def test_not_finite_is_no_decision(bad, budget):
+def test_not_finite_is_no_decision(bad, budget, softcap):
     case = make_case(3, masked=False)
     args, _, inputs = leaves(case)
-    good = linear_epsilon_dpo(*args)
+    good = linear_epsilon_dpo(*args, softcap=softcap)
     with torch.no_grad():
         args[0][1, 2, 0] = bad
-    out = linear_epsilon_dpo(*args, max_tile_bytes=budget)
+    out = linear_epsilon_dpo(*args, max_tile_bytes=budget, softcap=softcap)
+    assert epsilon_dpo_reference(*args, softcap=softcap).losses.isnan().tolist() == [False, True, False]
     assert out.losses.isnan().tolist() == [False, True, False] and out.loss.isnan()
     assert out.step[1] == 0 and torch.equal(out.step[[0, 2]], good.step[[0, 2]])
     assert torch.autograd.grad(out.loss, inputs)[1].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiler_leaves_the_two_passes_alone(backend):
+    """Whose inside is no graph: it has been compiled, and Inductor found no way to lower it."""
+    args, _, inputs = leaves(make_case(2), torch.float32)
+
+    def stats(*args):
+        return linear_pair_stats(*args, max_tile_bytes=1)
+
+    outputs = []
+    for function in (stats, torch.compile(stats, backend=backend)):
+        out = function(*args)
+        outputs.append((*out, *torch.autograd.grad((out.chosen_logps.sin() - out.rejected_logps).sum(), inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_hidden_states_are_freed_with_the_graph():
+    """As those of any other op, and kept wherever saved tensors are kept."""
+    args, _, inputs = leaves(make_case(2))
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
+        hidden = args[0] * 1
+        out = linear_pair_stats(hidden, *args[1:])
+    assert packed.count(hidden.flatten(0, 1).shape) == 1
+    freed = weakref.ref(hidden.untyped_storage())
+    del hidden
+    assert freed() is not None
+    first = torch.autograd.grad(out.chosen_logps.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(out.chosen_logps.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert freed() is None
+
+
+@pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats], ids=lambda f: f.__name__)
+def test_the_default_device_is_not_asked(function):
+    args, _, inputs = leaves(make_case(2), torch.float32)
+    expected = function(*args)
+    torch.set_default_device("meta")
+    try:
+        got = function(*args)
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])

@@ -1,5 +1,6 @@
 """Bad input gets an error that names the argument, what came and what is taken."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ BAD_SCALARS = [
     ({"logit_scale": 1e-300}, "logit_scale: got 1e-300, takes a finite number other than 0"),
     ({"max_tile_bytes": 1e6}, "max_tile_bytes: got 1000000.0, takes a positive integer"),
     ({"epsilon": 1.0}, "epsilon: got 1.0, takes a number in"),
+    ({"epsilon": 1 - 1e-9}, r"epsilon: got 0.999999999, takes a number in \(0, 1\), in fp32 too"),  # a β of 1/0 there
     ({"epsilon": -0.1}, "epsilon: got -0.1"),
     ({"label_smoothing": 0.5}, "label_smoothing: got 0.5, takes a number in"),
     ({"max_entropy": -1.0}, "max_entropy: got -1.0, takes nats from 0, or None"),
@@ -41,6 +43,13 @@ def test_scalars(options, message):
     args, _ = make_case().arguments()
     with pytest.raises(ValueError, match=message):
         linear_epsilon_dpo(*args, **options)
+
+
+def test_numbers_of_numpy_and_of_tensors_are_numbers():
+    args, _ = make_case().arguments()
+    expected = linear_epsilon_dpo(*args, logit_scale=0.5, softcap=3.0, epsilon=0.25)
+    got = linear_epsilon_dpo(*args, logit_scale=np.float32(0.5), softcap=torch.tensor(3.0), epsilon=np.float32(0.25))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 BAD_TENSORS = [

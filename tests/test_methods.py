@@ -49,6 +49,21 @@ def test_beta_dpo_is_its_formula():
             assert relative_error(g, e) < 1e-5
 
 
+def test_beta_dpo_compiled_has_the_same_averages():
+    """A compiler has lost what is added to a 0-dimensional float64 buffer."""
+    losses = BetaDPOLoss(0.2), BetaDPOLoss(0.2)
+    calls = losses[0], torch.compile(losses[1], backend="aot_eager")
+    for seed in range(3):
+        args, _ = make_case(6, drift=0.3, seed=seed).arguments(torch.float32)
+        for call in calls:
+            torch.manual_seed(seed)
+            call(*args)
+    states = [loss_fn.state_dict() for loss_fn in losses]
+    assert states[0]["margin_std"] > 0 and states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
 def test_beta_dpo_in_evaluation_moves_nothing():
     loss_fn = BetaDPOLoss(0.2)
     loss_fn(*make_case(6, drift=0.3).arguments()[0])

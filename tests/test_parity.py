@@ -1,5 +1,8 @@
 """linear_epsilon_dpo against the materialised reference: values and gradients, in every regime and transform."""
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -265,6 +268,32 @@ def test_the_precision_that_the_process_allows_decides_nothing(allowed, dtype, w
     gradients, expected = (torch.autograd.grad(o.loss, a[:2]) for o, a in ((out, args), (truth, truth_args)))
     for g, e in zip(gradients, expected, strict=True):
         assert relative_error(g, e) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_threads_leave_the_precision_as_it_was():
+    """A bf16 head in one, an fp32 one in another, at once; each product finds its own."""
+    before, found = precisions(), []
+    linear = head._linear
+
+    def seen(x, weight):
+        found.append((threading.current_thread().name, torch.backends.mkldnn.matmul.fp32_precision))
+        time.sleep(0.001)  # another thread's turn
+        found.append((threading.current_thread().name, torch.backends.mkldnn.matmul.fp32_precision))
+        return linear(x, weight)
+
+    args = {dtype: make_case(2).arguments(dtype)[0] for dtype in (torch.float32, torch.bfloat16)}
+    threads = [
+        threading.Thread(target=lambda a=a: [linear_epsilon_dpo(*a) for _ in range(5)], name=str(dtype))
+        for dtype, a in args.items()
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "_linear", seen)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(found) == {("torch.float32", "ieee"), ("torch.bfloat16", "bf16")}
+    assert precisions() == before
 
 
 def test_plain_dpo_where_the_reference_alone_forbids_a_word():

@@ -166,6 +166,31 @@ def test_strides_of_heads_and_biases(route):
     assert relative_error(torch.autograd.grad(got.loss * 3, weight)[0], expected[1]) < 1e-5
 
 
+@pytest.mark.parametrize("side", [0, 3], ids=["policy", "reference"])
+def test_an_infinity_that_is_capped_is_no_decision(side, route):
+    case = make_case(3, width=16, masked=False)
+    args, _ = case.arguments(torch.float32, ("hidden",))
+    with torch.no_grad():
+        args[side][1, 2, 0] = torch.inf
+    out = linear_epsilon_dpo(*args, softcap=5.0, engine="triton")
+    assert out.losses.isnan().tolist() == [False, True, False] and out.step[1] == 0
+    assert torch.autograd.grad(out.loss, args[0])[0].isnan().any()
+
+
+def test_scoring_without_logits_keeps_to_its_budget(monkeypatch):
+    """A row there is its hidden states and its sums over parts of the head."""
+    monkeypatch.setattr(engines, "LOGIT_FREE", True)
+    case = make_case(3, length=40, width=16, vocabulary=203, masked=False)
+    args, _ = case.arguments(torch.bfloat16)
+    expected = linear_epsilon_dpo(*args, engine="triton")
+    rows, whole = [], triton_engine.project_and_sweep
+    monkeypatch.setattr(triton_engine, "project_and_sweep", lambda x, *rest: rows.append(len(x)) or whole(x, *rest))
+    budget = 50 * (2 * 2 * 16 + 4 * SWEPT * triton_blocks.splits(triton_blocks.architecture(args[0].device)))
+    got = linear_epsilon_dpo(*args, engine="triton", max_tile_bytes=budget)
+    assert sum(rows) == 240 and max(rows) <= 50
+    assert worst_error(got, expected) < 1e-6
+
+
 def test_steps_of_many_pairs():
     case = make_case(30, length=2, width=16, vocabulary=130, drift=0.1, seed=7)
     truth = epsilon_dpo_reference(*case.arguments()[0])

@@ -73,6 +73,7 @@ class BetaDPOLoss(nn.Module):
         out = output(losses.sum() * share / len(margins), PairResults._make(rows))
         return out._replace(beta=torch.where(kept, beta, 0))
 
+    @torch.compiler.disable  # a compiler loses what is added to a 0-dimensional float64 buffer in place
     def _decide(self, margins: Tensor, scored: Tensor) -> tuple[Tensor, float]:
         """Moves the averages and β; which of this rank's pairs are kept, and how many pairs each of them stands for."""
         parts, rank = [margins[scored].cpu()], 0

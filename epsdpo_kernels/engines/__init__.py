@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..head import Head
+from ..statistics import SWEPT
 from . import torch_engine
 
 ENGINES = ("auto", "torch", "triton")
@@ -27,7 +28,7 @@ def check(name: str, dtype: torch.dtype) -> None:
 
 
 def tile_operations(name: str, hidden: Tensor) -> ModuleType:
-    """The module of an engine's ``sweep`` and ``gradient``; "auto" is Triton's where that runs.
+    """The module of an engine's ``sweep``, ``gradient`` and ``scaled``; "auto" is Triton's where that runs.
 
     Raises:
         ValueError: the engine does not run on this device.
@@ -73,3 +74,11 @@ def logit_free(engine: ModuleType, policy: Head, rows: int, keep: bool) -> bool:
     from . import triton_blocks
 
     return not keep and triton_blocks.logit_free(policy.weight.element_size(), rows)
+
+
+def logit_free_row_bytes(hidden: Tensor, ref_hidden: Tensor) -> int:
+    """What a row takes in the kernel that needs no logits: its hidden states, and its sums over parts of the head."""
+    from . import triton_blocks
+
+    sums = 4 * SWEPT * triton_blocks.splits(triton_blocks.architecture(hidden.device))
+    return sums + sum(x.shape[-1] * x.element_size() for x in (hidden, ref_hidden))

@@ -31,12 +31,15 @@ def _chunks(tile: Tensor) -> range:
 
 
 def _logits(products: Tensor, head: Head) -> Tensor:
-    """The logits that follow from x·Wᵀ: the products themselves where nothing follows, else a new tensor."""
+    """The logits that follow from x·Wᵀ: the products themselves where nothing follows, else a new tensor.
+
+    An infinite product that is capped gives NaN: a finite logit would look like one that is right.
+    """
     logits = products if head.bias is None else products + head.bias
     if head.scale != 1.0:
         logits = logits * head.scale
     if head.softcap is not None:
-        logits = (logits / head.softcap).tanh_().mul_(head.softcap)
+        logits = (logits / head.softcap).tanh_().mul_(head.softcap).add_(products, alpha=0)
     return logits
 
 
@@ -124,7 +127,7 @@ class _Moments:
 
     def perturbed(self) -> tuple[Tensor, Tensor]:
         degree = 4 + 2 * sum(self.largest > limit for limit in list(DEGREES)[:-1])
-        k = torch.arange(1, len(self.moments) + 1, dtype=torch.float64)[:, None]
+        k = torch.arange(1, len(self.moments) + 1, dtype=torch.float64, device=self.moments.device)[:, None]
         terms = torch.where(k <= degree, self.moments * (self.epsilon**k / (k + 1).lgamma().exp()), 0)
         sinh, cosh_1 = terms[0::2].sum(0), terms[1::2].sum(0)
         within = self.largest <= self.limit

@@ -98,7 +98,7 @@ def _logits(
     scale,  # None where it is 1
     softcap,  # None where there is none
 ):
-    """softcap·tanh(scale·(x·Wᵀ + bias) / softcap), BEYOND where not valid."""
+    """softcap·tanh(scale·(x·Wᵀ + bias) / softcap), BEYOND where not valid; NaN where an infinite product is capped."""
     logits = products
     if bias_ptr is not None:
         logits += _load_words(bias_ptr, columns, valid).to(tl.float32)
@@ -108,7 +108,7 @@ def _logits(
         inverse = 1 / softcap
         if scale is not None:
             inverse *= tl.cast(scale, tl.float32)
-        logits = softcap * _tanh(logits * inverse)
+        logits = softcap * _tanh(logits * inverse) + products * 0
     elif scale is not None:
         logits *= tl.cast(scale, tl.float32)
     if valid is not None:
