@@ -308,7 +308,7 @@ def sharded(model: Model, tokens: int, tensor: int = 1, sequence: int = 1) -> Sh
         tiles=min(10 * n * words, plan.tile_budget(int(words), model.hidden, on_gpu=True)),
         gradient=4 * words * model.hidden,
         statistics=(4 * 10 * n if tensor > 1 else 0) + (8 * 12 if sequence > 1 else 0),
-        hidden_gradient=2 * n * model.hidden if tensor > 1 else 0,
+        hidden_gradient=4 * n * model.hidden if tensor > 1 else 0,
     )
 
 

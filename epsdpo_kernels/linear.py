@@ -118,13 +118,15 @@ def linear_epsilon_dpo(
             are those of a rank's own tokens: weight's and bias's are to be summed over the group.
 
     Returns:
-        EpsilonDPOOutput. Its loss is differentiable, once, in hidden, weight and bias; the reference gets no gradient.
-        Under autocast, hidden states and heads are taken in the autocast dtype. Where nothing at all is scored the
-        loss and its gradients are zeros, and so is every vector, β included. Logits that differ from the reference's
-        by a constant c, which softmax does not see, cost digits as ε·c grows: from about 10 on, steps can be wrong.
+        EpsilonDPOOutput. Its loss is differentiable once, backward, in hidden, weight and bias; the reference gets no
+        gradient. Under autocast, hidden states and heads are taken in the autocast dtype. Where nothing at all is
+        scored the loss and its gradients are zeros, and so is every vector, β included. Logits that differ from the
+        reference's by a constant c, which softmax does not see, cost digits as ε·c grows: from about 10 on, steps can
+        be wrong.
 
     Raises:
         TypeError, ValueError: name the argument, what came and what is taken.
+        NotImplementedError: forward-mode derivatives are asked for.
     """
     policy, reference = heads(
         (weight, bias), (ref_weight, ref_bias), (logit_scale, ref_logit_scale), (softcap, ref_softcap)

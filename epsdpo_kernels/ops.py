@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import engines, plan
 from .call import SCHEMA, Execution, Inputs, Settings, flatten, restore
@@ -117,8 +118,16 @@ def pair_stats(inputs: Inputs, settings: Settings, execution: Execution) -> tupl
 
 
 def _needs(inputs: Inputs) -> list[bool]:
-    """Whether gradients of hidden, weight and bias can be asked for."""
+    """Whether gradients of hidden, weight and bias can be asked for.
+
+    Raises:
+        NotImplementedError: one of them carries a forward-mode tangent, which would be lost without a word.
+    """
     trained = (inputs.hidden, inputs.policy.weight, inputs.policy.bias)
+    if not torch.compiler.is_compiling():
+        for name, t in zip(("hidden", "weight", "bias"), trained, strict=True):
+            if t is not None and unpack_dual(t).tangent is not None:
+                raise NotImplementedError(f"{name}: got a tangent of forward-mode autograd, takes backward alone")
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
 
 

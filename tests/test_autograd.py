@@ -39,6 +39,19 @@ def test_second_derivative_is_refused():
         g.sum().backward()
 
 
+@pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats], ids=lambda f: f.__name__)
+def test_forward_mode_is_refused(function):
+    """By both of its interfaces: its derivatives would be zeros."""
+    args, _ = make_case(1).arguments()
+    tangent = torch.ones_like(args[1])
+    with pytest.raises(NotImplementedError, match="^weight: got a tangent of forward-mode autograd"):
+        torch.func.jvp(lambda weight: function(args[0], weight, *args[2:])[0], (args[1],), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        hidden = torch.autograd.forward_ad.make_dual(args[0], torch.ones_like(args[0]))
+        with pytest.raises(NotImplementedError, match="^hidden: got a tangent"):
+            function(hidden, *args[1:])
+
+
 def test_a_loss_scaler_comes_in_before_the_cast():
     """β 1e-6 with a scale of 2¹⁶: unscaled fp16 gradients would be zero."""
     case = make_case(2, drift=0.3)
