@@ -217,6 +217,10 @@ def test_tables_and_pictures(tmp_path, capsys, monkeypatch):
     for name in ("lsc-dpo", "dpo, 200 steps"):
         assert [cell.strip("+-") for cell in table[name]] == ["0.0 ± 0.0"] * 6
     assert all(float(cell.split(" ±")[0]) < 0 for cell in table["eps-dpo"][3:])
+    # DPO lacks nothing here, nor between the points of its curve; and every margin has its reward's sign.
+    assert text.split("more than there (thousandths):")[1].split("β at")[0].count("0.0 ± 0.0") == 8
+    shares = text.split("agree with the reward:\n\n")[1].splitlines()[4:6]
+    assert shares == ["| DPO, right | 1 ± 0 | 1 ± 0 |", "| DPO, wrong | 0 ± 0 | 0 ± 0 |"]
     task = make_task(seed=0)
     end = end_of(task, sample(task, 512, seed=1000), at_the_optimum(task, None, Run("dpo", 0.5), 0)[0])
     assert end.missing == pytest.approx(0, abs=1e-9) and (end.relaxed_right, end.relaxed_wrong) == (1, 0)

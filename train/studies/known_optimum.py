@@ -25,6 +25,8 @@ from .common import LOOKS, Mean, grid, mean
 # Of the sweep. Plain DPO has more of them, for it is what the others are held against at their own KL.
 BETAS = (0.01, 0.05, 0.2, 0.5, 1.0, 2.0)
 DPO_BETAS = (*BETAS, 0.02, 0.1, 0.35, 0.7, 1.4, 4.0)
+# Of DPO held against that curve itself, between its points: what interpolating it makes of nothing.
+BETWEEN = (0.14, 0.27, 0.6, 2.8)
 # More preferences than the longest run draws; and so few that a run of 400 steps sees each 50 times.
 PAIRS = (1 << 15, 512)
 STEPS = (100, 200, 400, 800, 1600)
@@ -217,6 +219,10 @@ def stopped_early(pairs: int) -> list[Run]:
     return [Run("dpo", beta, steps=200, pairs=pairs) for beta in BETAS]
 
 
+def between(pairs: int) -> list[Run]:
+    return [Run("dpo", beta, pairs=pairs) for beta in BETWEEN]
+
+
 def over_steps() -> dict[str, list[Run]]:
     """Runs of several lengths from β₀ = 1, by what they are called."""
     named = {"DPO": ("dpo", 0.4), "ε-DPO": ("eps-dpo", 0.4)}
@@ -301,11 +307,17 @@ def tables(results: Results) -> str:
     cells = {update: gains(results, runs) for update, runs in over_epsilon().items()}
     title = "ε-DPO, reward more than DPO's at the same KL (thousandths), from β₀ = 1:"
     add(title, "`beta_update`", heads, cells)
-    usual = [Run("eps-dpo", 1.0, pairs=pairs) for pairs in PAIRS]
-    named = {"agree with the reward": "relaxed_right", "do not": "relaxed_wrong"}
-    cells = {label: each(results, usual, name) for label, name in named.items()}
+    cells = {f"{pairs:,} preferences": gains(results, between(pairs)) for pairs in PAIRS}
+    heads = [f"β₀ = {beta}" for beta in BETWEEN]
+    add("DPO between the points of its own curve, reward more than there (thousandths):", "data", heads, cells)
+    cells = {
+        f"{label}, {side}": each(results, [Run(method, 1.0, pairs=pairs) for pairs in PAIRS], name)
+        for label, method in (("ε-DPO", "eps-dpo"), ("DPO", "dpo"))
+        for side, name in (("right", "relaxed_right"), ("wrong", "relaxed_wrong"))
+    }
     heads = [f"{pairs:,} preferences" for pairs in PAIRS]
-    add("ε-DPO's relaxed share at the end, from β₀ = 1:", "preferences that", heads, cells)
+    title = "Share of positive margins at the end, from β₀ = 1; right preferences agree with the reward:"
+    add(title, "run, preferences", heads, cells)
     missed = ", ".join(f"{two_word_gap(epsilon):.1e} at ε = {epsilon}" for epsilon in (0.1, 0.01, 0.001))
     parts.append(f"Completions of two words, relaxed word by word, miss the optimum of β/(1+ε) by {missed} (nats).")
     return "\n\n".join(parts) + "\n"
@@ -386,7 +398,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder of the tables and the pictures")
     parser.add_argument("--seeds", type=int, default=8, help="tasks, each with its own preferences and batches")
     options = parser.parse_args(arguments)
-    groups = [*(sweep(pairs) | {"early": stopped_early(pairs)} for pairs in PAIRS), over_steps(), over_epsilon()]
+    of_data = (sweep(n) | {"early": stopped_early(n), "between": between(n)} for n in PAIRS)
+    groups = [*of_data, over_steps(), over_epsilon()]
     runs = list(dict.fromkeys(run for group in groups for named in group.values() for run in named))
     results: Results = {run: [] for run in runs}
     for seed in range(options.seeds):
