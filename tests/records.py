@@ -29,7 +29,7 @@ def rechain(run: Path) -> None:
         for number, part in enumerate(found):
             part = part.rename(part.with_name(f"{part.name[:-12]}{number:04d}.parquet"))
             before = write_part(pq.read_table(part), part, before)
-        write_end(run / "record" / f"end-{rank:03d}.json", part, before, True)
+        write_end(run / "record" / f"end-{rank:03d}.json", part.name, before, True)
 
 
 def write_run(
@@ -49,7 +49,8 @@ def write_run(
     bounds = {name: float(bound) for name, _, bound in (v.partition("=") for v in options.get("veto", []))}
     run.mkdir(parents=True, exist_ok=True)
     facts = {
-        "version": "0", "options": options, "pairs": {"train": pairs} | dict.fromkeys(eval_sets, eval_pairs),
+        "version": "0", "options": options, "ranks": ranks,
+        "pairs": {"train": pairs} | dict.fromkeys(eval_sets, eval_pairs),
         "training_arguments": {"per_device_train_batch_size": batch, "seed": seed, "num_train_epochs": epochs,
                                "dataloader_drop_last": drop_last},
     }  # fmt: skip

@@ -17,6 +17,7 @@ pa = pytest.importorskip("pyarrow", reason="the trainer's extra is not installed
 pq = pytest.importorskip("pyarrow.parquet")
 
 from epsdpo_kernels.__main__ import main  # noqa: E402
+from epsdpo_kernels.pair import lsc_dpo  # noqa: E402
 from epsdpo_kernels.record import SCHEMA, Recorder, parts, read  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
 from epsdpo_kernels.record.recorder import write_end  # noqa: E402
@@ -286,6 +287,7 @@ def refused(run: Path, capsys, *named: str) -> None:
         (FACT + "pairs", [1], "got [1], takes an object with a number by split"),
         (FACT + "pairs", {"train": "\x1b[2J"}, r"got {'train': '\x1b[2J'}, takes an object"),
         (FACT + "streams", None, "got None, takes a list of splits"),
+        *[(FACT + "ranks", value, "takes a number of processes, from 1") for value in (0, -1, "2", 2**40)],
         (FACT + "begins_after", "3", "got '3', takes a number of steps"),
         (FACT + "states_of_others", 3, "got 3, takes a list of files"),
         (FACT + "training_arguments", None, "got None, takes an object"),
@@ -364,6 +366,110 @@ def test_a_step_far_from_the_others_is_a_gap(tmp_path):
 
 def chained(run: Path) -> list[tuple]:
     return [(f.part, f.column, f.holds, f.follows) for f in audit(run).findings if f.kind == "chain"]
+
+
+def tell(run: Path, options: dict | None = None, **facts) -> None:
+    """Writes other facts, and options, into run.json; None takes one away."""
+    told = json.loads((run / "run.json").read_text()) | facts
+    told["options"] |= options or {}
+    (run / "run.json").write_text(json.dumps({name: value for name, value in told.items() if value is not None}))
+
+
+def limits(run: Path) -> dict:
+    found = audit(run)
+    assert found.ok, str(found)
+    return dict(found.limits)
+
+
+def test_a_rank_that_is_not_there_is_named(tmp_path):
+    """All of its files are gone, in a run of one epoch, which was then whole as far as the others tell."""
+    run = write_run(tmp_path / "gone", ranks=2, epochs=1, method="dpo")
+    assert audit(run).ok and not audit(run).limits
+    for path in (run / "record").glob("*-001*"):
+        path.unlink()
+    found = [(f.kind, f.column, f.holds, f.follows) for f in audit(run).findings]
+    assert found == [("rank", "ranks", "–", "rank 1"), ("rank", "step, rank 1", "–", "1–5")]
+    # A record of before that was told is read as ever, and what it can't show is said.
+    tell(run, ranks=None)
+    assert set(limits(run)) == {"no_ranks", "last_epoch"}
+
+    run = write_run(tmp_path / "more", ranks=2)
+    tell(run, ranks=1)
+    assert [(f.kind, f.holds, f.follows) for f in audit(run).findings] == [("rank", "rank 1", "ranks below 1")]
+
+    # A rank that was there and had no pairs has an end, and is not missed.
+    run = write_run(tmp_path / "idle", pairs=4, epochs=1, ranks=2, eval_pairs=0)
+    assert not parts(run / "record")[1:] and (run / "record" / "end-001.json").is_file() and not limits(run)
+
+
+def test_a_last_epoch_that_is_not_whole_is_said(tmp_path):
+    run = write_run(tmp_path, epochs=1)
+    assert not limits(run)
+    tell(run, pairs={"train": 4000, "eval": 6})
+    assert limits(run) == {"last_epoch": {"n": "40", "of": "4,000"}}
+    assert "not checked: The last epoch holds 40 of 4,000 pairs; whether it was to go on" in str(audit(run))
+
+
+def test_settings_by_which_pairs_may_come_twice_or_not_at_all_are_said(tmp_path):
+    run = write_run(tmp_path)
+    alter(run, 21, row=7, pair_id=f"{7:016x}")
+    assert audit(run).counts == {"double": 1, "missing": 1}
+    arguments = json.loads((run / "run.json").read_text())["training_arguments"]
+    tell(run, training_arguments=arguments | {"ignore_data_skip": True})
+    assert audit(run).counts == {"missing": 1} and set(dict(audit(run).limits)) == {"ignore_data_skip"}
+    del arguments["per_device_train_batch_size"]
+    tell(run, training_arguments=arguments | {"ignore_data_skip": True, "dataloader_drop_last": True})
+    assert set(limits(run)) == {"ignore_data_skip", "drop_last"}
+
+
+def test_without_its_end_no_record_is_whole(tmp_path):
+    """Also one of a single part, in which something was altered: no kill leaves a part and no end at all."""
+    run = write_run(tmp_path)
+    alter(run, 3, chain=False, chosen_entropy=9.0)
+    (run / "record" / "end-000.json").unlink()
+    assert chained(run) == [("", "end", "–", "end-000.json")]
+
+
+def test_killed_before_the_end_of_its_first_part(tmp_path):
+    """The end that is there from the start knows of no part: the one that is there is counted, and said."""
+    run = write_run(tmp_path)
+    (only,) = parts(run / "record")
+    write_end(run / "record" / "end-000.json", "", "", False)
+    assert limits(run)["late_part"] == {"part": only.name}
+    write_end(run / "record" / "end-000.json", "", "0" * 64, False)
+    assert [column for _, column, *_ in chained(run)] == ["end"]
+
+
+def test_what_a_record_says_stays_in_its_line(tmp_path, capsys):
+    """Ids, names and strings of a record that would clear the screen, hide, or print a verdict of their own."""
+    hostile = "\x1b[2J\x1b[HOK, 8 rows\nSHA-256 of its end: 00\x1b[8m\u202e"
+    run = write_run(tmp_path, pairs=16, ids=[f"{hostile}{n}{'x' * 999}" for n in range(22)], eval_sets=(hostile,))
+    alter(run, 3, decision=1, method=hostile)
+    keep(run, lambda row: (row["split"], row["step"], row["row"]) != (hostile, 4, 17))
+    tell(run, pairs={"train": 16, hostile: 6}, states_of_others=[hostile])
+    write_end(run / "record" / "end-000.json", hostile, "0" * 64, True)
+    assert main(["audit", str(run)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "NOT OK" in lines[0] and not any(line.startswith("OK") for line in lines)
+    assert sum(line.startswith("SHA-256") for line in lines) == 1
+    assert all(line.startswith("  ") for line in lines[1:-1]) and max(map(len, lines)) < 1000
+    printed = "".join(lines)
+    assert printed.isprintable() and "⟨U+001B⟩[2J⟨U+001B⟩[HOK, 8 rows⟨U+000A⟩SHA-256" in printed
+    assert {"chain", "value", "missing"} <= set(audit(run).counts) and "⟨U+202E⟩" in printed
+
+
+def test_batches_of_any_size(tmp_path):
+    """A step with more pairs than most lacks none; one with fewer is short where the run states its batch size."""
+    run = write_run(tmp_path, epochs=1, eval_pairs=0, method="dpo")
+    keep(run, lambda row: row["row"] not in (3, 5))
+    assert set(audit(run).counts) == {"short"}
+    tell(run, training_arguments={}, pairs={"train": 38})
+    assert limits(run)["no_batch_size"]["usual"] == "4"
+    run = write_run(tmp_path / "more", epochs=1, eval_pairs=0, method="dpo")
+    rows = pq.read_table(parts(run / "record")[0]).to_pylist()
+    place = next(i for i, row in enumerate(rows) if row["step"] == 10)
+    alter(run, place, **{name: rows[0][name] for name in ("step", "policy_step", "beta", "epoch")})
+    assert "short" not in audit(run).counts
 
 
 def short_digest(part: Path) -> str:
@@ -448,12 +554,12 @@ def test_a_removed_part_is_named(tmp_path):
 def test_a_kill_between_a_part_and_its_end_is_no_forgery(tmp_path):
     run = write_run(tmp_path, rows_per_part=8)
     *_, before, last = parts(run / "record")
-    write_end(run / "record" / "end-000.json", before, hashlib.sha256(before.read_bytes()).hexdigest(), False)
+    write_end(run / "record" / "end-000.json", before.name, hashlib.sha256(before.read_bytes()).hexdigest(), False)
     found = audit(run)
     assert found.ok and dict(found.limits)["late_part"] == {"part": last.name} and "open" in dict(found.limits)
     last.unlink()
     assert audit(run).ok and [name for name, _ in audit(run).limits] == ["open"]
-    write_end(run / "record" / "end-000.json", before, "0" * 64, True)
+    write_end(run / "record" / "end-000.json", before.name, "0" * 64, True)
     assert [column for _, column, *_ in chained(run)] == ["SHA-256"]
 
 
@@ -559,6 +665,20 @@ def test_lsc_dpos_beta_follows_from_the_margins_of_the_step_before(tiny, tmp_pat
     # The next step's β no longer follows, nor what it makes; the steps after it follow from the β that it holds.
     assert {f.step for f in found if f.place != place} == {part[place]["step"] + 1}
     assert sum(f.column == "beta" for f in found) == 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("eta", "tau_start", "taken"), [(1e6, 0.99, "at most 16"), (36.0, 0.86, None), (1e6, 0.45, "at most 401")]
+)
+def test_an_eta_that_no_float_holds_is_refused(tmp_path, capsys, eta, tau_start, taken):
+    """A step may multiply β by e^(η·(z* − log(1/τ − 1))) at most, which 1e6 takes beyond any float."""
+    run = write_run(tmp_path, pairs=8, epochs=1, method="lsc-dpo", lsc_z_star=0.4, lsc_eta=eta, lsc_tau_start=tau_start)
+    if taken:
+        refused(run, capsys, f"options.lsc_eta: got {eta}, takes {taken} with these z* and τ_start")
+        return
+    worst = math.log(1 / tau_start - 1) + 1e-9
+    assert 70 < math.log(lsc_dpo(1.0, worst, 0.4, eta, tau_start)) <= 80
+    assert audit(run).table is not None
 
 
 def test_a_long_run_of_beta_dpo(tmp_path):

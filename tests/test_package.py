@@ -96,7 +96,7 @@ from epsdpo_kernels.__main__ import main
 sys.exit(main(["audit", sys.argv[1]]))
 """
     done = run(installed, loop, str(tmp_path / "mine"), without=RECORD)
-    assert done.returncode == 0 and "OK, 2 rows, 1 training steps" in done.stdout, done.stderr
+    assert done.returncode == 0 and "OK, 2 rows, 1 training step, 1 part" in done.stdout, done.stderr
 
 
 def test_the_gpus_tests_are_found_without_the_extras():

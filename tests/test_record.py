@@ -91,11 +91,18 @@ def test_parts_close_at_the_end_of_steps(tmp_path):
     [
         ({"margins": 1.0}, "margins"),
         ({"margin": np.zeros(3)}, "one length"),
+        ({"policy_step": np.array([4, -1])}, "policy_step holds -1 in row 1, takes an integer from 0"),
+        ({"beta": np.inf}, "beta holds inf in row 0, takes a positive finite number"),
+        ({"row": np.array([None, -3], object)}, "row holds -3 in row 1, takes an integer from 0, or null"),
     ],
 )
 def test_refusals(tmp_path, columns, named):
+    recorder = Recorder(tmp_path)
+    recorder.append(batch(1))
     with pytest.raises(ValueError, match=named):
-        Recorder(tmp_path).append(batch(1) | columns)
+        recorder.append(batch(1) | columns)
+    recorder.close()  # what was refused has left nothing
+    assert read(tmp_path)["row"].to_pylist() == [100, 101]
 
 
 def test_a_missing_column_is_named(tmp_path):
@@ -103,6 +110,17 @@ def test_a_missing_column_is_named(tmp_path):
     del values["beta_used"]
     with pytest.raises(ValueError, match="beta_used"):
         Recorder(tmp_path).append(values)
+
+
+def test_a_rank_has_an_end_from_its_start(tmp_path):
+    recorder, end = Recorder(tmp_path, rank=2), tmp_path / "end-002.json"
+    assert json.loads(end.read_text()) == {"part": "", "sha256": "", "closed": False}
+    recorder.close()
+    assert json.loads(end.read_text()) == {"part": "", "sha256": "", "closed": True}
+    recorder.append(batch(1))
+    recorder.close()
+    Recorder(tmp_path, rank=2, resume_step=0)
+    assert json.loads(end.read_text()) == {"part": "", "sha256": "", "closed": False} and not parts(tmp_path)
 
 
 def test_a_record_is_not_overwritten(tmp_path):

@@ -362,9 +362,9 @@ def test_the_demo_ends_with_its_report(tiny, tmp_path, monkeypatch, capsys):
     more = {"model": tiny, "dataset": tmp_path / "pairs.jsonl", "output_dir": run, "max_steps": 3, "report_to": "none"}
     monkeypatch.setattr("sys.argv", ["demo", *(f"--{name}={value}" for name, value in more.items())])
     demo.main()
-    *_, verdict, last = capsys.readouterr().out.strip().splitlines()
+    *_, verdict, unchecked, last = capsys.readouterr().out.strip().splitlines()
     # 24 pairs of training, and 6 held out before and after.
-    assert verdict == "audit: OK, 36 rows, 3 training steps, 1 part"
+    assert verdict == "audit: OK, 36 rows, 3 training steps, 1 part" and "24 of 42 pairs" in unchecked
     assert last.endswith(str(run / "report" / "report.html"))
     (shown,) = data_of(run / "report" / "report.html")["runs"]
     assert shown["labels"][0]["n"] == 24 and [one["step"] for one in shown["evaluation"]] == [[0, 3]]

@@ -215,8 +215,9 @@ def test_a_loop_that_leaves_pairs_out(tmp_path):
         record.close()
         found.append(audit(tmp_path / name))
     assert [f.ok for f in found] == [True, True, False], "\n".join(map(str, found))
-    assert [f.limits for f in found] == [[("no_pairs", {"split": "train"})], [], []]
-    missing = [("missing", epoch, "6", "7") for epoch in (0, 1)]
+    last = ("last_epoch", {"n": "6", "of": "7"})
+    assert [f.limits for f in found] == [[("no_pairs", {"split": "train"})], [], [last]]
+    missing = [("missing", epoch, "6", "7") for epoch in (0, 1)]  # the third may have been told to end there
     assert [(f.kind, f.epoch, f.holds, f.follows) for f in found[2].findings] == missing
 
 
@@ -270,6 +271,65 @@ def test_refusals(tmp_path):
     record.append(out, labels, step=3, beta=torch.tensor(0.1))
     with pytest.raises(ValueError, match="step: got 2 after 3"):
         record.append(out, labels, step=2, beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        ({"step": 0}, "step: got 0 of 'train', takes optimizer steps, counted from 1"),
+        ({"step": -1, "split": "eval"}, "step: got -1 of 'eval', takes optimizer steps done before, from 0"),
+        ({"step": 2**31}, f"step: got {2**31} of 'train'"),
+        *[({"step": 1, "epoch": value}, f"epoch: got {value}, takes passes over the data")
+          for value in (-1.0, float("inf"), float("nan"))],
+    ],
+)  # fmt: skip
+def test_a_place_that_no_run_has_is_refused_while_it_trains(tmp_path, place, named):
+    """And not by the audit, of a record that can't be read any more."""
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record = Record(tmp_path, loss_fn)
+    out, labels = call(loss_fn)
+    with pytest.raises(ValueError, match=named):
+        record.append(out, labels, **place)
+    steps(record, loss_fn, 1, 2)
+    record.close()
+    assert audit(tmp_path).ok and audit(tmp_path).steps == 2
+
+
+def test_an_honest_loop_of_batches_of_any_size(tmp_path):
+    """And one that draws its pairs anew at every step: no run said that each comes once."""
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record, at = Record(tmp_path / "sizes", loss_fn, facts={"pairs": {"train": 29}}), 0
+    for step, pairs in enumerate((3, 4, 5, 4, 6, 4, 3), 1):
+        out, labels = call(loss_fn, step, pairs)
+        ids = [f"p{n}" for n in range(at, at + pairs)]
+        record.append(out, labels, step=step, row=range(at, at + pairs), pair_id=ids, epoch=at / 29)
+        loss_fn.update_beta()
+        at += pairs
+    record.close()
+    found = audit(tmp_path / "sizes")
+    assert found.ok and found.limits == [("no_batch_size", {"n": "1", "usual": "4"})], str(found)
+
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    record = Record(tmp_path / "drawn", loss_fn)
+    for step in range(1, 6):
+        out, labels = call(loss_fn, step)
+        record.append(out, labels, step=step, row=[2, 2, step + 5], pair_id=["b", "b", f"{step}"], epoch=step / 10)
+        loss_fn.update_beta()
+    record.close()
+    found = audit(tmp_path / "drawn")
+    assert found.ok and found.limits == [("no_pairs", {"split": "train"})], str(found)
+
+
+def test_the_number_of_ranks_is_written(tmp_path):
+    """By a loop of one process by itself; of several, as the loop says, for some may share their pairs."""
+    for name, more, ranks in (("a", {}, 1), ("b", {"rank": 0}, None), ("c", {"rank": 0, "facts": {"ranks": 2}}, 2)):
+        loss_fn = EpsilonDPOLoss(0.1, 0.05)
+        record = Record(tmp_path / name, loss_fn, **more)
+        steps(record, loss_fn, 1, 2)
+        record.close()
+        assert json.loads((tmp_path / name / "run.json").read_text()).get("ranks") == ranks
+        found = audit(tmp_path / name)
+        assert found.ok == (ranks != 2) and (("no_ranks", {}) in found.limits) == (ranks is None), str(found)
 
 
 @pytest.mark.parametrize("kind", ["a mapping", "datasets"])

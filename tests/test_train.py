@@ -200,7 +200,7 @@ def test_yaml_and_flags(tiny, tmp_path):
     assert trainer.state.global_step == 1 and trainer.args.learning_rate == 1e-3
     assert trainer.state.log_history[0]["beta/used"] == pytest.approx(0.3)
     facts = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert facts["options"]["beta"] == 0.3 and facts["data"]["train"]["kept"] == 48
+    assert facts["options"]["beta"] == 0.3 and facts["data"]["train"]["kept"] == 48 and facts["ranks"] == 1
 
 
 def test_not_finite_stops_with_names(tiny, tmp_path):

@@ -126,7 +126,7 @@ def test_what_loses_the_row_is_said(tiny, tmp_path):
     assert found.ok and {name for name, _ in found.limits} == {"no_row", "no_id"}, str(found)
     assert frame(tmp_path / "halved")["row"].isna().all() and len(found.table) == 16
     train(tiny, tmp_path / "other", max_steps=2, data_collator=DataCollatorForPreference(pad_token_id=0, max_length=16))
-    assert not audit(tmp_path / "other").limits
+    assert audit(tmp_path / "other").limits == [("last_epoch", {"n": "24", "of": "48"})]
 
     # A pair that is none to the reader of texts: no id, and the row all the same.
     rows = trl_runs.pairs(tiny).to_list()
@@ -168,13 +168,13 @@ def test_resumed_without_gap_or_double(tiny, tmp_path):
         resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3")
     )
     found = audit(tmp_path / "run")
-    assert found.ok and not found.limits, str(found)
+    assert found.ok and found.limits == [("last_epoch", {"n": "12", "of": "48"})], str(found)
     assert frame(tmp_path / "run").equals(frame(tmp_path / "whole"))
 
     # In another folder, what came before is in another record, and said to be.
     make(tiny, tmp_path / "other", max_steps=9).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     found = audit(tmp_path / "other")
-    assert found.ok and found.limits == [("begins_after", {"step": 3})], str(found)
+    assert found.ok and found.limits == [("begins_after", {"step": 3}), ("last_epoch", {"n": "12", "of": "48"})]
     whole = frame(tmp_path / "whole").query("step > 3").reset_index(drop=True)
     assert frame(tmp_path / "other").equals(whole)
 
@@ -188,7 +188,8 @@ def test_begun_anew_in_the_same_folder(tiny, tmp_path):
     with pytest.warns(UserWarning, match="held the record of another run, which is now in .*earlier-1"):
         trainer = train(tiny, tmp_path, max_steps=2, epsilon=0.1)
     found = audit(tmp_path)
-    assert found.ok and found.steps == 2 and [name for name, _ in found.limits] == ["states_of_others"], str(found)
+    assert found.ok and found.steps == 2, str(found)
+    assert [name for name, _ in found.limits] == ["states_of_others", "last_epoch"]
     assert "checkpoint-9" in str(found)
     assert (tmp_path / "earlier-1" / "checkpoint-4").is_dir()  # which the audit of that run reads
     earlier = audit(tmp_path / "earlier-1")
@@ -206,8 +207,8 @@ def test_evaluations_outside_of_training(tiny, tmp_path):
     trainer.evaluate(data.select(range(10, 18)))
     trainer.evaluate({"x": data.select(range(4)), "y": data.select(range(7))})
     found, rows = audit(tmp_path / "run"), frame(tmp_path / "run")
-    assert found.ok and {name for name, _ in found.limits} == {"no_pairs"}, str(found)
-    assert all("@" in values["split"] for _, values in found.limits)
+    assert found.ok and {name for name, _ in found.limits} == {"no_pairs", "last_epoch"}, str(found)
+    assert all("@" in values["split"] for name, values in found.limits if name == "no_pairs")
     counts = rows.query("split != 'train'").groupby("split").size().to_dict()
     # Of data that were given, rows of the same name are others: the name says of which.
     assert sorted((name.split("@")[0], "@" in name, n) for name, n in counts.items()) == [

@@ -143,11 +143,13 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     done = checkpoint_step(resume) if resume else None
     # What began at the start was evaluated there.
     args.eval_on_start = args.eval_on_start and not resume
-    rank, copy_of_it = divmod(args.process_index, sequence_ranks(args) * tensor_ranks(args))
+    row_ranks = sequence_ranks(args) * tensor_ranks(args)
+    rank, copy_of_it = divmod(args.process_index, row_ranks)
     record = RecordElsewhere() if copy_of_it else Record(
         args.output_dir, loss_fn, options=dataclasses.asdict(options), pairs={"train": pairs, "eval": held_out},
         facts={
             "transformers": transformers.__version__, "training_arguments": args.to_sanitized_dict(), "data": reports,
+            "ranks": args.world_size // row_ranks,
         },
         label=options.label_column, rank=rank, resume_step=done,
     )  # fmt: skip

@@ -194,7 +194,7 @@ class RecordedTRL(Recorded):
                     f"output_dir: {self.args.output_dir} held the record of another run, which is now in {aside}",
                     stacklevel=2,
                 )
-            facts = dict(self._facts or {})
+            facts = dict(self._facts or {}) | {"ranks": self.data_ranks}
             if begins_after:
                 facts["begins_after"] = begins_after
             self.record = RecordElsewhere() if not self.first_of_row else Record(

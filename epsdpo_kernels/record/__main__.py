@@ -19,10 +19,12 @@ whenever a checkpoint is saved; it appears under its name whole, or not at all. 
 part at most, and one that is resumed removes the rows past its checkpoint before it goes on.
 
 Each part's metadata hold the SHA-256 of the rank's part before it (`sha256_before`), and `end-RANK.json` that of the
-last, with `closed` once the run has said that it is over. Every rank keeps its own end, so that none waits for
-another. [What this proves, and what not](report.md#what-is-proved-and-what-is-not).
+last, with `closed` once the run has said that it is over. Every rank keeps its own end, from its start on, so that none
+waits for another; the files of all ranks belong into one folder. [What this proves, and what
+not](report.md#what-is-proved-and-what-is-not).
 
-`RUN/run.json` holds the run's settings and how many pairs there are. A TRL run that begins anew in a folder finds the
+`RUN/run.json` holds the run's settings, and how many pairs (`pairs`) and processes with pairs of their own (`ranks`)
+there are; a loop of several processes says `facts={{"ranks": N}}`. A TRL run that begins anew in a folder finds the
 record of the last one there: it goes to `RUN/earlier-1/` with its checkpoints, where it can be audited too. A run that
 goes on from another checkpoint than its last moves the later ones there.
 

@@ -22,16 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
-from ..pair import BETA_DPO_MOMENTUM, beta_dpo, losses_and_coefficients, lsc_dpo, pair_beta, perturbation_step
 from .recorder import BEFORE, END, SCHEMA, TRAIN, in_order, numbers, parts
 from .run import steps_done
 from .schema import check_columns, read_facts
+from .shown import in_a_line
+from .values import check_values
 from .words import words
 
-# A figure may differ from what follows by 8 roundings of float32, relative to the largest number that went into it.
-ROUNDING = 8 * 2.0**-24
 SHOWN = 50
 Columns = dict[str, np.ndarray]
 
@@ -41,12 +39,13 @@ class Finding:
     """One thing that is not as it must be.
 
     kind: "value", a figure that does not follow; "unreadable", a part; "chain", a part that was altered, moved or
-        removed after it was written; "gap", steps or micro-batches that are missing; "rank", steps that one process
-        lacks; "short", a step with fewer pairs than the others; "double", a pair that comes again; "missing", pairs
-        that an epoch or evaluation lacks; "id", a row of the data with two ids; "end", a record that ends before its
-        run.
+        removed after it was written; "gap", steps or micro-batches that are missing; "rank", a process that is not
+        there, or lacks steps; "short", a step with fewer pairs than the others; "double", a pair that comes again;
+        "missing", pairs that an epoch or evaluation lacks; "id", a row of the data with two ids; "end", a record that
+        ends before its run.
     The place is given as far as there is one: part, place in the part (from 0), epoch (from 0), step, row of the data,
-    pair id. ``holds`` and ``follows`` are values, or counts of what ``column`` names, "–" for none.
+    pair id. ``holds`` and ``follows`` are values, or counts of what ``column`` names, "–" for none. What came from
+    outside is as :func:`shown.in_a_line` shows it.
     """
 
     kind: str
@@ -101,8 +100,26 @@ class Audit:
         return len(np.unique(self.table["step"].to_numpy()[self.table["split"].to_numpy() == TRAIN]))
 
     def add(self, kind: str, column: str, holds: Any, follows: Any, count: int = 1, **where) -> None:
-        self.findings.append(Finding(kind, column, str(holds), str(follows), **where))
+        where = {name: in_a_line(value) if isinstance(value, str) else value for name, value in where.items()}
+        self.findings.append(Finding(kind, in_a_line(column), in_a_line(holds), in_a_line(follows), **where))
         self.counts[kind] += count
+
+    def name_rows(self, rows: Columns, kind: str, column: str, bad: np.ndarray, follows: Any) -> None:
+        """A finding for every row in a mask, or for the first of them."""
+        where = np.flatnonzero(bad)
+        follows = np.broadcast_to(follows, bad.shape)
+        for i in where[:SHOWN]:
+            holds, then = (_short(values[i]) for values in (rows[column], follows))
+            self.add(
+                kind, column, holds, then, part=str(rows["part"][i]), place=int(rows["place"][i]),
+                step=int(rows["step"][i]), row=int(rows["row"][i]) if rows["row"][i] >= 0 else None,
+                pair_id=str(rows["pair_id"][i]),
+            )  # fmt: skip
+        if len(where) > SHOWN:
+            self.counts[kind] += len(where) - SHOWN
+
+    def limit(self, name: str, **values) -> None:
+        self.limits.append((name, {k: in_a_line(v) if isinstance(v, str) else v for k, v in values.items()}))
 
     def unchecked(self, language: str = "en") -> list[str]:
         """What could not be checked, in sentences."""
@@ -111,15 +128,24 @@ class Audit:
 
     def __str__(self) -> str:
         counted = (
-            f"{len(self.table):,} rows, {self.steps:,} training steps, {self.parts:,} part{'s' * (self.parts != 1)}"
+            f"{_counted(len(self.table), 'row')}, {_counted(self.steps, 'training step')}, "
+            f"{_counted(self.parts, 'part')}"
         )
         found = sum(self.counts.values())
-        lines = [f"NOT OK, {found:,} finding{'s' * (found != 1)} in {counted}" if found else f"OK, {counted}"]
+        lines = [f"NOT OK, {_counted(found, 'finding')} in {counted}" if found else f"OK, {counted}"]
         lines += [f"  {finding}" for finding in self.findings[:SHOWN]]
         if found > SHOWN:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common())
             lines.append(f"  … the first {min(SHOWN, len(self.findings))} are shown of: {kinds}")
         return "\n".join([*lines, *(f"  not checked: {line}" for line in self.unchecked())])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def audit(run: Path) -> Audit:
@@ -142,7 +168,7 @@ def audit(run: Path) -> Audit:
                 raise ValueError("its columns are not the schema's")
             check_columns(table, numbers(part)[0])
         except (pa.ArrowException, OSError, ValueError) as error:
-            unreadable.append((part.name, " ".join(str(error).split())[:200]))
+            unreadable.append((part.name, in_a_line(" ".join(str(error).split()))))
             links.append(Link(part, hashlib.sha256(data).hexdigest(), None))
             continue
         before = (table.schema.metadata or {}).get(BEFORE, b"nothing").decode(errors="replace")
@@ -159,10 +185,11 @@ def audit(run: Path) -> Audit:
     for name, problem in unreadable:
         result.add("unreadable", "part", problem, "a part of a record", part=name)
     _check_chain(result, links)
+    _check_ranks(result, links)
     rows = columns(result.table)
     rows["train"] = rows["split"] == TRAIN
     _note_unknown(result, rows)
-    _check_values(result, rows)
+    check_values(result, rows)
     _check_steps(result, rows)
     _check_pairs(result, rows)
     return result
@@ -207,7 +234,7 @@ def _check_chain(result: Audit, links: list[Link]) -> None:
     result.digest = hashlib.sha256("".join(last).encode()).hexdigest()
     if still_open:
         step = int(result.table["step"].to_numpy().max(initial=0))
-        result.limits.append(("open", {"ranks": ", ".join(map(str, still_open)), "step": step}))
+        result.limit("open", ranks=", ".join(map(str, still_open)), step=step)
 
 
 def _check_end(result: Audit, end: Path | None, expected: Path, own: list[Link]) -> str:
@@ -219,30 +246,43 @@ def _check_end(result: Audit, end: Path | None, expected: Path, own: list[Link])
         except (OSError, ValueError, RecursionError):
             pass
     well_formed = isinstance(told, dict) and all(isinstance(told.get(name), str) for name in ("part", "sha256"))
-    digests = [link.digest for link in own]
+    names, digests = ["", *(link.part.name for link in own)], ["", *(link.digest for link in own)]
     # A run that is killed between a part and its end leaves one part more than the end knows of.
-    late = well_formed and digests[-2:-1] == [told["sha256"]] or end is None and len(own) == 1
+    late = well_formed and digests[-2:-1] == [told["sha256"]]
     if late:
-        result.limits.append(("late_part", {"part": own[-1].part.name}))
+        result.limit("late_part", part=names[-1])
     elif not well_formed:
         result.add("chain", "end", "–", expected.name)
-    elif told["part"] not in [link.part.name for link in own]:
+    elif told["part"] not in names:
         result.add("chain", "part", "–", told["part"], part=expected.name)
     elif digests[-1] != told["sha256"]:
-        if told["part"] == own[-1].part.name:
-            result.add("chain", "SHA-256", digests[-1][:16], told["sha256"][:16], part=told["part"])
+        if told["part"] == names[-1]:
+            result.add("chain", "SHA-256", digests[-1][:16] or "–", told["sha256"][:16], part=told["part"])
         else:
-            result.add("chain", "end", own[-1].part.name, told["part"], part=expected.name)
+            result.add("chain", "end", names[-1], told["part"] or "–", part=expected.name)
     return "closed" if well_formed and told.get("closed") is True and not late else "open"
+
+
+def _check_ranks(result: Audit, links: list[Link]) -> None:
+    """Every process that made a record is there, with parts, or with an end if it had no pairs; and no other."""
+    there = {numbers(link.part)[0] for link in links}
+    if (ranks := result.facts.get("ranks")) is None:
+        result.limit("no_ranks")
+        return
+    folder = result.run / "record"
+    ends = {rank for rank in range(ranks) if (folder / f"end-{rank:03d}.json").is_file()}
+    for rank in sorted((there | ends) ^ set(range(ranks))):
+        holds, follows = (f"rank {rank}", f"ranks below {ranks}") if rank in there else ("–", f"rank {rank}")
+        result.add("rank", "ranks", holds, follows)
 
 
 def _note_unknown(result: Audit, rows: Columns) -> None:
     """What can't be checked, because the run didn't know it."""
     facts = result.facts
     if begins := facts.get("begins_after"):
-        result.limits.append(("begins_after", {"step": begins}))
+        result.limit("begins_after", step=begins)
     if others := facts.get("states_of_others"):
-        result.limits.append(("states_of_others", {"states": ", ".join(map(str, others))}))
+        result.limit("states_of_others", states=", ".join(others))
     for split in dict.fromkeys(rows["split"]):
         own = rows["split"] == split
         for name, unknown in (
@@ -251,186 +291,16 @@ def _note_unknown(result: Audit, rows: Columns) -> None:
             ("no_epoch", rows["train"] & np.isnan(rows["epoch"])),
         ):
             if n := int((own & unknown).sum()):
-                result.limits.append((name, {"split": split, "n": f"{n:,}"}))
+                result.limit(name, split=split, n=f"{n:,}")
         if split in _streams(facts):
-            result.limits.append(("stream", {"split": split}))
+            result.limit("stream", split=split)
         elif split not in facts.get("pairs", {}) and (own & (rows["row"] >= 0)).any():
-            result.limits.append(("no_pairs", {"split": split}))
+            result.limit("no_pairs", split=split)
 
 
 def _streams(facts: dict[str, Any]) -> list[str]:
     """The splits that came as streams: a row is a place in one pass, and how many there are nobody knows."""
     return facts.get("streams", [])
-
-
-def _name_rows(result: Audit, rows: Columns, kind: str, column: str, bad: np.ndarray, follows: Any) -> None:
-    """A finding for every row in a mask, or for the first of them."""
-    where = np.flatnonzero(bad)
-    follows = np.broadcast_to(follows, bad.shape)
-    for i in where[:SHOWN]:
-        holds, then = (_short(values[i]) for values in (rows[column], follows))
-        result.add(
-            kind, column, holds, then, part=str(rows["part"][i]), place=int(rows["place"][i]),
-            step=int(rows["step"][i]), row=int(rows["row"][i]) if rows["row"][i] >= 0 else None,
-            pair_id=str(rows["pair_id"][i]),
-        )  # fmt: skip
-    if len(where) > SHOWN:
-        result.counts[kind] += len(where) - SHOWN
-
-
-def _short(value: Any) -> str:
-    return f"{value:.9g}" if isinstance(value, float | np.floating) else str(value)
-
-
-def _differ(holds: np.ndarray, follows: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
-    """Where two columns differ by more than rounding; a NaN follows from a NaN."""
-    with np.errstate(invalid="ignore"):
-        near = np.abs(holds.astype(np.float64) - follows) <= ROUNDING * np.asarray(scale)
-    return ~(near | (holds == follows) | (np.isnan(holds) & np.isnan(follows)))
-
-
-def _check_values(result: Audit, rows: Columns) -> None:
-    """Everything that follows from other columns of its row and from the step before."""
-    options = result.facts["options"]
-    method, epsilon = options["method"], options["epsilon"] if options["method"] == "eps-dpo" else 0.0
-    smoothing = options["label_smoothing"]
-    for name, value in (("method", method), ("epsilon", epsilon), ("label_smoothing", smoothing)):
-        told = np.float32(value) if isinstance(value, float | int) else value
-        _name_rows(result, rows, "value", name, rows[name] != told, told)
-
-    # Training moves the last step's policy; an evaluation may be one of an earlier checkpoint.
-    done = rows["step"] - rows["train"]
-    ahead = np.where(rows["train"], rows["policy_step"] != done, rows["policy_step"] > done)
-    _name_rows(result, rows, "value", "policy_step", ahead, done)
-
-    def tensor(name: str) -> torch.Tensor:
-        return torch.from_numpy(rows[name].astype(np.float64))
-
-    step = perturbation_step(tensor("relaxed_shift"), tensor("tightened_shift")).numpy()
-    if method != "eps-dpo":
-        step = np.zeros_like(step)
-    vetoed = _vetoed(rows, step, options.get("veto") or [])
-    _name_rows(result, rows, "value", "vetoed", rows["vetoed"] != vetoed, vetoed)
-    decision = np.where(vetoed, 0, step).astype(np.int8)
-    _name_rows(result, rows, "value", "decision", rows["decision"] != decision, decision)
-
-    beta, beta_used = _betas(result, rows, decision)
-    _name_rows(result, rows, "value", "beta", _differ(rows["beta"], beta, beta), beta.astype(np.float32))
-    used = _differ(rows["beta_used"], beta_used, np.maximum(beta, beta_used))
-    _name_rows(result, rows, "value", "beta_used", used, beta_used.astype(np.float32))
-
-    logps = [tensor(name) for name in ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")]
-    margin = ((logps[0] - logps[1]) - (logps[2] - logps[3])).numpy()
-    size = torch.stack(logps).abs().sum(0).numpy()
-    _name_rows(result, rows, "value", "margin", _differ(rows["margin"], margin, size), margin.astype(np.float32))
-    losses, coefficients = losses_and_coefficients(tuple(logps), torch.from_numpy(beta_used), smoothing)
-    # A shift that is not finite stops a run, however finite the log-probs are.
-    shifts = np.isfinite(rows["relaxed_shift"]) & np.isfinite(rows["tightened_shift"])
-    loss, coefficient = (np.where(shifts, t.numpy(), np.nan) for t in (losses, coefficients))
-    # beta-dpo leaves pairs out: β 0 and no loss at all, where the loss at β 0 would be log 2.
-    loss = np.where(beta_used == 0, 0, loss)
-    logit = 1 + beta_used * size
-    _name_rows(result, rows, "value", "loss", _differ(rows["loss"], loss, logit), loss.astype(np.float32))
-    weight = _differ(rows["coefficient"], coefficient, beta_used * logit)
-    _name_rows(result, rows, "value", "coefficient", weight, coefficient.astype(np.float32))
-
-
-def _vetoed(rows: Columns, step: np.ndarray, veto: list[str]) -> np.ndarray:
-    """Relaxations that a second signal withholds: entropy of the chosen answer, or KL of the pair, above its bound."""
-    bounds = {name: float(value) for name, _, value in (bound.partition("=") for bound in veto)}
-    signals = {"entropy": rows["chosen_entropy"], "kl": rows["chosen_kl"] + rows["rejected_kl"]}
-    above = np.zeros(len(step), bool)
-    for name, bound in bounds.items():
-        # A signal that is its bound but for rounding may have fallen on either side: there the record's word stands.
-        signal = signals[name].astype(np.float64)
-        near = np.abs(signal - bound) <= ROUNDING * (abs(bound) + 1)
-        above |= np.where(near, rows["vetoed"], signal > bound)
-    return above & (step == 1)
-
-
-def _betas(result: Audit, rows: Columns, decision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) running β and (N,) β used that follow, float64.
-
-    The running β of a step follows from that of the step before. Where that step is missing, it is what most rows of
-    the step hold.
-    """
-    options, train = result.facts["options"], rows["train"]
-    if options["method"] == "beta-dpo":
-        return _beta_dpo_betas(options, rows)
-    steps, first, group, count = np.unique(
-        rows["step"][train], return_index=True, return_inverse=True, return_counts=True
-    )
-    by_value = np.lexsort([rows["beta"][train], group])
-    held = rows["beta"][train][by_value[first + count // 2]].astype(np.float64)  # rows are in the order of their steps
-    relaxed, tightened = (np.bincount(group, decision[train] == sign) for sign in (1, -1))
-    epsilon, update = options["epsilon"], options["beta_update"]
-    if options["method"] == "lsc-dpo":
-        after = _lsc_dpo_after(options, rows, held, group, count)
-    elif options["method"] != "eps-dpo" or update == "none":
-        after = held
-    elif update == "mean-step":
-        after = held / (1 + epsilon * (relaxed - tightened) / count)
-    else:
-        after = held * (relaxed / (1 + epsilon) + (count - relaxed - tightened) + tightened / (1 - epsilon)) / count
-    # β after each step that was taken, and at the start: what the next step, and an evaluation of that policy, works
-    # with.
-    start = np.nan if result.facts.get("begins_after") else np.float32(options["beta"])
-    done, known = np.concatenate([[0], steps]), np.concatenate([[start], after])
-    before = np.where(train, rows["step"] - 1, rows["policy_step"])
-    place = np.minimum(np.searchsorted(done, before), len(done) - 1)
-    beta = np.where(done[place] == before, known[place], np.nan)
-    own = np.searchsorted(steps, rows["step"]).clip(max=max(len(steps) - 1, 0))
-    if len(steps):
-        beta = np.where(np.isnan(beta) & train, held[own], beta)
-    # An evaluation whose step is missing has nothing to follow from but itself.
-    beta = np.where(np.isnan(beta), rows["beta"], beta)
-    used = pair_beta(torch.from_numpy(decision), torch.from_numpy(beta), epsilon if epsilon else 0.0).numpy()
-    return beta, used
-
-
-def _lsc_dpo_after(
-    options: dict[str, Any], rows: Columns, held: np.ndarray, group: np.ndarray, count: np.ndarray
-) -> np.ndarray:
-    """β after each training step of lsc-dpo, from its β and its pairs' margins; see :func:`pair.lsc_dpo`."""
-    chosen, rejected, ref_chosen, ref_rejected = (
-        rows[name][rows["train"]] for name in ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
-    )
-    # Worked out again in float32, as the loss does: β may amplify a rounding of the margin.
-    margin = np.bincount(group, ((chosen - rejected) - (ref_chosen - ref_rejected)).astype(np.float64)) / count
-    settings = [options[name] for name in ("lsc_z_star", "lsc_eta", "lsc_tau_start")]
-    return np.array([lsc_dpo(*step, *settings) for step in zip(held.tolist(), margin.tolist(), strict=True)])
-
-
-def _beta_dpo_betas(options: dict[str, Any], rows: Columns) -> tuple[np.ndarray, np.ndarray]:
-    """The same for beta-dpo, whose β moves with every micro-batch's margins; see :func:`pair.beta_dpo`."""
-    base, alpha = options["beta"], options["beta_dpo_alpha"]
-    beta, used = rows["beta"].astype(np.float64), rows["beta_used"].astype(np.float64)
-    train = np.flatnonzero(rows["train"])
-    kept = rows["beta_used"] > 0
-    place = rows["step"][train] * (int(rows["micro"].max(initial=0)) + 1) + rows["micro"][train]
-    _, group, count = np.unique(place, return_inverse=True, return_counts=True)
-    margin = rows["margin"].astype(np.float64)[train]
-    mean = np.bincount(group, margin) / count
-    mean_kept = np.bincount(group, margin * kept[train]) / np.maximum(np.bincount(group, kept[train]), 1)
-    batches = rows["step"][train][np.concatenate([[0], np.cumsum(count)[:-1]])] if len(train) else train
-    running, average, after = float(np.float32(base)), 0.0, {0: float(np.float32(base))}
-    before, moved = np.full(len(count), np.nan), np.full(len(count), np.nan)
-    for i, step in enumerate(batches.tolist()):
-        if step > (batches[i - 1] + 1 if i else 1):
-            break  # past a gap, and where the record begins late, the moving average is not known
-        average = BETA_DPO_MOMENTUM * average + (1 - BETA_DPO_MOMENTUM) * mean[i]
-        before[i] = running
-        running = moved[i] = beta_dpo(base, alpha, mean_kept[i], average)
-        after[step] = running
-    known = ~np.isnan(before[group])
-    beta[train] = np.where(known, before[group], beta[train])
-    used[train] = np.where(known & kept[train], moved[group], used[train])
-    evaluated = np.flatnonzero(~rows["train"])
-    beta[evaluated] = [
-        after.get(step, held) for step, held in zip(rows["policy_step"][evaluated], beta[evaluated], strict=True)
-    ]
-    used[evaluated] = beta[evaluated]
-    return beta, used
 
 
 def _check_steps(result: Audit, rows: Columns) -> None:
@@ -452,9 +322,13 @@ def _check_steps(result: Audit, rows: Columns) -> None:
     inner = ~np.isin(steps, ends)
     if inner.any():
         usual = int(np.bincount(count[inner]).argmax())
-        for i in np.flatnonzero(inner & (count != usual)):
-            result.add("short", "pairs", count[i], usual, step=int(steps[i]))
-    for one in range(int(rank.max(initial=0)) + 1):
+        fewer = np.flatnonzero(inner & (count < usual))
+        if "per_device_train_batch_size" in result.facts.get("training_arguments", {}):
+            for i in fewer:
+                result.add("short", "pairs", count[i], usual, step=int(steps[i]))
+        elif len(fewer):
+            result.limit("no_batch_size", n=f"{len(fewer):,}", usual=f"{usual:,}")
+    for one in range(max(result.facts.get("ranks", 0), int(rank.max(initial=-1)) + 1)):
         for begin, end in _ranges(np.setdiff1d(steps, np.concatenate([step[rank == one], ends]))):
             result.add("rank", f"step, rank {one}", "–", _range(begin, end), step=begin)
 
@@ -491,24 +365,29 @@ def _check_ids(result: Audit, rows: Columns, of: np.ndarray) -> None:
     _, first, inverse = np.unique(rows["row"][of], return_index=True, return_inverse=True)
     other, then = np.zeros(len(rows["row"]), bool), np.full(len(rows["row"]), "", object)
     other[of], then[of] = ids != ids[first][inverse], ids[first][inverse]
-    _name_rows(result, rows, "id", "pair_id", other, then)
+    result.name_rows(rows, "id", "pair_id", other, then)
 
 
 def _check_epochs(result: Audit, rows: Columns, of: np.ndarray) -> None:
     arguments = result.facts.get("training_arguments", {})
     epoch = np.floor(rows["epoch"][of]).astype(np.int64)
-    if not arguments.get("ignore_data_skip"):  # a resumed run then begins its epoch's data again
+    if arguments.get("ignore_data_skip"):  # a resumed run then begins its epoch's data again
+        result.limit("ignore_data_skip")
+    elif TRAIN in _streams(result.facts) or TRAIN in result.facts.get("pairs", {}):
         double = np.zeros(len(rows["row"]), bool)
         double[of] = _again(epoch, rows["row"][of])
-        _name_rows(result, rows, "double", "row", double, "–")
+        result.name_rows(rows, "double", "row", double, "–")
     least = _least_of_an_epoch(result, rows)
-    over = np.unique(epoch)[:-1]  # the last one may still go on
-    if result.facts.get("begins_after"):
-        over = over[1:]
-    for one in over:
+    if arguments.get("dataloader_drop_last") and "per_device_train_batch_size" not in arguments:
+        result.limit("drop_last")
+    epochs = np.unique(epoch)
+    closed = not {"open", "late_part"} & {name for name, _ in result.limits}
+    for one in epochs[1:] if result.facts.get("begins_after") else epochs:
         there = len(np.unique(rows["row"][of][epoch == one]))
-        if there < least:
+        if there < least and one < epochs[-1]:
             result.add("missing", "pairs", there, least, least - there, epoch=int(one))
+        elif there < least and closed:  # the run may have been told to end there
+            result.limit("last_epoch", n=f"{there:,}", of=f"{_pairs(result, TRAIN):,}")
 
 
 def _check_evaluations(result: Audit, rows: Columns, split: str, of: np.ndarray) -> None:
@@ -536,7 +415,8 @@ def _least_of_an_epoch(result: Audit, rows: Columns) -> int:
     if not arguments.get("dataloader_drop_last"):
         return pairs
     # Less than one batch of every rank was left out.
-    batches = len(np.unique(rows["rank"][rows["train"]])) * arguments.get("per_device_train_batch_size", pairs)
+    ranks = result.facts.get("ranks") or len(np.unique(rows["rank"][rows["train"]]))
+    batches = ranks * arguments.get("per_device_train_batch_size", pairs)
     return max(pairs - batches + 1, 0)
 
 

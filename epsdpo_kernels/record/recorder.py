@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .schema import check_columns
+
 TRAIN = "train"
 STEPS_PER_PART = 200
 PART = re.compile(r"part-(\d{3,})-(\d{8,})-(\d{4,})\.parquet")
@@ -105,7 +107,7 @@ class Recorder:
     ):
         self.folder, self.rank, self.rows_per_part = Path(folder), rank, rows_per_part
         self._end = self.folder / f"end-{rank:03d}.json"
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[pa.Table] = []
         self._count, self._steps = 0, 0
         self._step: int | None = None
         self._closed = False
@@ -133,7 +135,8 @@ class Recorder:
                 may be left out. One step, one split.
 
         Raises:
-            ValueError: a column that is missing, unknown or of another length; a step before the last one.
+            ValueError: a column that is missing, unknown or of another length, or holds what the record does not take;
+                a step before the last one.
         """
         given = columns.keys() | {field.name for field in SCHEMA if field.nullable} | {"rank"}
         if given != set(SCHEMA.names):
@@ -142,6 +145,11 @@ class Recorder:
         lengths = {len(array) for array in arrays.values() if array.ndim}
         if len(lengths) != 1:
             raise ValueError(f"columns: got arrays of {sorted(lengths)} rows, takes arrays of one length")
+        pairs = lengths.pop()
+        arrays["rank"] = np.array(self.rank)
+        whole = {name: array if array.ndim else np.full(pairs, array) for name, array in arrays.items()}
+        table = pa.table([pa.array(whole.get(f.name, [None] * pairs), f.type) for f in SCHEMA], schema=SCHEMA)
+        check_columns(table, self.rank)
         step = int(arrays["step"].flat[0])
         if self._step is not None and step < self._step:
             raise ValueError(f"step: got {step} after {self._step}, takes steps in their order")
@@ -152,8 +160,8 @@ class Recorder:
             if self._count >= self.rows_per_part or self._steps >= STEPS_PER_PART:
                 self.flush()
             self._step, self._steps = step, self._steps + 1
-        self._rows.append(arrays)
-        self._count += lengths.pop()
+        self._rows.append(table)
+        self._count += pairs
 
     def flush(self) -> None:
         """Writes what was appended since the last part as a part. When it returns the rows are on disk.
@@ -168,17 +176,9 @@ class Recorder:
             raise FileExistsError(
                 f"folder: {self.folder} got parts of rank {self.rank} from another recorder, takes one"
             )
-        lengths = [max(array.size for array in arrays.values()) for arrays in self._rows]
-        table = {}
-        for field in SCHEMA:
-            blocks = [arrays.get(field.name, np.array(None)) for arrays in self._rows]
-            if field.name == "rank":
-                blocks = [np.array(self.rank)] * len(lengths)
-            values = np.concatenate([np.broadcast_to(b, n) for b, n in zip(blocks, lengths, strict=True)])
-            table[field.name] = pa.array(values, field.type)
-        first = int(self._rows[0]["step"].flat[0])
+        first = self._rows[0]["step"][0].as_py()
         part = self.folder / f"part-{self.rank:03d}-{first:08d}-{self._next:04d}.parquet"
-        self._digest = write_part(pa.table(table, SCHEMA), part, self._digest)
+        self._digest = write_part(pa.concat_tables(self._rows).combine_chunks(), part, self._digest)
         self._last, self._next = part, self._next + 1
         self._rows.clear()
         self._count, self._steps = 0, 0
@@ -191,10 +191,7 @@ class Recorder:
         self._write_end()
 
     def _write_end(self) -> None:
-        if self._last is None:
-            self._end.unlink(missing_ok=True)
-            return
-        write_end(self._end, self._last, self._digest, self._closed)
+        write_end(self._end, self._last.name if self._last else "", self._digest, self._closed)
 
 
 def read(folder: str | os.PathLike) -> pa.Table:
@@ -252,9 +249,12 @@ def write_part(table: pa.Table, part: Path, before: str) -> str:
     return hashlib.sha256(data.getvalue()).hexdigest()
 
 
-def write_end(end: Path, last: Path, sha256: str, closed: bool) -> None:
-    """Writes where the record of a rank ends, and whether the run has said that it does."""
-    write_file(end, json.dumps({"part": last.name, "sha256": sha256, "closed": closed}).encode())
+def write_end(end: Path, part: str, sha256: str, closed: bool) -> None:
+    """Writes where the record of a rank ends, and whether the run has said that it does.
+
+    Before the first part both strings are empty: a rank has an end from its start, so that none without one is whole.
+    """
+    write_file(end, json.dumps({"part": part, "sha256": sha256, "closed": closed}).encode())
 
 
 def _cut(part: Path, step: int | None) -> bool:

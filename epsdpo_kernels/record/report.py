@@ -20,30 +20,12 @@ import numpy as np
 
 from . import figures
 from .audit import Audit, Columns, audit, columns
+from .shown import visible
 from .words import LANGUAGES, words
 
 VISITS = 16_000  # that the page carries, over all runs
 TEXT_CUT, TEXT_BUDGET = 2000, 3_000_000  # characters: of a text, and of all of them
-# C0 and C1 controls but newline and tab; soft hyphen, zero-width, line, paragraph and direction marks; byte order and
-# annotation marks; lone surrogates; tags; noncharacters.
-HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e0fff]"
-)
 PAGE = Path(__file__).parent
-
-
-def visible(text: Any, cut: int | None = None, more: str = " …") -> str:
-    """A text with everything in it to be seen: marks that hide, break or turn text become ⟨U+…⟩.
-
-    Args:
-        cut: characters to keep at most; ``more`` follows where there were more, with ``{n}`` for how many.
-    """
-    text = str(text)
-    left = len(text) - cut if cut is not None else 0
-    shown = text[:cut].replace("\r\n", "\n") if left > 0 else text.replace("\r\n", "\n")
-    shown = HIDDEN.sub(lambda mark: f"⟨U+{ord(mark[0]):04X}⟩", shown)
-    return shown + more.format(n=f"{left:,}") if left > 0 else shown
 
 
 def embed(value: Any) -> str:

@@ -39,7 +39,8 @@ class Record:
         options: of the run, over those of ``loss_fn``. ``dataset`` is where ``epsdpo report --texts`` finds the texts:
             a file or a list of files, or a hub name with ``dataset_split``.
         facts: other things to keep in run.json; ``pairs`` is the number of pairs by split that an epoch or evaluation
-            takes, against which the audit counts.
+            takes, each once, against which the audit counts; ``ranks`` the number of processes that make a record, by
+            default 1 where torch.distributed is not in use.
         pairs: data sets by split, with ``row`` and ``pair_id``, in which :meth:`append` looks ids up; their lengths are
             the numbers of pairs where ``facts`` give none.
         label: a categorical column of theirs to carry along.
@@ -64,13 +65,16 @@ class Record:
         rank: int | None = None,
         resume_step: int | None = None,
     ):
+        facts = dict(facts or {})
         if rank is None:
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if distributed else 0
+            if not distributed:  # there, ranks that share their pairs make one record, and nobody knows how many do
+                facts.setdefault("ranks", 1)
         self.loss_fn, self.run = loss_fn, Path(run)
         begun = bool(parts(self.run / "record"))
         self._pairs = {split: _Pairs(split, data, label) for split, data in (pairs or {}).items() if data is not None}
-        told = json.dumps(self._facts(options or {}, facts or {}, begun, resume_step), indent=1, default=str)
+        told = json.dumps(self._facts(options or {}, facts, begun, resume_step), indent=1, default=str)
         check_facts(json.loads(told), "facts")
         self._recorder = Recorder(self.run / "record", rank, resume_step=resume_step)
         options = json.loads(told)["options"]
@@ -130,7 +134,8 @@ class Record:
             step: optimizer step that the pairs are part of, from 1; in evaluation, steps done before. It never falls.
             row: (B,) places of the pairs in the data, from 0; below 0 where unknown.
             pair_id: (B,) ids; by default those of ``pairs`` at ``row``.
-            epoch: passes over the data done before the step, 1.5 in the middle of the second.
+            epoch: passes over the data done before the step, 1.5 in the middle of the second; None where pairs are
+                drawn anew at each step, not in passes.
             split: "train", or an evaluation's name; by default "train" or "eval", as ``loss_fn.training`` says.
             policy_step: of an evaluation of an earlier checkpoint, whose policy and β were loaded: the steps in it. By
                 default the policy is the one after all steps before.
@@ -138,11 +143,16 @@ class Record:
             cu_seqlens: (2B+1,) int, bounds of the completions in packed ``labels``.
 
         Raises:
-            ValueError: ``out`` does not follow from ``beta``, which moved in between; steps fall; a ``policy_step``
-                that isn't there yet, or of training; rows or ids of another number or kind than the pairs, or a row
-                that ``pairs`` do not have.
+            ValueError: ``out`` does not follow from ``beta``, which moved in between; steps fall, or count from 0; an
+                epoch below 0; a ``policy_step`` that isn't there yet, or of training; rows or ids of another number or
+                kind than the pairs, or a row that ``pairs`` do not have.
         """
         split = split or (TRAIN if self.loss_fn.training else "eval")
+        if not (split == TRAIN) <= step < 2**31:
+            counted = "optimizer steps, counted from 1" if split == TRAIN else "optimizer steps done before, from 0"
+            raise ValueError(f"step: got {step} of {split!r}, takes {counted}")
+        if epoch is not None and not 0 <= epoch < 2**53:
+            raise ValueError(f"epoch: got {epoch}, takes passes over the data done before the step, from 0, or None")
         done = step - (split == TRAIN)
         policy_step = done if policy_step is None else policy_step
         if not (policy_step == done or split != TRAIN and 0 <= policy_step < done):

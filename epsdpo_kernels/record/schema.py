@@ -7,6 +7,7 @@ bounds, that audit and report work with; whether it follows from the rest is the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ OF_METHODS: dict[str, dict[str, Takes]] = {
         "lsc_tau_start": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),
     },
 }  # fmt: skip
+
+
+def _eta(z_star: float, tau_start: float) -> Takes:
+    """The η of lsc-dpo by which no step multiplies β by more than e⁸⁰, with which a float32 can do."""
+    furthest = z_star - math.log(1 / tau_start - 1)  # z* − z, where z is the least at which β moves
+    return lambda v: v * furthest <= 80, f"at most {80 / max(furthest, 1e-30):.3g} with these z* and τ_start"
+
+
 # What need not be there, and may be null.
 MORE_OPTIONS: dict[str, Takes] = {
     "veto": (lambda v: _strings(v) and all(map(_bound, v)), "a list of entropy=NATS and kl=NATS"),
@@ -70,6 +79,7 @@ MORE_OPTIONS: dict[str, Takes] = {
 FACTS: dict[str, Takes] = {
     "pairs": (lambda v: isinstance(v, dict) and all(map(_count, v.values())), "an object with a number by split"),
     "streams": (_strings, "a list of splits"),
+    "ranks": (lambda v: _count(v) and 0 < v < 2**15, "a number of processes, from 1"),
     "begins_after": (_count, "a number of steps"),
     "states_of_others": (_strings, "a list of files"),
     "training_arguments": (lambda v: isinstance(v, dict), "an object"),
@@ -115,6 +125,8 @@ def check_facts(facts: Any, where: str) -> None:
     options = facts["options"]
     _check(where, options, OPTIONS, "options.")
     _check(where, options, OF_METHODS.get(options["method"], {}), "options.")
+    if options["method"] == "lsc-dpo":
+        _check(where, options, {"lsc_eta": _eta(options["lsc_z_star"], options["lsc_tau_start"])}, "options.")
     given = {name: value for name, value in options.items() if value is not None}
     _check(where, given, MORE_OPTIONS, "options.", needed=False)
 
@@ -131,6 +143,7 @@ def check_columns(table: pa.Table, rank: int) -> None:
     """ValueError where a column of a part of ``rank`` holds what no run writes; it names column and row."""
     takes = COLUMNS | {"rank": (lambda v: v == rank, f"{rank}, as the part's name says")}
     for name, (fits, taken) in takes.items():
-        values = pc.fill_null(table[name], 0).to_numpy()
+        column = table[name]
+        values = (pc.fill_null(column, 0) if column.null_count else column).to_numpy()
         if len(bad := np.flatnonzero(~fits(values))):
             raise ValueError(f"{name} holds {values[bad[0]]} in row {bad[0]}, takes {taken}")

@@ -285,7 +285,7 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
         "unreadable": ("a part that can't be read", "読み取れないパート"),
         "chain": ("a part altered, moved or removed after it was written", "書き込み後に変更・移動・削除されたパート"),
         "gap": ("steps or micro-batches missing", "ステップまたはマイクロバッチの欠落"),
-        "rank": ("a process that lacks steps", "特定プロセスのステップの欠落"),
+        "rank": ("a process that is missing or lacks steps", "プロセスまたはそのステップの欠落"),
         "short": ("a step with fewer pairs", "ペアの足りないステップ"),
         "double": ("a pair that comes again", "ペアの重複"),
         "missing": ("pairs missing", "ペアの欠落"),
@@ -328,8 +328,32 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
             "{split} の {n} 行はエポックが不明のため、ペアの欠落や重複、ペアの足りないステップを確認できません。",
         ),
         "no_pairs": (
-            "The run did not say how many pairs {split} has, so pairs that are missing don't show there.",
-            "{split} のペア数が実行時に記録されていないため、欠落を確認できません。",
+            "The run did not say how many pairs {split} has, so pairs that are missing, or come twice in an epoch, "
+            "don't show there.",
+            "{split} のペア数が実行時に記録されていないため、欠落や 1 エポック内の重複を確認できません。",
+        ),
+        "last_epoch": (
+            "The last epoch holds {n} of {of} pairs; whether it was to go on is not known.",
+            "最後のエポックには {of} ペアのうち {n} ペアがあります。そこで終わる予定だったかは分かりません。",
+        ),
+        "no_ranks": (
+            "The run did not say how many processes kept a record, so one that is missing as a whole doesn't show.",
+            "記録したプロセスの数が実行時に記録されていないため、プロセス全体の欠落を確認できません。",
+        ),
+        "no_batch_size": (
+            "{n} training steps hold fewer pairs than {usual}, as many as most, and the run stated no batch size: "
+            "whether they lack any is not known.",
+            "学習 {n} ステップのペア数が大半の {usual} より少なく、バッチサイズの記録もないため、欠落か分かりません。",
+        ),
+        "ignore_data_skip": (
+            "ignore_data_skip is set: a run that is resumed begins its epoch's data again, so pairs that come twice "
+            "don't show.",
+            "ignore_data_skip が設定され、再開時にエポックのデータを最初から使うため、重複を確認できません。",
+        ),
+        "drop_last": (
+            "dataloader_drop_last is set and the run stated no batch size: how many pairs an epoch leaves out, and so "
+            "whether more are missing, is not known.",
+            "dataloader_drop_last が設定され、バッチサイズの記録がないため、除かれたペアと欠落を区別できません。",
         ),
         "stream": (
             "{split} came as a stream: a row is a place in one pass, and whether a pass is whole can't be told.",
