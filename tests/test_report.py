@@ -86,6 +86,33 @@ def test_numbers(tmp_path):
     assert sorted(np.flatnonzero(spread["share"][4])) == sorted(set(level))
 
 
+def test_what_is_not_finite_is_nowhere_fine(tmp_path):
+    """As in the record of a run that was stopped by it: its last step is NaN."""
+    rows = training(write_run(tmp_path, pairs=40, epochs=1))
+    assert figures.alarms(rows, True)["finite"] == {"state": "fine", "n": 0, "step": "–"}
+    last = rows["step"] == rows["step"].max()
+    columns = ("loss", "margin", "chosen_logp", "rejected_logp", "ref_chosen_logp", "chosen_kl", "rejected_kl")
+    broken = rows | {name: np.where(last, np.nan, rows[name]).astype(np.float32) for name in columns}
+    found = figures.alarms(broken, True)
+    assert found["finite"] == {"state": "look", "n": 4, "step": int(rows["step"].max())}
+    assert found["runaway"]["state"] == "look" and np.isnan(found["runaway"]["value"])
+    assert figures.series(broken)["accuracy"][-1] is None and figures.series(rows)["accuracy"][-1] is not None
+    for language in ("en", "ja"):
+        (line,) = (
+            a for a in report_module._alarms(found, language) if a["name"] == words("alarms", language)["finite"]
+        )
+        assert (
+            line["state"] == "look"
+            and "4" in line["measured"]
+            and "nan" not in str(report_module._alarms(found, language))
+        )
+
+
+def test_a_pair_of_many_visits_is_carried_however_many(tmp_path):
+    pairs = figures.by_pair(training(write_run(tmp_path, pairs=4, epochs=30)))
+    assert figures.carried(pairs, 10, np.array([], int)).tolist() == [figures.most(pairs)["flips"][0]]
+
+
 def test_alarms_follow_their_rules(tmp_path):
     rows = training(write_run(tmp_path, pairs=400, epochs=1, labels=["a", "b"]))
     n = len(rows["step"])
@@ -148,7 +175,7 @@ def test_several_runs_and_methods(tmp_path):
     page = report(runs, tmp_path / "out", "ja")
     first, second = data_of(page)["runs"]
     assert first["name"] != second["name"] and second["evaluation"] == []
-    assert [alarm["state"] for alarm in second["alarms"]][1] == "none"
+    assert [alarm["state"] for alarm in second["alarms"]][2] == "none"
     assert '<html lang="ja">' in page.read_text(encoding="utf-8")
     assert {path.name for path in page.parent.iterdir()} >= {"margin-1.png", "margin-2.png", "curves.png"}
     assert re.search("[ぁ-ん]", first["summary"][0]) and re.search("[ぁ-ん]", first["alarms"][0]["rule"])

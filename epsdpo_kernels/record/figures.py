@@ -61,7 +61,9 @@ def measures(rows: Columns) -> Columns:
     tokens = {side: np.maximum(rows[f"{side}_tokens"], 1) for side in ("chosen", "rejected")}
     beta = np.where(rows["beta_used"] > 0, rows["beta_used"], rows["beta"])  # beta-dpo sets 0 for pairs it leaves out
     found = {name: rows["decision"] == sign for name, sign in SIGNS.items()}
-    found |= {"beta": rows["beta"], "reward_margin": beta * rows["margin"], "accuracy": rows["margin"] > 0}
+    margin = rows["margin"].astype(np.float64)
+    found |= {"beta": rows["beta"], "reward_margin": beta * rows["margin"]}
+    found["accuracy"] = np.where(np.isnan(margin), math.nan, margin > 0)
     found |= {f"kl_{side}": rows[f"{side}_kl"] / n for side, n in tokens.items()}
     found |= {f"entropy_{side}": rows[f"{side}_entropy"] for side in tokens}
     return {name: values.astype(np.float64) for name, values in found.items()}
@@ -169,7 +171,9 @@ def carried(pairs: Columns, limit: int, named: np.ndarray, seed: int = 0) -> np.
     first = np.concatenate([by_name, *(places[:200] for places in most(pairs).values()), rest])
     _, index = np.unique(first, return_index=True)
     wanted = first[np.sort(index)]
-    return wanted[np.cumsum(pairs["visits"][wanted]) <= limit]
+    within = np.cumsum(pairs["visits"][wanted]) <= limit
+    within[:1] = True  # a page without any would show nothing
+    return wanted[within]
 
 
 def labels(rows: Columns) -> list[dict[str, Any]]:
@@ -201,8 +205,16 @@ def kl_per_token(rows: Columns, which: np.ndarray) -> float:
     return float(kl.sum() / max(1, (rows["chosen_tokens"][which] + rows["rejected_tokens"][which]).sum()))
 
 
+def finite(rows: Columns) -> np.ndarray:
+    """(N,) which rows hold finite numbers only."""
+    numbers = (values for values in rows.values() if values.dtype.kind == "f" and values is not rows["epoch"])
+    return np.logical_and.reduce([np.isfinite(values) for values in numbers])
+
+
 def alarms(rows: Columns, decides: bool) -> dict[str, dict[str, Any]]:
     """By name, whether the rule is met ("look"), not ("fine") or does not apply ("none"), and what was measured.
+
+    What is not a number is no reason to call anything fine.
 
     Args:
         rows: of training.
@@ -213,13 +225,16 @@ def alarms(rows: Columns, decides: bool) -> dict[str, dict[str, Any]]:
     def state(alarm: str, met: bool | None, /, **measured) -> None:
         found[alarm] = {"state": "none" if met is None else "look" if met else "fine", **measured}
 
+    bad = ~finite(rows)
+    state("finite", bool(bad.any()), n=int(bad.sum()), step=int(rows["step"][bad][0]) if bad.any() else "–")
     drift = float(rows["beta"][-1]) / float(rows["beta"][0])
     state("drift", max(drift, 1 / drift) > DRIFT if drift > 0 else True, value=drift)
     late = rows["decision"][ending(rows, 0.25)]
     name, share = max(((n, float((late == s).mean())) for n, s in SIGNS.items()), key=lambda one: one[1])
     state("takeover", share > TAKEOVER if decides else None, name=name, value=share)
     end, middle = kl_per_token(rows, ending(rows, 0.1)), kl_per_token(rows, ending(rows, 0.1, middle=True))
-    state("runaway", end > RUNAWAY or (end > RUNAWAY_LOW and end > RUNAWAY_FACTOR * middle), value=end, middle=middle)
+    near = end <= RUNAWAY and (end <= RUNAWAY_LOW or end <= RUNAWAY_FACTOR * middle)
+    state("runaway", not near, value=end, middle=middle)
     worst: dict[str, Any] = {"name": "", "value": 0.0, "others": 0.0, "gap": -math.inf, "met": False}
     categories = labels(rows)
     total, relaxed = sum(one["n"] for one in categories), sum(one["n"] * one["relaxed"] for one in categories)
@@ -239,6 +254,6 @@ def alarms(rows: Columns, decides: bool) -> dict[str, dict[str, Any]]:
         **{k: worst[k] for k in ("name", "value", "others")},
     )
     _, once = np.unique(pair_numbers(rows), return_index=True)
-    share = float((rows["ref_rejected_logp"] > rows["ref_chosen_logp"])[once].mean())
+    share = float((~(rows["ref_rejected_logp"] <= rows["ref_chosen_logp"]))[once].mean())
     state("reference", share - 0.5 > REFERENCE_ERRORS * 0.5 / math.sqrt(len(once)), value=share, pairs=len(once))
     return found

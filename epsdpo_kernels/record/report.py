@@ -12,6 +12,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def _summary(
     # What would round to no change is none.
     moved = "same" if abs(last / first - 1) < 5e-4 else "lower" if last < first else "higher"
     late = figures.ending(train, 0.1)
+    measured = late & np.isfinite(train["margin"])
     n = f"{len(train['step']):,}"
     shares = {name: percent(float((train["decision"] == sign).mean())) for name, sign in figures.SIGNS.items()}
     lines = [
@@ -138,10 +140,10 @@ def _summary(
         say["shares"].format(**shares) if decides else say["no_decisions"].format(method=inside(train["method"][0])),
         say[f"beta_{moved}"].format(first=f"{first:.4g}", last=f"{last:.4g}", change=percent(abs(last / first - 1))),
         say["learnt"].format(
-            accuracy=percent(float((train["margin"][late] > 0).mean())),
-            margin=f"{float(train['margin'][late].astype(np.float64).mean()):.3g}",
+            accuracy=percent(float((train["margin"][measured] > 0).mean())) if measured.any() else "–",
+            margin=_figure(float(train["margin"][measured].astype(np.float64).mean()) if measured.any() else math.nan),
         ),
-        say["kl"].format(kl=f"{figures.kl_per_token(train, late):.3g}"),
+        say["kl"].format(kl=_figure(figures.kl_per_token(train, late))),
     ]  # fmt: skip
     if train["vetoed"].any():
         lines.append(say["vetoed"].format(n=f"{int(train['vetoed'].sum()):,}"))
@@ -165,7 +167,7 @@ def _alarms(alarms: dict[str, dict[str, Any]], language: str) -> list[dict[str, 
         },
         "label": {"least": figures.LABEL_LEAST, "points": figures.LABEL_POINTS, "errors": figures.LABEL_ERRORS},
         "reference": {"errors": figures.REFERENCE_ERRORS},
-        "audit": {},
+        "finite": {}, "audit": {},
     }  # fmt: skip
     lines = []
     for name, alarm in alarms.items():
@@ -174,7 +176,7 @@ def _alarms(alarms: dict[str, dict[str, Any]], language: str) -> list[dict[str, 
             if name in ("takeover", "label", "reference") and key in ("value", "others"):
                 found[key] = percent(value)
             elif isinstance(value, float):
-                found[key] = f"{value:.3g}"
+                found[key] = _figure(value)
         if name == "takeover":
             found["name"] = page[found["name"]]
         elif name == "label":
@@ -187,6 +189,10 @@ def _alarms(alarms: dict[str, dict[str, Any]], language: str) -> list[dict[str, 
             }
         )  # fmt: skip
     return lines
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else "–"
 
 
 def _findings(found: Audit) -> list[dict[str, Any]]:

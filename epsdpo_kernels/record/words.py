@@ -229,6 +229,14 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     # Names, rules and measurements of the alarms.
     "alarms": {
+        "finite": ("Figures that are not finite", "有限でない値"),
+        "finite_rule": (
+            "A loss, log-probability, shift, KL or entropy of a pair is not a finite number. The sentences above leave "
+            "such pairs out, and curves have a gap there.",
+            "ペアの損失・対数確率・シフト・KL・エントロピーのいずれかが有限な数でない。"
+            "上の文ではそのようなペアを除き、曲線ではその箇所が途切れる。",
+        ),
+        "finite_measured": ("{n} rows, the first at step {step}", "{n} 行(最初はステップ {step})"),
         "drift": ("β drifting", "β の変動"),
         "drift_rule": (
             "β at the end is more than {factor} times, or less than 1/{factor} of, β at the start.",
