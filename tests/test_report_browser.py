@@ -168,6 +168,23 @@ def test_opens_a_pair(browser, page):
     assert browser.get_log("browser") == []
 
 
+def test_runs_of_different_lengths_are_read_to_the_end(browser, tmp_path):
+    """Of the longer one a point is the mean of some steps; the shorter one has its own there, or none."""
+    lengths = {"short": 1, "long": 40}
+    runs = [write_run(tmp_path / name / "run", pairs=40, epochs=epochs) for name, epochs in lengths.items()]
+    look(browser, report(runs, tmp_path / "out"))
+    plot = browser.find_element(By.CSS_SELECTOR, "#curves .plot")
+    reading = browser.find_element(By.CSS_SELECTOR, "#curves output")
+    plot.send_keys(Keys.HOME)
+    first = reading.text
+    plot.send_keys(Keys.END)
+    last = reading.text
+    assert first.startswith("step 1: ") and "–" not in first
+    short, long = last.split(": ", 1)[1].split(", ")
+    assert float(last.split(":")[0].removeprefix("step ")) > 390 and short.endswith("–") and not long.endswith("–")
+    assert browser.get_log("browser") == []
+
+
 def test_a_narrow_screen_needs_no_sideways_scrolling(browser, page):
     look(browser, page)
     for width in (320, 390, 768):

@@ -248,6 +248,8 @@ function curves() {
     svg("svg", { viewBox: "0 0 28 14", "aria-hidden": "true" }, styled(svg("path", { class: "curve", d: "M1 7H27" }), lineKey(i))), foreign(run.name))),
     sets.map((name, k) => el("li", null, svg("svg", { viewBox: "0 0 28 14", "aria-hidden": "true" },
       svg("path", { class: "kept", d: setMark(k, 14, 7) })), W.evaluation, sets.length > 1 ? foreign(name) : null)));
+  // Those of any run: of another, the point that a step is part of.
+  const steps = [...new Set(runs.flatMap((run) => run.series.step))].sort((a, b) => a - b);
   const names = ["reward_margin", "accuracy", "kl_chosen", "kl_rejected", "entropy_chosen", "entropy_rejected"];
   return section("curves", note(W.chart_hint), legend, el("div", { class: "charts" }, names.map((name) => chart({
     caption: W[name], label: `${W[name]}: ` + runs.map((run) => `${run.name} ${number(run.series[name].at(-1))}`).join(", "),
@@ -261,9 +263,9 @@ function curves() {
         { fill: `var(--run${i % 7})`, stroke: "var(--paper)" }))),
     ]),
     read: {
-      xs: runs[0].series.step,
-      text: (i) => `${W.step} ${runs[0].series.step[i]}: ` + runs.map((run) => {
-        const k = run.series.step.indexOf(runs[0].series.step[i]);
+      xs: steps,
+      text: (i) => `${W.step} ${steps[i]}: ` + runs.map((run) => {
+        const k = run.series.step.findIndex((step) => Math.abs(step - steps[i]) <= run.series.steps_a_point / 2);
         return (runs.length > 1 ? run.name + " " : "") + (k < 0 ? "–" : number(run.series[name][k]));
       }).join(", "),
     },
