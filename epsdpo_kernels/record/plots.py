@@ -15,7 +15,7 @@ from matplotlib import font_manager
 from .words import words
 
 # Okabe and Ito's colours, which the colour-blind tell apart, and a shape each.
-LOOKS = {"relaxed": ("#0072B2", "^"), "kept": ("#737373", "o"), "tightened": ("#C25500", "v")}
+LOOKS = {"relaxed": ("#0072B2", "^"), "kept": ("#707070", "o"), "tightened": ("#B85000", "v")}
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 SHAPES = "osD^"  # of an evaluation's sets

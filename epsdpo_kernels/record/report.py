@@ -181,7 +181,8 @@ def _alarms(alarms: dict[str, dict[str, Any]], language: str) -> list[dict[str, 
             found["name"] = page[found["name"]]
         elif name == "label":
             found["name"] = inside(found["name"])
-        measured = say[f"{name}_measured"].format(**found) if alarm["state"] != "none" else ""
+        none = alarm["state"] == "none" or name == "finite" and not alarm["n"]
+        measured = "" if none else say[f"{name}_measured"].format(**found)
         lines.append(
             {
                 "name": say[name], "rule": say[f"{name}_rule"].format(**bounds[name]), "state": alarm["state"],

@@ -231,12 +231,12 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
     "alarms": {
         "finite": ("Figures that are not finite", "有限でない値"),
         "finite_rule": (
-            "A loss, log-probability, shift, KL or entropy of a pair is not a finite number. The sentences above leave "
-            "such pairs out, and curves have a gap there.",
+            "A loss, log-probability, shift, KL or entropy of a pair is not a finite number. Accuracy and margin in "
+            "the summary leave such pairs out; KL is not known with them, and curves have a gap there.",
             "ペアの損失・対数確率・シフト・KL・エントロピーのいずれかが有限な数でない。"
-            "上の文ではそのようなペアを除き、曲線ではその箇所が途切れる。",
+            "要約の正答率とマージンはそのようなペアを除く。KL は不明となり、曲線ではその箇所が途切れる。",
         ),
-        "finite_measured": ("{n} rows, the first at step {step}", "{n} 行(最初はステップ {step})"),
+        "finite_measured": ("rows: {n}, the first at step {step}", "{n} 行(最初はステップ {step})"),
         "drift": ("β drifting", "β の変動"),
         "drift_rule": (
             "β at the end is more than {factor} times, or less than 1/{factor} of, β at the start.",
