@@ -530,12 +530,17 @@ def test_a_checkpoint_of_another_method_is_refused(tiny, tmp_path):
 
 
 def test_a_checkpoint_of_weights_alone_is_refused(tiny, tmp_path):
+    """And what is on record past it stays."""
     arguments = flags(tiny, tmp_path, save_strategy="steps", save_steps=4, save_only_model=True)
     main(arguments)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    kept = {path: path.read_bytes() for path in (tmp_path / "run.json", *(tmp_path / "record").iterdir())}
+    assert set(read(tmp_path / "record")["step"].to_pylist()) == set(range(1, 9))
     with pytest.raises(
         ValueError, match="optimizer and learning rate would start over. save_only_model leaves them out"
     ):
         main([*arguments, "--resume_from_checkpoint=last"])
+    assert {path: path.read_bytes() for path in (tmp_path / "run.json", *(tmp_path / "record").iterdir())} == kept
 
 
 @pytest.mark.parametrize("zero", [{}, {"stage": 0}])

@@ -377,6 +377,12 @@ def test_an_epoch_is_evaluated_before_its_checkpoint(tiny, tmp_path):
     assert read(tmp_path / "cut" / "record").equals(read(tmp_path / "whole" / "record"))
 
 
+def test_epochs_are_evaluated_after_eval_delay(tiny, tmp_path):
+    more = {"eval_fraction": 0.25, "eval_strategy": "epoch", "eval_delay": 2, "num_train_epochs": 3}
+    trainer = main(flags(tiny, tmp_path, **more))
+    assert [e["epoch"] for e in trainer.state.log_history if "eval_loss" in e] == [2, 3]
+
+
 def test_what_is_wrong_is_said_in_a_line(tiny, tmp_path):
     command = [sys.executable, "-m", "train", *flags(tiny, tmp_path / "run", model=tmp_path / "nowhere")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

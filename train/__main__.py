@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import sys
 from pathlib import Path
@@ -145,8 +146,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     args.eval_on_start = args.eval_on_start and not resume
     row_ranks = sequence_ranks(args) * tensor_ranks(args)
     rank, copy_of_it = divmod(args.process_index, row_ranks)
-    record = RecordElsewhere() if copy_of_it else Record(
-        args.output_dir, loss_fn, options=dataclasses.asdict(options), pairs={"train": pairs, "eval": held_out},
+    open_record = RecordElsewhere if copy_of_it else functools.partial(
+        Record, args.output_dir, loss_fn, options=dataclasses.asdict(options), pairs={"train": pairs, "eval": held_out},
         facts={
             "transformers": transformers.__version__, "training_arguments": args.to_sanitized_dict(), "data": reports,
             "ranks": args.world_size // row_ranks,
@@ -154,7 +155,8 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         label=options.label_column, rank=rank, resume_step=done,
     )  # fmt: skip
     trainer = PairTrainer(
-        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, record=record, ref_model=ref_model,
+        model, args, reference=reference, loss_fn=loss_fn, moving_reference=moving, ref_model=ref_model,
+        open_record=open_record,
         packed=options.packed, max_tokens=options.max_tokens_per_batch, settings=settings,
         train_dataset=pairs, eval_dataset=held_out,
         data_collator=data.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),

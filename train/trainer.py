@@ -7,7 +7,7 @@ parameters and accelerate's autocast covers it. The trainer sees pairs as rows o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         reference: gives the reference's hidden states and head; see :func:`frozen_reference`.
         loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, or any module with its call, ``beta`` and ``update_beta``.
         moving_reference: a :class:`train.methods.MovingReference`, or None where the reference stays.
-        record: a :class:`epsdpo_kernels.record.Record` that takes every micro-batch, or None.
+        open_record: makes the :class:`epsdpo_kernels.record.Record` that takes every micro-batch, once a run that is
+            resumed has its checkpoint loaded: what is refused until then has cut nothing. None for no record.
         ref_model: the model that ``reference`` runs, where that is not the policy.
         packed: whether pairs go through the models as packed rows, where these can.
         max_tokens: of a micro-batch; one of more is cut.
@@ -113,7 +114,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
 
     def __init__(
         self, model, args, *, reference: Reference, loss_fn: Any, moving_reference=None,
-        record: Record | RecordElsewhere | None = None,
+        open_record: Callable[[], Record | RecordElsewhere] | None = None,
         ref_model=None, packed: bool = True, max_tokens: int | None = None,
         settings: Mapping[str, Any] | None = None, **kwargs,
     ):  # fmt: skip
@@ -138,8 +139,10 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         weighs_pairs_itself(self)
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
-        self.record, self.settings = record, settings or {}
+        self.settings = settings or {}
         self.add_callback(LaterAside())
+        if open_record:
+            self.add_callback(RecordBegins(self, open_record))
         self.add_callback(AfterStep(lambda step: self.loss_fn.update_beta()))
         if moving_reference:
             self.add_callback(AfterStep(moving_reference.after_step))
@@ -304,6 +307,16 @@ class LaterAside(TrainerCallback):
                 set_later_aside(args.output_dir, state.global_step, LOSS_STATE)
 
 
+class RecordBegins(TrainerCallback):
+    """When training begins: its record is opened, and loses the rows past the checkpoint."""
+
+    def __init__(self, trainer: PairTrainer, open_record: Callable[[], Record | RecordElsewhere]):
+        self.trainer, self.open_record = trainer, open_record
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.record = self.open_record()
+
+
 class EvaluateWithStep(TrainerCallback):
     """Evaluates an epoch's last step, where epochs are evaluated, and the run's last one, with the step itself.
 
@@ -312,7 +325,8 @@ class EvaluateWithStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         epoch_ends = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
-        control.should_evaluate |= epoch_ends or state.global_step >= state.max_steps
+        due = epoch_ends and state.epoch >= args.eval_delay
+        control.should_evaluate |= due or state.global_step >= state.max_steps
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_evaluate &= not evaluated(state)
