@@ -71,7 +71,8 @@ class EpsilonDPOLoss(nn.Module):
     def update_beta(self) -> None:
         """Moves β by all pairs since the last call, over all ranks of the default process group.
 
-        Nothing is read back to the host.
+        To be called after a step that a loss scaler skipped, too: the record counts it. Nothing is read back to the
+        host.
         """
         counts = self.counts.clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -141,6 +141,11 @@ def test_alarms_follow_their_rules(tmp_path):
     assert with_(ref_rejected_logp=higher)["reference"] == {"state": "look", "value": 0.6, "pairs": 400}
     even = rows["ref_chosen_logp"] + np.where(np.arange(n) % 2, 1, -1)
     assert with_(ref_rejected_logp=even)["reference"]["state"] == "fine"
+    some = np.where(np.arange(n) % 4 < 2, even, np.nan)
+    few = with_(ref_rejected_logp=some)["reference"]
+    assert few["state"] == "fine" and few["pairs"] < 400 and few["value"] == pytest.approx(0.5, abs=0.1)
+    none = with_(ref_rejected_logp=np.full(n, np.nan))["reference"]
+    assert none["state"] == "none" and none["pairs"] == 0
 
 
 def test_page_and_pictures(tmp_path, capsys):

@@ -332,6 +332,37 @@ def test_the_number_of_ranks_is_written(tmp_path):
         assert found.ok == (ranks != 2) and (("no_ranks", {}) in found.limits) == (ranks is None), str(found)
 
 
+def test_an_attempt_of_more_ranks_that_left_no_part(tmp_path):
+    loss_fn = EpsilonDPOLoss(0.1, 0.05)
+    for rank in range(4):
+        Record(tmp_path, loss_fn, rank=rank, facts={"ranks": 4})
+    records = [Record(tmp_path, loss_fn, rank=rank, facts={"ranks": 2}) for rank in (1, 0)]
+    out, labels = call(loss_fn)
+    for record in records:
+        record.append(out, labels, step=1)
+        record.close()
+    assert sorted(path.name for path in (tmp_path / "record").glob("end-*")) == ["end-000.json", "end-001.json"]
+    found = audit(tmp_path)
+    assert found.ok, str(found)
+
+
+def test_epochs_that_were_summed(tmp_path):
+    """Ten times 0.1 is less than one in floats, and three of them more than 0.3."""
+    loss_fn, epoch = EpsilonDPOLoss(0.1, 0.05), 0.0
+    record = Record(tmp_path, loss_fn, facts={"pairs": {"train": 30}})
+    for step in range(1, 21):
+        out, labels = call(loss_fn, step)
+        first = (step - 1) % 10 * 3
+        row = range(first, first + 3)
+        record.append(out, labels, step=step, row=row, pair_id=[f"p{n}" for n in row], epoch=epoch)
+        loss_fn.update_beta()
+        epoch += 0.1
+        assert (step, epoch < 1) != (10, False)
+    record.close()
+    found = audit(tmp_path)
+    assert found.ok and not found.limits, str(found)
+
+
 @pytest.mark.parametrize("kind", ["a mapping", "datasets"])
 def test_pairs_without_a_column_are_refused(tmp_path, kind):
     whole = {"row": [0], "pair_id": ["a"], "topic": ["x"]}

@@ -99,8 +99,9 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         reference: gives the reference's hidden states and head; see :func:`frozen_reference`.
         loss_fn: an :class:`epsdpo_kernels.EpsilonDPOLoss`, or any module with its call, ``beta`` and ``update_beta``.
         moving_reference: a :class:`train.methods.MovingReference`, or None where the reference stays.
-        open_record: makes the :class:`epsdpo_kernels.record.Record` that takes every micro-batch, once a run that is
-            resumed has its checkpoint loaded: what is refused until then has cut nothing. None for no record.
+        open_record: makes the :class:`epsdpo_kernels.record.Record` that takes every micro-batch, with the first
+            evaluation or when training begins, which is when a checkpoint is loaded: what is refused until then has cut
+            nothing. None for no record.
         ref_model: the model that ``reference`` runs, where that is not the policy.
         packed: whether pairs go through the models as packed rows, where these can.
         max_tokens: of a micro-batch; one of more is cut.
@@ -139,10 +140,8 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         weighs_pairs_itself(self)
         self.loss_fn = loss_fn.to(args.device)
         self.moving_reference = moving_reference
-        self.settings = settings or {}
-        self.add_callback(LaterAside())
-        if open_record:
-            self.add_callback(RecordBegins(self, open_record))
+        self.open_record, self.settings = open_record, settings or {}
+        self.add_callback(TrainingBegins(self))
         self.add_callback(AfterStep(lambda step: self.loss_fn.update_beta()))
         if moving_reference:
             self.add_callback(AfterStep(moving_reference.after_step))
@@ -154,6 +153,14 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             # It finds its folder when training begins; what is logged before would open one in the working directory.
             self._board.logging_dir = os.path.join(args.output_dir, default_logdir())
         self._betas: list[Tensor] = []
+
+    def begin_record(self) -> None:
+        if self.record is None and self.open_record:
+            self.record = self.open_record()
+
+    def evaluate(self, *args, **kwargs):
+        self.begin_record()
+        return super().evaluate(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -298,23 +305,17 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             self.moving_reference.load(checkpoint / REFERENCE_STATE)
 
 
-class LaterAside(TrainerCallback):
-    """When training begins: checkpoints past its step are of a run that was given up."""
+class TrainingBegins(TrainerCallback):
+    """The checkpoint is loaded: what is past its step, of a run that was given up, goes aside or out of the record."""
+
+    def __init__(self, trainer: PairTrainer):
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         with args.main_process_first(local=args.save_on_each_node, desc="setting checkpoints aside"):
             if args.should_save:
                 set_later_aside(args.output_dir, state.global_step, LOSS_STATE)
-
-
-class RecordBegins(TrainerCallback):
-    """When training begins: its record is opened, and loses the rows past the checkpoint."""
-
-    def __init__(self, trainer: PairTrainer, open_record: Callable[[], Record | RecordElsewhere]):
-        self.trainer, self.open_record = trainer, open_record
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.record = self.open_record()
+        self.trainer.begin_record()
 
 
 class EvaluateWithStep(TrainerCallback):

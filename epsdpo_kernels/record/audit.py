@@ -31,6 +31,8 @@ from .values import check_values
 from .words import words
 
 SHOWN = 50
+# Of an epoch's fraction that was summed up step by step; a step is more of an epoch.
+FRACTION = 1e-8
 Columns = dict[str, np.ndarray]
 
 
@@ -370,7 +372,7 @@ def _check_ids(result: Audit, rows: Columns, of: np.ndarray) -> None:
 
 def _check_epochs(result: Audit, rows: Columns, of: np.ndarray) -> None:
     arguments = result.facts.get("training_arguments", {})
-    epoch = np.floor(rows["epoch"][of]).astype(np.int64)
+    epoch = _passes(rows["epoch"][of])
     if arguments.get("ignore_data_skip"):  # a resumed run then begins its epoch's data again
         result.limit("ignore_data_skip")
     elif TRAIN in _streams(result.facts) or TRAIN in result.facts.get("pairs", {}):
@@ -420,6 +422,11 @@ def _least_of_an_epoch(result: Audit, rows: Columns) -> int:
     return max(pairs - batches + 1, 0)
 
 
+def _passes(epoch: np.ndarray) -> np.ndarray:
+    """Whole passes over the data: ten times 0.1 is one, though floats add up to less."""
+    return np.floor(epoch + FRACTION).astype(np.int64)
+
+
 def _again(epoch: np.ndarray, row: np.ndarray) -> np.ndarray:
     """Which places hold an (epoch, row) that an earlier place holds."""
     order = np.lexsort([row, epoch])  # stable
@@ -435,7 +442,7 @@ def _ends_of_epochs(result: Audit, rows: Columns) -> np.ndarray:
     And every step of which the epoch isn't known, for it may be one.
     """
     known = rows["train"] & ~np.isnan(rows["epoch"])
-    epoch, step = np.floor(rows["epoch"][known]).astype(np.int64), rows["step"][known]
+    epoch, step = _passes(rows["epoch"][known]), rows["step"][known]
     unknown = np.unique(rows["step"][rows["train"] & ~known])
     if not len(epoch):
         return unknown

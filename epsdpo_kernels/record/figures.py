@@ -254,6 +254,8 @@ def alarms(rows: Columns, decides: bool) -> dict[str, dict[str, Any]]:
         **{k: worst[k] for k in ("name", "value", "others")},
     )
     _, once = np.unique(pair_numbers(rows), return_index=True)
-    share = float((~(rows["ref_rejected_logp"] <= rows["ref_chosen_logp"]))[once].mean())
-    state("reference", share - 0.5 > REFERENCE_ERRORS * 0.5 / math.sqrt(len(once)), value=share, pairs=len(once))
+    better = (rows["ref_chosen_logp"].astype(np.float64) - rows["ref_rejected_logp"])[once]
+    better = better[~np.isnan(better)]
+    n, share = len(better), float((better < 0).mean()) if len(better) else math.nan
+    state("reference", share - 0.5 > REFERENCE_ERRORS * 0.5 / math.sqrt(n) if n else None, value=share, pairs=n)
     return found

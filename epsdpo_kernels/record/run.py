@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import os
 import shutil
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..pair import losses_and_coefficients
-from .recorder import TRAIN, Recorder, parts, write_file
+from .recorder import END, TRAIN, Recorder, parts, write_file
 from .schema import check_facts, read_facts
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ class Record:
         self.trained = False  # whether a row of training was appended
         if rank == 0:
             write_file(self.run / "run.json", told.encode())
+            if not begun:  # an attempt of more ranks that was killed before its first part
+                for end in (self.run / "record").glob("end-*.json"):
+                    if (found := END.fullmatch(end.name)) and int(found[1]) >= facts.get("ranks", math.inf):
+                        end.unlink()
 
     def _facts(self, options: Mapping, facts: Mapping, begun: bool, resume_step: int | None) -> dict[str, Any]:
         told: dict[str, Any] = {"version": __version__, "torch": torch.__version__} | dict(facts)
