@@ -152,6 +152,18 @@ def refused(rank: int, size: int) -> float:
             assert re.search(expected, str(error)), error
         else:
             raise AssertionError("not refused")
+    # Ranks that were not given the same pairs, or tokens, would wait for one another.
+    more, longer = make_case(2 + rank, masked=False), make_case(2, length=7 + rank, masked=False)
+    for group in ("vocab_group", "sequence_group"):
+        pairs = rf"labels: got \[2, 3\] pairs on the ranks of {group}, takes the same pairs on all"
+        tokens = r"labels: got \[28, 32\] tokens on the ranks of vocab_group, takes the same tokens on all"
+        for unlike, expected in ((more, pairs), (longer, tokens))[: 2 if group == "vocab_group" else 1]:
+            try:
+                linear_epsilon_dpo(*unlike.arguments()[0], **{group: dist.group.WORLD})
+            except ValueError as error:
+                assert re.fullmatch(expected, str(error)), error
+            else:
+                raise AssertionError("not refused")
     return 0.0
 
 
