@@ -159,6 +159,23 @@ def test_packed_form_is_the_padded_one(budget):
     assert torch.equal(gradients[1], expected[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("epsilon, far", [(0.01, -1e4), (0.01, -1e9), (0.1, -950.0), (0.5, -185.0)])
+def test_a_word_that_the_policy_alone_puts_far_below(dtype, epsilon, far):
+    """A finite mask: e^u of its own would overflow at a word whose probability is nothing."""
+    case = make_case(2, bias=True, drift=0.3)
+    free = next(v for v in range(103) if v not in case.labels.unique().tolist())
+    case.bias[free] = far
+    truth, expected = run(epsilon_dpo_reference, case, epsilon=epsilon)
+    out, gradients = run(linear_epsilon_dpo, case, dtype, epsilon=epsilon)
+    assert torch.isfinite(truth.losses).all() and truth.step.any() and torch.equal(out.step, truth.step)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for name in ("losses", "chosen_logps", "rejected_logps", "relaxed_shift", "tightened_shift"):
+        assert relative_error(getattr(out, name), getattr(truth, name)) < tolerance, name
+    for g, e in zip(gradients, expected, strict=True):
+        assert relative_error(g, e) < tolerance
+
+
 @pytest.mark.parametrize("budget", [None, 1])
 def test_a_minus_infinity_in_the_bias(budget):
     """A word that both models forbid changes nothing; one that only the policy forbids is no word of the policy's."""
