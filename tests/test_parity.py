@@ -213,7 +213,7 @@ def test_perturbed_sums_of_one_word():
         e = torch.ones_like(d)
         moments = torch_engine._Moments(d, epsilon)
         for part in (slice(0, 150), slice(150, 400)):
-            moments.add(part, e[part], d[part].clone(), d[part].clone())
+            moments.add(part, e[part], d[part].clone(), d[part].clone(), e[part].log().__getitem__)
         for relaxed, tightened in (torch_engine._perturbed(e, d.clone(), epsilon), moments.perturbed()):
             for got, u in ((relaxed, epsilon * d[:, 0].double()), (tightened, -epsilon * d[:, 0].double())):
                 assert (got.double() / torch.expm1(u) - 1).abs().max() < 1e-6
@@ -222,7 +222,7 @@ def test_perturbed_sums_of_one_word():
 def test_moments_of_differences_whose_powers_overflow():
     d = torch.tensor([[6e3], [7e5], [3e7], [-2e5]])
     moments = torch_engine._Moments(d, 1e-6)
-    moments.add(slice(0, 4), torch.ones_like(d), d.clone(), d.clone())
+    moments.add(slice(0, 4), torch.ones_like(d), d.clone(), d.clone(), torch.zeros_like(d).__getitem__)
     relaxed, tightened = moments.perturbed()
     u = 1e-6 * d[:, 0].double()
     assert (relaxed / torch.expm1(u) - 1).abs().max() < 1e-6
@@ -235,11 +235,11 @@ def test_a_token_alone_has_the_sums_it_has_in_company():
     scale = torch.tensor([1e-3, 1.0, 9.0, 40.0, 70.0, 300.0])[:, None]
     e, d = torch.rand(6, 515, generator=g), scale * torch.rand(6, 515, generator=g)
     together = torch_engine._Moments(d, 0.01)
-    together.add(slice(0, 6), e, d.clone(), e * d)
+    together.add(slice(0, 6), e, d.clone(), e * d, e.log().__getitem__)
     for row in range(6):
         alone = torch_engine._Moments(d[:1], 0.01)
         part = slice(row, row + 1)
-        alone.add(slice(0, 1), e[part], d[part].clone(), e[part] * d[part])
+        alone.add(slice(0, 1), e[part], d[part].clone(), e[part] * d[part], e[part].log().__getitem__)
         for got, wanted in zip(alone.perturbed(), together.perturbed(), strict=True):
             assert torch.equal(got[0], wanted[row])
 
