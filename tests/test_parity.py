@@ -214,7 +214,7 @@ def test_perturbed_sums_of_one_word():
         moments = torch_engine._Moments(d, epsilon)
         for part in (slice(0, 150), slice(150, 400)):
             moments.add(part, e[part], d[part].clone(), d[part].clone(), e[part].log().__getitem__)
-        for relaxed, tightened in (torch_engine._perturbed(e, d.clone(), epsilon), moments.perturbed()):
+        for relaxed, tightened in (torch_engine._perturbed(e, d.clone(), e.log(), epsilon), moments.perturbed()):
             for got, u in ((relaxed, epsilon * d[:, 0].double()), (tightened, -epsilon * d[:, 0].double())):
                 assert (got.double() / torch.expm1(u) - 1).abs().max() < 1e-6
 
