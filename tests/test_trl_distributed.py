@@ -134,11 +134,11 @@ def test_images_are_one_process(tiny, tmp_path, stream):
 
 
 def test_a_resumed_run_is_one_process(tiny, tmp_path):
-    """Also in the last batch of the epoch that it goes on in, which is one pair and 5 repeats."""
-    more = {"save_strategy": "steps", "save_steps": 3}
-    run(tmp_path / "two", tiny, 2, 43, **more)
-    two = run(tmp_path / "two", tiny, 2, 43, resume=str(tmp_path / "two" / "run" / "checkpoint-3"), **more)
-    same(two, run(tmp_path / "one", tiny, 1, 43))
+    """In its second epoch's order, and in that epoch's last batch, which is one pair and 5 repeats."""
+    more = {"save_strategy": "steps", "save_steps": 6}
+    run(tmp_path / "two", tiny, 2, 19, **more)
+    two = run(tmp_path / "two", tiny, 2, 19, resume=str(tmp_path / "two" / "run" / "checkpoint-6"), **more)
+    same(two, run(tmp_path / "one", tiny, 1, 19))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run")
 
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 from . import attention
 from .checks import check_resume
@@ -83,6 +84,7 @@ class PackedBatches(SharedRows):
         if self.by_batch and self.sequence_group is not None:
             raise ValueError("parallelism_config: got sp_size with a loss whose β is a batch's, takes none")
         self.max_tokens, self._models = max_tokens, list(models)
+        self.add_callback(OrderOfEpoch())  # type: ignore[attr-defined]
         self._check_data(models, images)
         reason: str | None = "packed is False"
         if packed:
@@ -239,6 +241,16 @@ class PackedBatches(SharedRows):
         own = padded if one["packing"] is None else one["packing"].segments.tokens
         self._ran = self._ran[0] + own, self._ran[1] + padded
         return one
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins, where a resumed run skips into it.
+
+    transformers tells the loader that skips, which does not reach a sampler that several ranks share.
+    """
+
+    def on_epoch_begin(self, args, state, control, *, train_dataloader, **kwargs):
+        train_dataloader.set_epoch(int(state.epoch or 0))
 
 
 class DealtSampler(Sampler[int]):
