@@ -37,7 +37,7 @@ def launch(processes: int, folder: Path) -> None:
 
 
 def run(
-    folder: Path, tiny: Path, processes: int, pairs: int, lora=False, stream=False, masked=(), sees="",
+    folder: Path, tiny: Path, processes: int, pairs: int, lora=False, streams=(), masked=(), sees="",
     resume=None, tensor="", **more,
 ):  # fmt: skip
     folder.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def run(
         "options": options | more,
         "pairs": pairs,
         "lora": lora,
-        "stream": stream,
+        "streams": streams,
         "masked": masked,
         "sees": sees,
         "resume": resume,
@@ -112,17 +112,25 @@ def test_ddp_is_one_process(tiny, tmp_path, masked):
 
 def test_a_stream_is_one_process(tiny, tmp_path):
     """Of which nobody knows the length: the repeats that fill its last batch up are known by their rows."""
-    two = run(tmp_path / "two", tiny, 2, 43, stream=True)
+    two = run(tmp_path / "two", tiny, 2, 43, streams=("train", "eval"))
     same(two, run(tmp_path / "one", tiny, 1, 43, train_sampling_strategy="sequential"))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream", "stream"])
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_images_are_one_process(tiny, tmp_path, stream):
+def test_a_streamed_evaluation_is_one_process(tiny, tmp_path):
+    """Beside training data that are none: every rank makes its batches itself, of which the last has a repeat."""
+    more = {"per_device_eval_batch_size": 2, "max_steps": 4}
+    two = run(tmp_path / "two", tiny, 2, 19, streams=("eval",), **more)
+    same(two, run(tmp_path / "one", tiny, 1, 19, **more))
+    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream"])
+
+
+@pytest.mark.parametrize("streams", [(), ("train", "eval")], ids=["", "streams"])
+def test_images_are_one_process(tiny, tmp_path, streams):
     """Of the 5 repeats that fill the last batches up, which cannot be cut out, nothing counts."""
     pytest.importorskip("PIL")
     more = {"max_length": None, "sees": "Llava", "train_sampling_strategy": "sequential"}
-    two = run(tmp_path / "2", tiny, 2, 19, stream=stream, **more)
+    two = run(tmp_path / "2", tiny, 2, 19, streams=streams, **more)
     one = run(tmp_path / "1", tiny, 1, 19, **more)
     same(two, one, packed=False)
     runs = (tmp_path / str(n) / "run" for n in (2, 1))

@@ -249,8 +249,8 @@ class OrderOfEpoch(TrainerCallback):
     transformers tells the loader that skips, which does not reach a sampler that several ranks share.
     """
 
-    def on_epoch_begin(self, args, state, control, *, train_dataloader, **kwargs):
-        train_dataloader.set_epoch(int(state.epoch or 0))
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
 
 
 class DealtSampler(Sampler[int]):

@@ -226,6 +226,13 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         if config.record:
             self.start_recording(self._options())
 
+    def create_accelerator_and_postprocess(self):
+        # accelerate would deal a stream's batches out from one rank, which TRL sees to for training data alone.
+        batches: Any = self.args.accelerator_config
+        if batches.dispatch_batches is None:
+            batches.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+
     def _metric_names(self) -> list[str]:
         """What an evaluation gives beside its loss; a subclass with more says so here."""
         names = [*OF_PAIRS.values(), "kl/beta", "entropy", "mean_token_accuracy", "num_tokens"]
@@ -584,11 +591,13 @@ def _refuse_adapters(model: Any, ref_model: Any) -> None:
 def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
     check_launch(trainer)
     batches: Any = trainer.args.accelerator_config
-    if trainer.accelerator.num_processes > 1 and (batches.dispatch_batches or not batches.even_batches):
+    split, dispatch, even = batches.split_batches, batches.dispatch_batches, batches.even_batches
+    if trainer.accelerator.num_processes > 1 and (split or dispatch or not even):
         raise ValueError(
-            f"accelerator_config: got dispatch_batches={batches.dispatch_batches} and even_batches="
-            f"{batches.even_batches} in several processes, takes False and True: a batch is all chosen completions, "
-            "then all rejected ones, and cannot be dealt out; and all ranks take part in every step"
+            f"accelerator_config: got split_batches={split}, dispatch_batches={dispatch} and even_batches={even} in "
+            "several processes, takes False, False and True: a batch is all chosen completions, then all rejected ones, "
+            "and cannot be dealt out; all ranks take part in every step; and per_device_train_batch_size is what each "
+            "of them has"
         )
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     parallelism = trainer.accelerator.parallelism_config
