@@ -161,6 +161,23 @@ def test_a_stream(tiny, tmp_path):
     assert set(frame(tmp_path / "dealt")["pair_id"]) < set(ids(data))
 
 
+def test_the_last_step_of_a_pass(tiny, tmp_path):
+    """Of 10 pairs in steps of 8 has 2, in a stream too, where nobody knows that it comes."""
+    data, found = trl_runs.pairs(tiny, 10), []
+    more = {"per_device_train_batch_size": 2, "max_steps": 4, "train_sampling_strategy": "sequential"}
+    for name, given in (("map", data), ("stream", data.to_iterable_dataset())):
+        trainer = train(tiny, tmp_path / name, given, **more)
+        rows = frame(tmp_path / name)
+        assert rows.groupby("step")["row"].apply(list).to_dict() == {
+            step: list(range(8)) if step % 2 else [8, 9] for step in (1, 2, 3, 4)
+        }  # fmt: skip
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        figures = rows[["decision", "beta", "beta_used", "loss"]].to_numpy().ravel().tolist()
+        figures += [entry[name] for entry in log for name in ("loss", "grad_norm", "kl/beta", "num_tokens")]
+        found.append(figures)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_resumed_without_gap_or_double(tiny, tmp_path):
     train(tiny, tmp_path / "whole", max_steps=9)
     train(tiny, tmp_path / "run", max_steps=5, save_strategy="steps", save_steps=3)  # steps 4 and 5 come again

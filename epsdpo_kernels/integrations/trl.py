@@ -306,13 +306,16 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the number of pairs in them, over all ranks: ()."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # a stream is at its end, maybe on this rank alone
+            return batches, None
         for batch in batches[:-1]:
             self.own_pairs(batch)
-        if batches:
-            batches[-1] = self._without_repeats(batches[-1])
-        pairs = sum(_pairs(batch).sum() for batch in batches)
+        batches[-1] = self._without_repeats(batches[-1])
+        # Of a stream transformers does not know the last step, and would not take it before there are as many batches.
+        batches += [self.blank_of(batches[0]) for _ in range(num_batches - len(batches))]
+        pairs = torch.stack([_pairs(batch).sum() for batch in batches]).sum()
         self.lay_out(batches)
-        pairs = self.count_once(torch.as_tensor(pairs, device=device))
+        pairs = self.count_once(pairs.to(device))
         # Of a step with nothing to score the loss is 0, not 0 · 0/0.
         return batches, pairs.clamp(min=1)
 
@@ -321,11 +324,12 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         pairs, mine = len(batch["input_ids"]) // 2, self.own_pairs(batch)
         if mine == pairs:
             return batch
-        if self._is_vision_dataset:  # images are no rows that could be cut
+        if mine == 0:  # a rank has to take part in the step
+            return self.blank_of(batch)
+        if self._is_vision_dataset:
             scored = torch.arange(pairs, device=batch["input_ids"].device).repeat(2) < mine
             return batch | {"completion_mask": batch["completion_mask"] * scored[:, None]}
-        # A rank has to take part in the step.
-        return part(batch, 0, mine) if mine else self.blank_of(batch)
+        return part(batch, 0, mine)
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -341,7 +345,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
     def blank_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        pair = part(batch, 0, 1)
+        pair = batch if self._is_vision_dataset else part(batch, 0, 1)  # images are no rows that could be cut
         return pair | {"completion_mask": torch.zeros_like(pair["completion_mask"])}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -595,9 +599,9 @@ def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
     if trainer.accelerator.num_processes > 1 and (split or dispatch or not even):
         raise ValueError(
             f"accelerator_config: got split_batches={split}, dispatch_batches={dispatch} and even_batches={even} in "
-            "several processes, takes False, False and True: a batch is all chosen completions, then all rejected ones, "
-            "and cannot be dealt out; all ranks take part in every step; and per_device_train_batch_size is what each "
-            "of them has"
+            "several processes, takes False, False and True: a batch is all chosen completions, then all rejected "
+            "ones, and cannot be dealt out; all ranks take part in every step; and per_device_train_batch_size is what "
+            "each of them has"
         )
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     parallelism = trainer.accelerator.parallelism_config
