@@ -38,7 +38,7 @@ def launch(processes: int, folder: Path) -> None:
 
 def run(
     folder: Path, tiny: Path, processes: int, pairs: int, lora=False, streams=(), masked=(), sees="",
-    resume=None, tensor="", **more,
+    resume=None, tensor="", shards=1, **more,
 ):  # fmt: skip
     folder.mkdir(exist_ok=True)
     options = trl_runs.options(folder / "run", gradient_accumulation_steps=2 // processes, max_steps=8, epsilon=0.05)
@@ -48,6 +48,7 @@ def run(
         "pairs": pairs,
         "lora": lora,
         "streams": streams,
+        "shards": shards,
         "masked": masked,
         "sees": sees,
         "resume": resume,
@@ -148,6 +149,22 @@ def test_a_resumed_run_is_one_process(tiny, tmp_path):
     two = run(tmp_path / "two", tiny, 2, 19, resume=str(tmp_path / "two" / "run" / "checkpoint-6"), **more)
     same(two, run(tmp_path / "one", tiny, 1, 19))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run")
+
+
+def test_a_resumed_stream_in_shards(tiny, tmp_path):
+    """One rank has 4 batches a pass, the other 3: each goes on where it was, at its own pass's end or within it."""
+    more = {"streams": ("train",), "shards": 2, "save_strategy": "steps", "save_steps": 6}
+    found = [run(tmp_path, tiny, 2, 19, **more)]
+    records = [read(tmp_path / "run" / "record").to_pandas()]
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    found.append(run(tmp_path, tiny, 2, 19, resume=str(checkpoint), **more))
+    records.append(read(tmp_path / "run" / "record").to_pandas())
+    same(*found)
+    names = ["split", "rank", "step", "pair_id", "decision", "beta_used"]
+    assert records[0][names].equals(records[1][names])
+    pairs = records[0].query("split == 'train'").groupby("rank")["pair_id"].apply(list)
+    assert pairs[0][:10] == pairs[0][10:20] and pairs[1][:9] == pairs[1][9:18]
+    assert len(set(pairs[0])) == 10 and len(set(pairs[1])) == 9
 
 
 def test_nothing_of_a_last_batch_is_left_out(tiny, tmp_path):

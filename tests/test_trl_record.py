@@ -178,6 +178,29 @@ def test_the_last_step_of_a_pass(tiny, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
+def test_a_resumed_stream(tiny, tmp_path):
+    """Of two steps a pass: within its third, which is in an order of its own, and where the first ends."""
+    data = trl_runs.pairs(tiny)
+
+    def run(pairs, **more):
+        stream = data.select(pairs).to_iterable_dataset().shuffle(seed=1, buffer_size=16)
+        more = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1} | more
+        return make(tiny, tmp_path, stream, max_steps=7, **more)
+
+    run(range(10)).train()
+    whole = frame(tmp_path)
+    assert whole.groupby(whole["epoch"] // 1)["row"].apply(list).to_dict() == {
+        0: list(range(10)), 1: list(range(10)), 2: list(range(10)), 3: list(range(8))
+    }  # fmt: skip
+    for step in (2, 5):
+        trainer = run(range(10))
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert frame(tmp_path).equals(whole)
+        assert trainer.state.epoch == pytest.approx(3 + 1 / 7)
+    with pytest.raises(ValueError, match="train_dataset was 'a stream that begins with .* is 'a stream that begins"):
+        run(range(10, 20)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_resumed_without_gap_or_double(tiny, tmp_path):
     train(tiny, tmp_path / "whole", max_steps=9)
     train(tiny, tmp_path / "run", max_steps=5, save_strategy="steps", save_steps=3)  # steps 4 and 5 come again

@@ -32,7 +32,7 @@ def data(job: dict, pairs: int, split: str):
     found = trl_runs.pairs(Path(job["tiny"]), pairs)
     if job["sees"]:
         found = vision.pairs(job["sees"], found, pairs)
-    return found.to_iterable_dataset() if split in job["streams"] else found
+    return found.to_iterable_dataset(job["shards"]) if split in job["streams"] else found
 
 
 def whole(p: Tensor) -> Tensor:

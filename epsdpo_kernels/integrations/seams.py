@@ -21,6 +21,7 @@ METHODS = {  # and the arguments that they are called with or overridden for
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": (),
     "_save_checkpoint": ("model", "trial"),
+    "_init_training_state": ("resume_from_checkpoint",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
 }
 ATTRIBUTES = (

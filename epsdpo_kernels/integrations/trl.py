@@ -14,7 +14,8 @@ What this module holds on to in TRL and transformers, all of it here:
   ``attention_mask``, ``completion_mask``, and for a vision model more); and "ref" as the name of the copy of a
   pre-trained adapter.
 - private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint``,
-  ``_load_optimizer_and_scheduler`` and ``_load_best_model`` (transformers' places for what belongs to a checkpoint);
+  ``_init_training_state``, ``_load_optimizer_and_scheduler`` and ``_load_best_model`` (transformers' places for what
+  belongs to a checkpoint);
   ``_get_grad_norm`` (called once before every optimizer step); ``_get_train_sampler``; ``_prepare_dataset`` with the
   columns of ids that it makes, and ``_set_signature_columns_if_needed``, through which rows keep their numbers
   (recording.py); ``aux_loss_enabled`` and ``router_aux_loss_coef``.
@@ -35,10 +36,13 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import send_to_device
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 from torch.utils.data import RandomSampler
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import DPOConfig, DPOTrainer
@@ -88,6 +92,7 @@ check_trl()
 LOSS_STATE = "epsilon_dpo.safetensors"
 REFERENCE_STATE = "reference.safetensors"
 TOKENS = "num_tokens"  # beside β, trained on so far
+EPOCHS = "epochs"  # (ranks,) which a stream that is dealt out in shards has ended at different steps
 IGNORE = -100
 # A pair's figures by their names in TRL's log. Entropy is a token's there, and nothing is vetoed.
 OF_PAIRS = {
@@ -473,13 +478,31 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     def _save_checkpoint(self, model, trial):
         # First of all, so that the state that transformers writes last marks the checkpoint as complete.
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        epochs = self.accelerator.gather(torch.tensor([self.state.epoch], device=self.args.device, dtype=torch.float64))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            state = self.loss_fn.state_dict() | {TOKENS: torch.tensor(self._total_train_tokens)}
+            state = self.loss_fn.state_dict() | {TOKENS: torch.tensor(self._total_train_tokens), EPOCHS: epochs}
             save_file(state, folder / LOSS_STATE, as_metadata(self._settings))
             if self.args.sync_ref_model:
                 save_model(self._plain(self.ref_model), str(folder / REFERENCE_STATE))
         super()._save_checkpoint(model, trial)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """As transformers does, which takes all steps of a stream for those of its first pass."""
+        begin = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        state = Path(resume_from_checkpoint or "", LOSS_STATE)
+        if not isinstance(self.train_dataset, IterableDataset) or not state.is_file():
+            return begin
+        with safe_open(state, "pt") as file:
+            epoch = file.get_tensor(EPOCHS)[self.args.process_index].item()
+        passes, saved = math.ceil(epoch) - 1, TrainerState.load_from_json(str(state.parent / TRAINER_STATE_NAME))
+        # An epoch is a pass, and in it every step the share 1 / max_steps.
+        steps = 0 if self.args.ignore_data_skip else round((epoch - passes) * saved.max_steps)
+        return passes, steps * self.args.gradient_accumulation_steps
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # The one place that every engine comes by when a run is resumed, its model loaded.
@@ -505,6 +528,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         load_renamed(self, checkpoint)
         state = load_file(checkpoint / LOSS_STATE)
         tokens = state.pop(TOKENS)
+        del state[EPOCHS]
         self.loss_fn.load_state_dict(state)
         if self.args.sync_ref_model:
             load_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))
