@@ -110,7 +110,7 @@ def test_ddp_is_one_process(tiny, tmp_path, pairs, method):
     (43, True, {"gradient_accumulation_steps": 2}),
     (31, False, {"gradient_accumulation_steps": 1, "lora_r": 4, "eval_fraction": 0.23}),
     # Ranks would cut unlike, and FSDP's wait for each other in every forward.
-    (43, False, {"gradient_accumulation_steps": 1, "max_tokens_per_batch": 35}),
+    (43, False, {"gradient_accumulation_steps": 1, "max_tokens_per_batch": 35, "eval_fraction": 0.23}),
 ], ids=["uneven", "tied, accumulated", "lora, evaluated", "bounded by tokens"])  # fmt: skip
 def test_fsdp_is_one_process(tiny, tmp_path, pairs, tied, more):
     """accelerate's FSDP2 shards backbone and head."""

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from . import attention
 from .checks import check_resume
 from .memory import GIB, expected_memory
-from .packing import Packing, pack, part, to
+from .packing import IGNORE, Packing, pack, part, to
 from .sequence import SharedRows, share
 from .sharding import whole_shape
 from .transformers import causal_lm, lm_head, positions, rows_alone_up_to, virtual_tokens
@@ -32,7 +32,8 @@ class PackedBatches(SharedRows):
     """To be named before a transformers.Trainer among a trainer's bases.
 
     The trainer calls :meth:`set_layout` when it has its models, :meth:`lay_out` on the batches of an optimizer step,
-    and :meth:`packing_of` where it computes a loss; it says what of a batch is to be predicted.
+    :meth:`loss_of` on one of an evaluation, and :meth:`packing_of` where it computes a loss; it says what of a batch is
+    to be predicted.
     """
 
     accelerator: Any
@@ -199,6 +200,17 @@ class PackedBatches(SharedRows):
         loss += super().training_step(model, self._counted(last), num_items_in_batch)  # type: ignore[misc]
         # Of ranks that share rows each has the whole of their loss, and transformers logs the mean over ranks.
         return loss / self.sequence_ranks
+
+    @torch.no_grad()
+    def loss_of(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """() the mean loss of a batch's pairs, outside of training, in such parts as training would make of it."""
+        self.lay_out([batch])
+        parts = batch.pop("parts")
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            losses = torch.stack([self.compute_loss(model, one) for one in parts])  # type: ignore[attr-defined]
+        pairs = [(self.labels_of(one) != IGNORE).any(1).view(2, -1).all(0).sum() for one in parts]
+        scored = torch.stack(pairs)
+        return (losses * scored).sum() / scored.sum().clamp(min=1)
 
     def get_batch_samples(self, *args, **kwargs):
         self._clock = self._clock or time.perf_counter()

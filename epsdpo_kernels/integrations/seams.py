@@ -14,6 +14,7 @@ METHODS = {  # and the arguments that they are called with or overridden for
     "__init__": ("model", "ref_model", "args", "peft_config"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": (),
+    "prediction_step": ("model", "inputs", "prediction_loss_only"),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "evaluation_loop": ("dataloader", "metric_key_prefix"),
     "log": ("logs", "start_time"),

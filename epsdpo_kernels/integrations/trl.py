@@ -354,8 +354,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         return pair | {"completion_mask": torch.zeros_like(pair["completion_mask"])}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        known = {"input_ids", "attention_mask", "completion_mask", "packing", ROW, PAIR_ID}
-        beside = {name: value for name, value in inputs.items() if name not in known}
+        beside = self._images_of(inputs)
         if unknown := sorted(set(beside) - self._beside):
             taken = ", ".join(["input_ids", "attention_mask", "completion_mask", *sorted(self._beside)])
             raise ValueError(
@@ -366,11 +365,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         labels, packing = self.labels_of(inputs), self.packing_of(inputs)
         training = self.model.training
         self.loss_fn.train(training)
-        # Training has left the repeats out.
-        own, pairs = len(ids) // 2 if training else self.own_pairs(inputs), None
+        rows, pairs = inputs, None
         if self._is_vision_dataset:
-            inputs, labels, pairs = self._scored_alone(inputs, labels, own)
-            own = len(pairs)
+            rows, labels, pairs = self._scored_alone(inputs, labels)
         try:
             out = model(
                 input_ids=ids, attention_mask=mask if packing is None else packing, pair_labels=labels, pairs=pairs,
@@ -383,31 +380,47 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
                 f"max_length: got {self.args.max_length}, which cuts an image's tokens off ({error}). Take more or None"
             ) from error
         loss = out.loss
-        self.append_to_record(out, labels, inputs, own)
-        self._add_metrics("train" if training else "eval", out, labels, inputs["attention_mask"], own)
+        self.append_to_record(out, labels, rows)
+        self._add_metrics("train" if training else "eval", out, labels, rows["attention_mask"])
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.
-            loss = loss * (_pairs(inputs).sum() * self.averaged_over / num_items_in_batch)
+            loss = loss * (_pairs(rows).sum() * self.averaged_over / num_items_in_batch)
         if not training:
             self._metrics["eval"]["kl/beta"] = [self.loss_fn.beta.item()]
-        if return_outputs:
-            with torch.no_grad():
-                return loss, model(input_ids=ids, attention_mask=mask, use_cache=False, **beside)
-        return loss
+        return (loss, self._outputs(model, inputs)) if return_outputs else loss
 
-    def _scored_alone(self, batch: dict[str, Any], labels: Tensor, own: int) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Of a batch with images, rows and labels of those of its first pairs that have anything to score, and which.
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        loss = self.loss_of(model, self._without_repeats(inputs))
+        if prediction_loss_only:
+            return loss, None, None
+        with self.compute_loss_context_manager():
+            return loss, self._outputs(model, inputs).logits, inputs["input_ids"]
+
+    @torch.no_grad()
+    def _outputs(self, model: Any, batch: dict[str, Any]) -> Any:
+        """What the model itself makes of a batch, with logits, as TRL hands it on."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **self._images_of(batch))
+
+    def _images_of(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What a batch has beside tokens and which pairs they are."""
+        known = {"input_ids", "attention_mask", "completion_mask", "packing", ROW, PAIR_ID}
+        return {name: value for name, value in batch.items() if name not in known}
+
+    def _scored_alone(self, batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Of a batch with images, rows and labels of those of its pairs that have anything to score, and which.
 
         max_length may leave a pair without, which nobody knows before its images are read.
         """
-        pairs = _pairs(batch)[:own].nonzero().flatten()
+        pairs = _pairs(batch).nonzero().flatten()
         if not len(pairs):  # a rank has to take part in the step
             pairs, labels = torch.arange(len(labels) // 2, device=labels.device), torch.full_like(labels, IGNORE)
         rows = ("input_ids", "attention_mask", "completion_mask", ROW, PAIR_ID)
         return {name: of_pairs(batch[name], pairs) for name in rows if name in batch}, of_pairs(labels, pairs), pairs
 
-    def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor, own: int) -> None:
-        """Hands the log the figures of the first ``own`` pairs of every rank, so that its means are theirs."""
+    def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor) -> None:
+        """Hands the log the figures of the pairs of every rank, so that its means are theirs."""
         chosen, rejected = (labels != IGNORE).sum(1).chunk(2)
         of_pair = {OF_PAIRS[name]: values for name, values in pair_metrics(out).items() if name in OF_PAIRS}
         of_pair["losses"] = out.losses
@@ -426,7 +439,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             )
         columns = [*of_pair.values(), *(t for pair in sums.values() for t in pair), mask.sum(1).view(2, -1).sum(0)]
         # Ranks may hold unequal numbers of pairs; β is 0 in padding and where nothing is scored.
-        rows = torch.stack([out.beta, *columns], 1).double()[:own]
+        rows = torch.stack([out.beta, *columns], 1).double()
         rows = self.accelerator.gather(self.accelerator.pad_across_processes(rows))
         beta, *figures = rows[rows[:, 0] != 0].T.tolist()
         if not beta:
