@@ -576,7 +576,7 @@ def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False,
     accelerator = SimpleNamespace(
         parallelism_config=parallelism, is_fsdp2=fsdp == 2, state=state, num_processes=processes
     )
-    batches = SimpleNamespace(**{"dispatch_batches": None, "even_batches": True} | batches)
+    batches = SimpleNamespace(**{"split_batches": False, "dispatch_batches": False, "even_batches": True} | batches)
     return SimpleNamespace(
         accelerator=accelerator, is_deepspeed_enabled=zero_stage is not None, is_fsdp_enabled=fsdp is not None,
         args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best),
@@ -605,8 +605,9 @@ TENSOR = accelerate.ParallelismConfig(tp_size=2)
         ({"fsdp": 1}, "fsdp: got version 1, takes version 2"),
         ({"fsdp": 2, "sync": True}, "sync_ref_model: got True with FSDP"),
         ({"zero_stage": 3, "sync": True}, "sync_ref_model: got True with FSDP, ZeRO-3 or"),
-        ({"dispatch_batches": True}, "accelerator_config: got dispatch_batches=True"),
-        ({"even_batches": False}, "accelerator_config: .* even_batches=False in several processes, takes .* True"),
+        ({"dispatch_batches": True}, "accelerator_config: got .*dispatch_batches=True"),
+        ({"even_batches": False}, "accelerator_config: .* even_batches=False in several processes, takes .*True"),
+        ({"split_batches": True}, "accelerator_config: got split_batches=True, .* per_device_train_batch_size"),
         ({"dispatch_batches": True, "even_batches": False, "processes": 1}, None),
         ({}, None),
         ({"parallelism": accelerate.ParallelismConfig(dp_replicate_size=2)}, None),

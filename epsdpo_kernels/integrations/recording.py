@@ -237,16 +237,13 @@ class RecordedTRL(Recorded):
             self._due, new = rows[new] + 1, new + 1
         return new if last else pairs
 
-    def append_to_record(self, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor], pairs: int) -> None:
-        """Adds the first ``pairs`` of a batch; the others are there to fill it up."""
+    def append_to_record(self, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor]) -> None:
         if self.record is None:
             return
         training = self.model.training
-        out = EpsilonDPOOutput(*(t[:pairs] if t.dim() else t for t in out))
-        labels = torch.cat([half[:pairs] for half in labels.chunk(2)])
         row = pair_id = None
         if ROW in inputs:
-            row, ids = (inputs[name][:pairs].tolist() for name in (ROW, PAIR_ID))
+            row, ids = (inputs[name][: len(labels) // 2].tolist() for name in (ROW, PAIR_ID))
             if not training and self._evaluation.endswith("@stream"):  # any of them
                 row = None
             pair_id = [None if one == NO_ID else f"{one % 2**64:016x}" for one in ids]
