@@ -23,7 +23,7 @@ from epsdpo_kernels.integrations.checkpoints import (
     last_checkpoint,
     run_settings,
 )
-from epsdpo_kernels.integrations.checks import check_vocabulary
+from epsdpo_kernels.integrations.checks import check_dtypes, check_vocabulary
 from epsdpo_kernels.integrations.recording import RecordElsewhere
 from epsdpo_kernels.integrations.sequence import sequence_ranks, tensor_ranks
 from epsdpo_kernels.integrations.transformers import Reference, check_head
@@ -82,6 +82,7 @@ def cached_reference(
         if args.process_index == 0:
             reference = load_model(options.ref_model, options.dtype)[0] if options.ref_model else model
             check_head(reference, args.autocast_dtype, argument="ref_model")
+            check_dtypes(model, reference)
             for name, one in (("dataset", pairs), ("eval_dataset", held_out)):
                 if one is not None:
                     check_fits(one, reference, name)

@@ -273,7 +273,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             return without_adapter(self.model)
         ref_model = self._plain(self.ref_model)
         inputs = by_call(ref_model) if gathers_itself(ref_model) else head_inputs
-        check_reference(self.model, ref_model, autocast, inputs, batch)
+        # To one dtype, which the reference has from TRL already and the policy gets when training begins.
+        cast = self.is_deepspeed_enabled or (self.is_fsdp_enabled and autocast is not None)
+        check_reference(self.model, ref_model, autocast, inputs, batch, cast)
         return frozen_reference(ref_model, inputs)
 
     def _plain(self, model: Any) -> Any:
