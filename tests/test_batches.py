@@ -11,6 +11,8 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from transformers.integrations import neftune  # noqa: E402
+
 import trl_runs  # noqa: E402
 from epsdpo_kernels.integrations import batches  # noqa: E402
 from epsdpo_kernels.integrations.batches import DealtSampler, deal, pair_lengths  # noqa: E402
@@ -235,6 +237,33 @@ def test_a_model_that_cannot_trains_on_padded_rows_and_says_so(tiny, tmp_path, c
     assert (
         "rows: padded. ValueError: the layers of BloomForCausalLM do not call transformers' " in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("run", ["train", "trl"])
+def test_noise_is_that_of_padded_rows(tiny, tmp_path, capsys, monkeypatch, run):
+    """transformers scales NEFTune's by a row's length, and a packed row is longer than a pair's."""
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
+    made, plain = [], neftune.neftune_post_forward_hook
+
+    def hook(module, args, output):
+        noisy = plain(module, args, output)
+        if module.training:
+            made.append((noisy - output).abs().max().item())
+        return noisy
+
+    monkeypatch.setattr(neftune, "neftune_post_forward_hook", hook)
+    found = []
+    for more in ({}, {"packed": False}):
+        options = {"max_steps": 1, "neftune_noise_alpha": 5.0} | more
+        if run == "train":
+            trainer = main(flags(tiny, tmp_path / str(len(found)), **options))
+        else:
+            trainer, _ = trl_run(tiny, tmp_path / str(len(found)), **options)
+        found.append(made.copy())
+        made.clear()
+    assert found[0] == found[1] and len(found[0]) == trainer.args.gradient_accumulation_steps
+    said = capsys.readouterr().out
+    assert "rows: padded. neftune_noise_alpha: transformers makes its noise the weaker, the longer a row is" in said
 
 
 def test_bounds_that_cannot_be(tiny, tmp_path):

@@ -85,11 +85,13 @@ class PackedBatches(SharedRows):
         self.max_tokens, self._models = max_tokens, list(models)
         self._check_data(models, images)
         reason: str | None = "packed is False"
-        if packed:
+        if packed and images:
+            reason = "a prompt's images are read in each of its rows"
+        elif packed and self.args.neftune_noise_alpha:
+            reason = "neftune_noise_alpha: transformers makes its noise the weaker, the longer a row is"
+        elif packed:
             with self.accelerator.autocast():
-                reason = "a prompt's images are read in each of its rows"
-                if not images:
-                    reason = attention.pack_rows(models, self.sequence_group)
+                reason = attention.pack_rows(models, self.sequence_group)
         if reason and self.sequence_group is not None:
             raise ValueError(
                 f"parallelism_config: got sp_size={self.sequence_ranks}, takes rows that can be packed: {reason}"
