@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers.training_args import OptimizerNames
 
 from . import attention
 from .checks import check_resume
@@ -134,24 +135,23 @@ class PackedBatches(SharedRows):
         # What DeepSpeed casts, copies, buffers and offloads is its own.
         if not known or self.is_deepspeed_enabled or causal_lm(policy).device.type == "meta":
             return
-        lengths = pair_lengths(data)
-        prompts, answers = lengths[:, 0], lengths[:, 1:]
-        if self.packed:
-            tokens, scored = lengths.sum(1), answers.sum(1)
-        else:  # at most: as if every row were as long as the longest
-            tokens = (2 * (prompts + answers.amax(1)).amax()).expand(len(lengths))
-            scored = answers.sum(1)
+        tokens, scored = rows_of_pairs(
+            pair_lengths(data), self.packed, getattr(self.args, "max_length", None),
+            getattr(self.args, "truncation_mode", "keep_start"),
+        )  # fmt: skip
         longest = tokens.topk(min(self.args.per_device_train_batch_size, len(tokens)))
         total = int(longest.values.sum())
         if self.max_tokens:
             total = min(total, max(self.max_tokens, int(longest.values[0])))
         most_scored = min(total, int(scored.topk(len(longest.values)).values.sum()))
         shards = self.accelerator.num_processes if self.is_fsdp_enabled else 1
+        by_fsdp = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing
         try:
             with self.accelerator.autocast():
                 expected: Any = expected_memory(
                     policy, reference[0] if reference else None, tokens=-(-total // self.sequence_ranks),
-                    scored=-(-most_scored // self.sequence_ranks), optimizer=str(self.args.optim), shards=shards,
+                    scored=-(-most_scored // self.sequence_ranks), optimizer=OptimizerNames(self.args.optim).value,
+                    packed=self.packed, checkpointing=self.args.gradient_checkpointing or by_fsdp, shards=shards,
                 )  # fmt: skip
         except Exception as error:  # it is only said; the run may well do what its measurement cannot
             expected = f"memory: not foreseen ({type(error).__name__}: {error})"
@@ -361,6 +361,29 @@ def check_kept(pairs: int, name: str, batch_size: int, ranks: int) -> None:
             f"dataloader_drop_last: got True with {pairs} pairs in {name}, of which nothing would be left: takes at "
             f"least {batch_size * ranks}, a batch of {batch_size}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
         )
+
+
+def rows_of_pairs(lengths: Tensor, packed: bool, max_length: int | None, mode: str) -> tuple[Tensor, Tensor]:
+    """(pairs,) tokens of each pair's rows, and how many of them are scored; both at most.
+
+    Padded rows are counted as long as the longest of all.
+
+    Args:
+        lengths: (pairs, 3), as :func:`pair_lengths` gives them.
+        max_length: tokens that each of a pair's two rows is cut to, later; None where it is not.
+        mode: TRL's word for what is kept of it.
+    """
+    prompts, answers = lengths[:, 0], lengths[:, 1:]
+    rows = prompts[:, None] + answers
+    if max_length is not None:
+        cut = (rows - max_length).clamp(min=0)
+        rows = rows - cut
+        if mode == "keep_start":
+            answers = (answers - cut).clamp(min=0)
+        else:  # rows that begin at different places share no prompt
+            answers, prompts = torch.minimum(answers, rows), prompts * (cut == 0).all(1)
+    tokens = rows.sum(1) - prompts if packed else (2 * rows.amax()).expand(len(rows))
+    return tokens, answers.sum(1)
 
 
 def pair_lengths(dataset: Any) -> Tensor:
