@@ -17,6 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from epsdpo_kernels.integrations.batches import check_fits, check_rows_alone
 from epsdpo_kernels.integrations.checkpoints import (
+    adapter_settings,
     check_settings,
     checkpoint_of,
     checkpoint_step,
@@ -139,7 +140,9 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         lsc_dpo={"z_star": options.lsc_z_star, "eta": options.lsc_eta, "tau_start": options.lsc_tau_start},
     )  # fmt: skip
     own = {name: value for name, value in vars(options).items() if name not in FREE}
-    settings = run_settings(args, {"dataset": pairs, "eval_dataset": held_out}, "pair_id", **own)
+    settings = run_settings(
+        args, {"dataset": pairs, "eval_dataset": held_out}, "pair_id", **own, **adapter_settings(model)
+    )
     if resume:
         check_settings(resume / LOSS_STATE, settings)
     done = checkpoint_step(resume) if resume else None

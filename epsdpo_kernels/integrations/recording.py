@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
 from ..record.recorder import TRAIN, numbers
-from .checkpoints import checkpoint_of, checkpoint_step, set_later_aside
+from .checkpoints import check_settings, checkpoint_of, checkpoint_step, set_later_aside
 from .sequence import sequence_ranks
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
@@ -99,6 +99,7 @@ class RecordedTRL(Recorded):
     _due = 0  # the row that a stream has to have reached for its next pair on this rank
     _resumed: Path | None = None  # the checkpoint that train() goes on from
     _own_file = ""
+    _settings: dict[str, Any]  # that a run keeps when it goes on from a checkpoint
 
     def keep_identities(self, own: str) -> None:
         """To be called once, when the trainer has everything: its batches say which pairs they hold.
@@ -136,6 +137,7 @@ class RecordedTRL(Recorded):
             self._resumed = checkpoint_of(None if asked is True else asked, run)
             if self._resumed is None:
                 raise ValueError(f"resume_from_checkpoint: got {asked}, but {run} has no complete checkpoint")
+            check_settings(self._resumed / self._own_file, self._settings)
         return super().train(self._resumed and str(self._resumed), *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):

@@ -46,7 +46,7 @@ from trl import DPOConfig, DPOTrainer
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
 from .batches import PackedBatches
-from .checkpoints import as_metadata, check_settings, run_settings
+from .checkpoints import adapter_settings, as_metadata, run_settings
 from .checks import (
     NotFiniteError,
     check_adapter,
@@ -250,6 +250,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             self.args, {"train_dataset": self.train_dataset}, PAIR_ID, epsilon=self.loss_fn.epsilon,
             beta_update=self.loss_fn.beta_update, model=self.model.config._name_or_path,
             ref_model=reference.config._name_or_path, **{name: getattr(self.args, name) for name in names},
+            **adapter_settings(self.model), **adapter_settings(reference, "ref_model.peft_config"),
         )  # fmt: skip
 
     def _move_beta(self, step: int) -> None:
@@ -482,7 +483,6 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
                 f"resume_from_checkpoint: got {folder} without {LOSS_STATE}, takes a checkpoint of EpsilonDPOTrainer: "
                 "the running β would be lost. To start ε-DPO from another trainer's model, give it as model"
             )
-        check_settings(folder / LOSS_STATE, self._settings)
         check_checkpoint(folder, self)
         super()._load_optimizer_and_scheduler(checkpoint)
         self._total_train_tokens = int(self._load_state(folder))
