@@ -21,8 +21,9 @@ from epsdpo_kernels.integrations.transformers import (  # noqa: E402
 )
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
-from train.__main__ import main  # noqa: E402
+from train.__main__ import build, main  # noqa: E402
 from train.models import load_model  # noqa: E402
+from train.options import parse  # noqa: E402
 
 WORDS = 23
 SMALL = {
@@ -607,6 +608,16 @@ def test_deepspeed_without_zero_is_refused(zero):
         check_launch(trainer)
 
 
+def test_several_gpus_in_one_process_are_refused(tiny, tmp_path):
+    """transformers would wrap the model in DataParallel, which halves rows: chosen here, rejected there."""
+    options, args = parse(flags(tiny, tmp_path))
+    args._n_gpu = 2
+    with pytest.raises(
+        ValueError, match="CUDA_VISIBLE_DEVICES: got 2 GPUs in one process.* torchrun --nproc_per_node 2"
+    ):
+        build(options, args)
+
+
 trl = pytest.importorskip("trl", reason="the extra 'trl' is not installed")
 
 import trl_runs  # noqa: E402
@@ -640,6 +651,13 @@ def test_trl_nothing_moves_at_a_learning_rate_of_0(tiny, tmp_path, on):
     )
     trainer.train()
     assert all(entry["kl/chosen"] == 0 and entry["kl/kept"] == 1 for entry in of_trl(trainer)) != on
+
+
+def test_trl_several_gpus_in_one_process_are_refused(tiny, tmp_path, monkeypatch):
+    """By TRL itself."""
+    monkeypatch.setattr(EpsilonDPOConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        trl_trainer(tiny, tmp_path, trl_runs.model(tiny))
 
 
 def test_trl_references_are_measured(tiny, tmp_path):

@@ -579,7 +579,7 @@ def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False,
     batches = SimpleNamespace(**{"dispatch_batches": None, "even_batches": True} | batches)
     return SimpleNamespace(
         accelerator=accelerator, is_deepspeed_enabled=zero_stage is not None, is_fsdp_enabled=fsdp is not None,
-        args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best),
+        args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best, n_gpu=1),
         model=transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
                 vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1

@@ -363,7 +363,7 @@ def check_options(args: Any) -> None:
 
 
 def check_launch(trainer: Any) -> None:
-    """Raises ValueError where the model would be split in a way that the loss does not know."""
+    """Raises ValueError where the model, or its batches, would be split in a way that the loss does not know."""
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and parallelism.cp_size > 1:
         raise ValueError(
@@ -376,6 +376,12 @@ def check_launch(trainer: Any) -> None:
         check_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
+    if trainer.args.n_gpu > 1:  # and not where the layers of one model are on several
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES: got {trainer.args.n_gpu} GPUs in one process, which transformers deals batches out "
+            "to (DataParallel), chosen rows to one and rejected rows to another. Takes one GPU a process: launch with "
+            f"torchrun --nproc_per_node {trainer.args.n_gpu} or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
