@@ -28,6 +28,7 @@ import trl_runs  # noqa: E402
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
 from epsdpo_kernels.integrations import checks, seams  # noqa: E402
 from epsdpo_kernels.integrations.checks import NotFiniteError  # noqa: E402
+from epsdpo_kernels.integrations.recording import NO_ROW, PAIR_ID, ROW  # noqa: E402
 from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
 from epsdpo_kernels.integrations.trl import (  # noqa: E402
     REFUSED,
@@ -36,6 +37,7 @@ from epsdpo_kernels.integrations.trl import (  # noqa: E402
     _has_completions,
     _refuse_launch,
 )
+from epsdpo_kernels.record import read  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EPSILON = 0.05
@@ -804,15 +806,33 @@ def test_a_pair_with_an_empty_completion_is_named_when_the_data_are_prepared(tin
         trainer.evaluate(bad) if where == "evaluate" else trainer.train()
 
 
-def test_not_finite_stops_before_the_step(tiny, tmp_path):
+def test_not_finite_stops_before_the_step_and_names_the_pairs(tiny, tmp_path):
     trainer = make(tiny, tmp_path, max_steps=2)
     with torch.no_grad():
-        trainer.model.lm_head.weight[3] = torch.nan
+        trainer.model.model.embed_tokens.weight[trainer.processing_class.convert_tokens_to_ids("sure")] = torch.nan
     before = [p.clone() for p in trainer.model.parameters()]
-    with pytest.raises(NotFiniteError, match=r"step 1: the loss of the pairs \[0"):
+    with pytest.raises(
+        NotFiniteError, match=r"step 1: the loss of the pairs at rows \[.+\] of the data is not"
+    ) as found:
         trainer.train()
     for p, q in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(p.nan_to_num(), q.nan_to_num())
+    named = json.loads(re.search(r"\[.+\]", str(found.value))[0])
+    columns = read(tmp_path / "record").to_pydict()
+    assert named == sorted(row for row, loss in zip(columns["row"], columns["loss"], strict=True) if loss != loss)
+    assert all("sure" in " ".join(trl_runs.pairs(tiny)[row].values()) for row in named)
+
+
+def test_pairs_without_rows_are_named_by_ids_or_places(tiny, tmp_path):
+    trainer = make(tiny, tmp_path)
+    rows, ids = torch.tensor([4, 5, 6] * 2), torch.tensor([7, -1, 9] * 2)
+    for row, pair_id, said in (
+        (rows, ids, "at rows [5, 6] of the data"),
+        (rows.where(rows != 6, NO_ROW), ids, "with the ids ffffffffffffffff, 0000000000000009"),
+        (rows.where(rows != 6, NO_ROW), ids.where(ids != 9, 0), "[1, 2] of a micro-batch of 3"),
+    ):
+        assert trainer.named({ROW: row, PAIR_ID: pair_id}, 3, torch.tensor([False, True, True])) == said
+    assert trainer.named({}, 3, torch.tensor([True, False, False])) == "[0] of a micro-batch of 3"
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])

@@ -24,7 +24,7 @@ from epsdpo_kernels.integrations.checkpoints import (
     last_checkpoint,
     run_settings,
 )
-from epsdpo_kernels.integrations.checks import check_dtypes, check_vocabulary
+from epsdpo_kernels.integrations.checks import NotFiniteError, check_dtypes, check_vocabulary
 from epsdpo_kernels.integrations.recording import RecordElsewhere
 from epsdpo_kernels.integrations.sequence import sequence_ranks, tensor_ranks
 from epsdpo_kernels.integrations.transformers import Reference, check_head
@@ -35,7 +35,7 @@ from .cache import CachedReference, FirstStep
 from .methods import make_loss
 from .models import add_lora, load_model, make_policy, make_reference
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
-from .trainer import LOSS_STATE, EvaluateWithStep, NotFiniteError, PairTrainer, evaluated
+from .trainer import LOSS_STATE, EvaluateWithStep, PairTrainer, evaluated
 
 # Options that a run may change when it goes on from a checkpoint; data count by their pairs.
 FREE = (

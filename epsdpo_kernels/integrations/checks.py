@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
@@ -471,6 +471,14 @@ def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:
 
 class NotFiniteError(FloatingPointError):
     """A loss or a gradient is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
+
+
+def stop_not_finite(pairs: str, trainer: Any) -> NoReturn:
+    """Raises NotFiniteError for the losses of some pairs of a step; ``pairs`` says which."""
+    raise NotFiniteError(
+        f"step {trainer.state.global_step + 1}: the loss of the pairs {pairs} is not finite. Nothing of this step was "
+        f"applied; the last checkpoint is in {trainer.args.output_dir}"
+    )
 
 
 def check_gradient(norm: Any, trainer: Any) -> None:

@@ -239,6 +239,22 @@ class RecordedTRL(Recorded):
             self._due, new = rows[new] + 1, new + 1
         return new if last else pairs
 
+    def named(self, inputs: dict[str, Tensor], own: int, chosen: Tensor) -> str:
+        """Some of the first ``own`` pairs of all ranks' batches in words, by their rows in the data or else their ids.
+
+        To be called by all ranks alike; ``chosen`` is their (pairs,), gathered and padded.
+        """
+        found = torch.tensor([NO_ROW, NO_ID], device=chosen.device).expand(own, 2)
+        if ROW in inputs:
+            found = torch.stack([inputs[ROW][:own], inputs[PAIR_ID][:own]], 1)
+        found = self.accelerator.gather(self.accelerator.pad_across_processes(found))
+        rows, ids = found[chosen.to(found.device)].T.tolist()
+        if NO_ROW not in rows:
+            return f"at rows {sorted(set(rows))} of the data"
+        if NO_ID not in ids:
+            return f"with the ids {', '.join(map(_hex, ids))}"
+        return f"{chosen.nonzero().flatten().tolist()} of a micro-batch of {len(chosen)}"
+
     def append_to_record(self, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor], pairs: int) -> None:
         """Adds the first ``pairs`` of a batch; the others are there to fill it up."""
         if self.record is None:
@@ -251,7 +267,7 @@ class RecordedTRL(Recorded):
             row, ids = (inputs[name][:pairs].tolist() for name in (ROW, PAIR_ID))
             if not training and self._evaluation.endswith("@stream"):  # any of them
                 row = None
-            pair_id = [None if one == NO_ID else f"{one % 2**64:016x}" for one in ids]
+            pair_id = [None if one == NO_ID else _hex(one) for one in ids]
         self.record.append(
             out, labels, step=self.state.global_step + training, policy_step=self._best_step, row=row, pair_id=pair_id,
             epoch=max(float(self.state.epoch or 0), self._epoch, 0.0), split=TRAIN if training else self._evaluation,
@@ -331,6 +347,11 @@ def _files(dataset: Any) -> list[str]:
     if not isinstance(dataset, datasets.Dataset):
         return []
     return datasets.table.list_table_cache_files(dataset.data)
+
+
+def _hex(pair_id: int) -> str:
+    """A pair's id as the record writes it, of the signed 64 bits that a tensor holds."""
+    return f"{pair_id % 2**64:016x}"
 
 
 def _identity(example: Any, row: int, reader: str, numbered: bool = True) -> dict[str, int]:

@@ -48,7 +48,6 @@ from ..module import BETA_UPDATES, EpsilonDPOLoss
 from .batches import PackedBatches
 from .checkpoints import adapter_settings, as_metadata, run_settings
 from .checks import (
-    NotFiniteError,
     check_adapter,
     check_causal,
     check_checkpoint,
@@ -59,6 +58,7 @@ from .checks import (
     check_options,
     check_prompt_learning,
     check_reference,
+    stop_not_finite,
     turn_off_dropout,
 )
 from .packing import PaddedRight, of_pairs, part
@@ -371,7 +371,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             ) from error
         loss = out.loss
         self.append_to_record(out, labels, inputs, own)
-        self._add_metrics("train" if training else "eval", out, labels, inputs["attention_mask"], own)
+        self._add_metrics("train" if training else "eval", out, labels, inputs, own)
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.
             loss = loss * (_pairs(inputs).sum() * self.averaged_over / num_items_in_batch)
@@ -393,7 +393,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         rows = ("input_ids", "attention_mask", "completion_mask", ROW, PAIR_ID)
         return {name: of_pairs(batch[name], pairs) for name in rows if name in batch}, of_pairs(labels, pairs), pairs
 
-    def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor, own: int) -> None:
+    def _add_metrics(
+        self, split: str, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor], own: int
+    ) -> None:
         """Hands the log the figures of the first ``own`` pairs of every rank, so that its means are theirs."""
         chosen, rejected = (labels != IGNORE).sum(1).chunk(2)
         of_pair = {OF_PAIRS[name]: values for name, values in pair_metrics(out).items() if name in OF_PAIRS}
@@ -411,11 +413,13 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             sums["logits/chosen"], sums["logits/rejected"] = zip(
                 self.loss_fn.logits.chunk(2), (chosen, rejected), strict=True
             )
-        columns = [*of_pair.values(), *(t for pair in sums.values() for t in pair), mask.sum(1).view(2, -1).sum(0)]
+        tokens = inputs["attention_mask"].sum(1).view(2, -1).sum(0)
+        columns = [*of_pair.values(), *(t for pair in sums.values() for t in pair), tokens]
         # Ranks may hold unequal numbers of pairs; β is 0 in padding and where nothing is scored.
         rows = torch.stack([out.beta, *columns], 1).double()[:own]
         rows = self.accelerator.gather(self.accelerator.pad_across_processes(rows))
-        beta, *figures = rows[rows[:, 0] != 0].T.tolist()
+        scored = rows[:, 0] != 0
+        beta, *figures = rows[scored].T.tolist()
         if not beta:
             return
         metrics = self._metrics[split]
@@ -425,7 +429,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             elif split == "eval":
                 self._losses += values
             else:
-                self._stop_if_not_finite(values)
+                if not all(map(math.isfinite, values)):
+                    bad = ~rows[:, 1 + list(of_pair).index("losses")].isfinite() & scored
+                    stop_not_finite(self.named(inputs, own, bad), self)
         for i, name in enumerate(sums):
             first = len(of_pair) + 2 * i
             self._sums[split][name] += torch.tensor(figures[first : first + 2], dtype=torch.float64).sum(1)
@@ -448,14 +454,6 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         if self._losses:  # transformers counts the repeats that fill a last batch up
             out.metrics[f"{metric_key_prefix}_loss"] = math.fsum(self._losses) / len(self._losses)
         return out
-
-    def _stop_if_not_finite(self, losses: list[float]) -> None:
-        bad = [i for i, loss in enumerate(losses) if loss - loss != 0]
-        if bad:
-            raise NotFiniteError(
-                f"step {self.state.global_step + 1}: the loss of the pairs {bad} of a micro-batch of {len(losses)} is "
-                f"not finite. Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
-            )
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
