@@ -786,6 +786,53 @@ def conversations(*answers: tuple[str, str]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+LONG = datasets.Dataset.from_list([{"prompt": "the sky is blue and so are you", "chosen": " yes", "rejected": " no"}])
+NO_PAIRS = {
+    "nothing": (lambda d: {"train_dataset": d.select([])}, "train_dataset: got no pair, takes"),
+    "an empty stream": (
+        lambda d: {"train_dataset": datasets.IterableDataset.from_generator(lambda: iter(()))},
+        "train_dataset: got no pair, takes",
+    ),
+    "all dropped": (
+        lambda d: {"train_dataset": LONG}, "train_dataset: got no pair that max_length=6 leaves a completion, takes",
+    ),
+    "all dropped of a stream": (
+        lambda d: {"train_dataset": LONG.to_iterable_dataset()},
+        "train_dataset: got no pair that max_length=6 leaves a completion, takes",
+    ),
+    "nothing held out": (lambda d: {"eval_dataset": d.select([])}, "eval_dataset: got no pair, takes at least one"),
+    "nothing held out under a name": (
+        lambda d: {"eval_dataset": {"a": d, "b": d.select([])}}, r"eval_dataset\['b'\]: got no pair, takes",
+    ),
+    "all held out dropped": (
+        lambda d: {"eval_dataset": {"a": d, "b": LONG}}, r"eval_dataset\['b'\]: got no pair that max_length=6 leaves",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_PAIRS)
+def test_data_of_nothing_are_refused(tiny, tmp_path, kind):
+    data, said = NO_PAIRS[kind]
+    with pytest.raises(ValueError, match=f"^{said}"):
+        make(tiny, tmp_path, max_length=6, max_steps=1, **data(trl_runs.pairs(tiny, 8)))
+
+
+def test_an_evaluation_of_nothing_is_refused(tiny, tmp_path):
+    data = trl_runs.pairs(tiny, 8)
+    trainer = make(tiny, tmp_path, max_steps=1, eval_dataset={"a": data, "b": data})
+    none = data.select([])
+    for given, name in ((none, "eval_dataset"), ({"c": data, "d": none}, r"eval_dataset\['d'\]")):
+        with pytest.raises(ValueError, match=f"^{name}: got no pair, takes at least one"):
+            trainer.evaluate(given)
+    assert math.isfinite(trainer.evaluate()["eval_b_loss"])
+
+
+def test_fewer_pairs_than_a_batch_are_a_short_one(tiny, tmp_path):
+    trainer = make(tiny, tmp_path, max_steps=-1, num_train_epochs=1, count=1)
+    trainer.train()
+    assert trainer.state.global_step == 1 and read(tmp_path / "record").to_pydict()["row"] == [0]
+
+
 @pytest.mark.parametrize("where", ["train", "eval", "evaluate", "stream"])
 def test_a_pair_with_an_empty_completion_is_named_when_the_data_are_prepared(tiny, tmp_path, where):
     """Of a chat template that ends no turn; of a stream, when it is read."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import math
 import sys
 from pathlib import Path
 
@@ -48,10 +49,15 @@ def load_data(options: PairOptions, tokenizer, seed: int):
     """(train, held out or None, reports) by the options; prints what was dropped and truncated."""
 
     def load(argument: str, source: str, split: str):
-        pairs, report = data.load_pairs(
-            source, tokenizer, split=split, max_length=options.max_length,
-            max_prompt_length=options.max_prompt_length, prerendered=options.prerendered,
-        )  # fmt: skip
+        try:
+            pairs, report = data.load_pairs(
+                source, tokenizer, split=split, max_length=options.max_length,
+                max_prompt_length=options.max_prompt_length, prerendered=options.prerendered,
+            )  # fmt: skip
+        except (ValueError, FileNotFoundError) as error:
+            if not str(error).startswith("source:"):
+                raise
+            raise type(error)(str(error).replace("source", argument, 1)) from error
         label, carried = options.label_column, report.columns["carried"]
         if label is not None and label not in carried:
             there = ", ".join(f"{name!r:.64}" for name in carried) or "none"
@@ -67,6 +73,11 @@ def load_data(options: PairOptions, tokenizer, seed: int):
     if options.eval_dataset:
         held_out, reports["eval"] = load("eval_dataset", options.eval_dataset, options.eval_split)
     elif options.eval_fraction:
+        if math.ceil(options.eval_fraction * len(pairs)) == len(pairs):
+            raise ValueError(
+                f"eval_fraction: got {options.eval_fraction} of {len(pairs)} pairs, takes a share that leaves at least "
+                "one to train on"
+            )
         halves = pairs.train_test_split(options.eval_fraction, seed=seed)
         pairs, held_out = halves["train"], halves["test"]
     for one in reports.values():

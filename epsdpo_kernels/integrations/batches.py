@@ -108,10 +108,11 @@ class PackedBatches(SharedRows):
         )
 
     def _check_data(self, models: Sequence[nn.Module], images: bool) -> None:
-        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         max_length = getattr(self.args, "max_length", None)
-        for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
+        sets = named_sets(self.train_dataset, "train_dataset") | named_sets(self.eval_dataset, "eval_dataset")
+        for name, dataset in sets.items():
             pairs = getattr(dataset, "pairs", dataset)
+            check_any(pairs, name, max_length)
             if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
                 size = self.args.train_batch_size if name == "train_dataset" else self.args.eval_batch_size
                 check_kept(len(pairs), name, size, self.data_ranks)
@@ -126,6 +127,12 @@ class PackedBatches(SharedRows):
         check_resume(self, resume_from_checkpoint)
         self._say_memory()
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        if not isinstance(eval_dataset, str):  # the name of one that the trainer has
+            for name, one in named_sets(eval_dataset, "eval_dataset").items():
+                check_any(getattr(one, "pairs", one), name)
+        return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
 
     def _say_memory(self) -> None:
         """Prints what the run expects to need and, on CUDA, what is there."""
@@ -352,6 +359,26 @@ def check_rows_alone(dataset: Any, model: nn.Module, name: str, argument: str, m
 def _longest(lengths: Tensor, max_length: int | None) -> int:
     longest = int((lengths[:, 0] + lengths[:, 1:].amax(1)).max())
     return min(longest, max_length or longest)
+
+
+def named_sets(given: Any, argument: str) -> dict[str, Any]:
+    """Data sets, or None, by what errors call them: one under its argument, several with their names too."""
+    if isinstance(given, dict):
+        return {f"{argument}[{name!r}]": one for name, one in given.items()}
+    return {argument: given}
+
+
+def check_any(dataset: Any, name: str, max_length: int | None = None) -> None:
+    """Raises ValueError where a data set, if it is given, has no pair, also a stream's first.
+
+    Args:
+        name: what the error calls it.
+        max_length: what may have dropped all of them.
+    """
+    if dataset is None or (len(dataset) if hasattr(dataset, "__len__") else next(iter(dataset), None) is not None):
+        return
+    left = "" if max_length is None else f" that max_length={max_length} leaves a completion"
+    raise ValueError(f"{name}: got no pair{left}, takes at least one")
 
 
 def check_kept(pairs: int, name: str, batch_size: int, ranks: int) -> None:

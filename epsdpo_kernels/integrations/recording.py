@@ -324,7 +324,7 @@ def identified(dataset: Any, args: Any, name: str, images: bool = False) -> Any:
 
     Pairs with ``images`` have no id, which would be that of the same words about another image.
     """
-    if ROW in next(iter(dataset)):
+    if ROW in next(iter(dataset), {}):
         return dataset
     if images and isinstance(dataset, datasets.Dataset):  # without images read, and written once more
         return dataset.add_column(ROW, list(range(len(dataset))))

@@ -45,7 +45,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
-from .batches import PackedBatches
+from .batches import PackedBatches, check_any, named_sets
 from .checkpoints import adapter_settings, as_metadata, run_settings
 from .checks import (
     check_adapter,
@@ -191,6 +191,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         _refuse_adapters(model, ref_model)
         given = inspect.signature(DPOTrainer).bind(model, ref_model, args, *rest, **kwargs).arguments
         check_adapter(given.get("peft_config"))
+        for name in ("train_dataset", "eval_dataset"):  # before their first rows are read
+            for own, one in named_sets(given.get(name), name).items():
+                check_any(one, own)
         super().__init__(model, ref_model, args, *rest, **kwargs)
         self.data_collator = PaddedRight(self.data_collator)
         _refuse_launch(self)
