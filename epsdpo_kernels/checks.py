@@ -117,7 +117,7 @@ def scored_lengths(
     """Scored tokens of each completion, read together with all checks on values: the call's one host read.
 
     Args:
-        slices: (ranks,) sizes of the slices of the vocabulary.
+        slices: (ranks, 3) of a slice of the vocabulary its words, and the tokens and bounds that its rank was given.
         sequence_group: over whose ranks the completions' tokens are spread, each rank having its own.
 
     Returns:
@@ -125,7 +125,7 @@ def scored_lengths(
 
     Raises:
         ValueError: a label outside [0, V), cu_seqlens that do not partition the tokens, a β that is not positive and
-            finite, or a pair with an empty completion.
+            finite, a pair with an empty completion, or ranks of a group that were not given the same pairs.
     """
     scored = labels != -100
     counts = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
@@ -133,22 +133,31 @@ def scored_lengths(
     # 0 stands in where nothing is scored, and is a word of every vocabulary.
     words = torch.where(scored, labels, 0) if labels.numel() else labels.new_zeros(1)
     beta_bits = beta.to(labels.device, torch.float64).reshape(1).view(torch.int64)
-    facts = torch.cat((cu_seqlens, counted, *(w[None] for w in words.aminmax()), beta_bits, slices)).tolist()
-    n_bounds = len(cu_seqlens)
+    n_bounds, n_slices = len(cu_seqlens), len(slices)
+    of_parts = parallel.gather((n_bounds,), sequence_group, labels.device)
+    shapes = torch.cat((slices.T.flatten(), of_parts.flatten()))
+    facts = torch.cat((cu_seqlens, counted, *(w[None] for w in words.aminmax()), beta_bits, shapes)).tolist()
     bounds, before = facts[:n_bounds], facts[n_bounds : 2 * n_bounds]
     least, most, bits = facts[2 * n_bounds : 2 * n_bounds + 3]
-    sizes = facts[2 * n_bounds + 3 :]
+    told = facts[2 * n_bounds + 3 :]
+    sizes, tokens, bounds_of_slices = (told[i * n_slices : (i + 1) * n_slices] for i in range(3))
+    # Of what ranks exchange, all need as much.
+    _check_ranks("sequence_group", told[3 * n_slices :])
     beta_read = struct.unpack("d", struct.pack("q", bits))[0]
     is_broken = bounds[0] != 0 or bounds[-1] != labels.numel() or bounds != sorted(bounds)
+    is_unlike = len({*zip(tokens, bounds_of_slices, strict=True)}) > 1
     is_beta_bad = not (math.isfinite(beta_read) and beta_read > 0)
     outside = [label for label in (most, least) if not 0 <= label < sum(sizes)]
     own = [stop - start for start, stop in zip(before, before[1:], strict=False)]
     lengths, bad_ranks = own, 0
     if sequence_group is not None:
         # With the errors, so that no rank waits for one that has stopped.
-        everywhere = labels.new_tensor([*own, is_broken or is_beta_bad or bool(outside)])
+        everywhere = labels.new_tensor([*own, is_broken or is_unlike or is_beta_bad or bool(outside)])
         parallel.sum_over(everywhere, sequence_group)
         *lengths, bad_ranks = everywhere.tolist()
+    if is_unlike:
+        _check_ranks("vocab_group", bounds_of_slices)
+        raise ValueError(f"labels: got {tokens} tokens on the ranks of vocab_group, takes the same tokens on all")
     if is_broken:
         raise ValueError(f"cu_seqlens: got {bounds}, takes increasing bounds from 0 to {labels.numel()}")
     if is_beta_bad:
@@ -165,3 +174,9 @@ def scored_lengths(
             if length == 0:
                 raise ValueError(f"labels: the {name} completion of pair {i} has no scored token, takes at least one")
     return own, sizes
+
+
+def _check_ranks(group: str, bounds: list[int]) -> None:
+    if len(set(bounds)) > 1:
+        pairs = [n // 2 for n in bounds]
+        raise ValueError(f"labels: got {pairs} pairs on the ranks of {group}, takes the same pairs on all")

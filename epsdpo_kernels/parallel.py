@@ -6,6 +6,7 @@ what a custom op can take.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,15 +30,18 @@ def _group(name: str) -> Any:
     return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def slices(words: int, group: str | None, device: torch.device) -> tuple[Tensor, int]:
-    """(ranks,) sizes of all ranks' slices of the vocabulary, on the device, and the number of this rank."""
-    own = torch.full((1,), words, device=device)
+def gather(numbers: Sequence[int], group: str | None, device: torch.device) -> Tensor:
+    """(ranks, len(numbers)) of all ranks of a group, on the device; of this one alone where there is none."""
+    own = torch.tensor([numbers], device="cpu").to(device, non_blocking=True)
     if group is None:
-        return own, 0
-    of_group = _group(group)
-    sizes = [torch.empty_like(own) for _ in range(of_group.size())]
-    dist.all_gather(sizes, own, of_group)
-    return torch.cat(sizes), of_group.rank()
+        return own
+    of_ranks = [torch.empty_like(own) for _ in range(_group(group).size())]
+    dist.all_gather(of_ranks, own, _group(group))
+    return torch.cat(of_ranks)
+
+
+def rank_in(group: str) -> int:
+    return _group(group).rank()
 
 
 def labels_in_slice(labels: Tensor, start: int, words: int) -> Tensor:

@@ -237,7 +237,8 @@ class Pass:
         self.vocab_group, self.sequence_group = execution.vocab_group, execution.sequence_group
         self.pairs, self.epsilon = inputs.pairs, settings.epsilon
         self.needs, self.keep = tuple(needs), any(needs) and not again
-        slices, rank = parallel.slices(len(policy.weight), self.vocab_group, device)
+        shape = len(policy.weight), labels.numel(), len(inputs.cu_seqlens)
+        slices = parallel.gather(shape, self.vocab_group, device)
         lengths, sizes = checks.scored_lengths(labels, inputs.cu_seqlens, slices, settings.beta, self.sequence_group)
         # By the largest slice, because all ranks need the same tiles.
         beside = 0 if not any(needs) or policy.gradient_dtype == inputs.dtype else policy.gradient_dtype.itemsize
@@ -250,6 +251,7 @@ class Pass:
             rows = Rows(max(1, budget // engines.logit_free_row_bytes(inputs.hidden, inputs.ref_hidden)), 0)
         self.layout = lay_out(labels, lengths, rows, alone=self.sequence_group is not None)
         if self.vocab_group is not None:
+            rank = parallel.rank_in(self.vocab_group)
             labels = parallel.labels_in_slice(labels, sum(sizes[:rank]), sizes[rank])
         # Kernels read biases, and the logit-free one heads, without strides: copied once a call, where need be.
         self.policy, self.reference = _contiguous(policy, reference, weights=self.logit_free)

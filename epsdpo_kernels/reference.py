@@ -46,8 +46,8 @@ def epsilon_dpo_reference(
     )
     bound = bind_inputs(hidden, policy, ref_hidden, reference, labels, None)
     settings = bind_settings(beta, epsilon, label_smoothing, max_entropy, max_kl, hidden)
-    vocabulary = labels.new_tensor([len(weight)])
-    lengths, _ = checks.scored_lengths(bound.labels, bound.cu_seqlens, vocabulary, settings.beta)
+    whole = labels.new_tensor([[len(weight), labels.numel(), len(bound.cu_seqlens)]])
+    lengths, _ = checks.scored_lengths(bound.labels, bound.cu_seqlens, whole, settings.beta)
     if not lengths:
         nothing = [t[:0].sum(dtype=bound.dtype) for t in (hidden, weight, bias) if t is not None]
         zeros = torch.zeros(bound.pairs, dtype=bound.dtype, device=hidden.device)

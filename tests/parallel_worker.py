@@ -59,6 +59,24 @@ def vocabulary(rank: int, size: int) -> float:
     return worst
 
 
+def impossible(rank: int, size: int) -> float:
+    """A slice without a possible word: padding of the vocabulary that both heads mask."""
+    case = make_case(2, bias=True)
+    last = slice(102, 103)
+    case = case._replace(labels=case.labels.where(case.labels != 102, 0))
+    case.bias[last] = case.ref_bias[last] = -torch.inf
+    mine = slice(0, 102) if rank == 0 else last
+    part = case._replace(
+        weight=case.weight[mine], ref_weight=case.ref_weight[mine], bias=case.bias[mine], ref_bias=case.ref_bias[mine]
+    )
+    truth, expected = whole(case, linear_epsilon_dpo)
+    got, gradients = whole(part, linear_epsilon_dpo, vocab_group=dist.group.WORLD)
+    worst = same(got, truth)
+    for g, e in zip(gradients, (expected[0], expected[1][mine], expected[2][mine]), strict=True):
+        worst = max(worst, relative_error(g, e) if e.count_nonzero() else g.abs().max().item())
+    return worst
+
+
 def kernels(rank: int, size: int) -> float:
     """Triton's kernels on slices, in fp32, by both routes."""
     mine = slice(0, 71) if rank == 0 else slice(71, 103)
@@ -152,6 +170,18 @@ def refused(rank: int, size: int) -> float:
             assert re.search(expected, str(error)), error
         else:
             raise AssertionError("not refused")
+    # Ranks that were not given the same pairs, or tokens, would wait for one another.
+    more, longer = make_case(2 + rank, masked=False), make_case(2, length=7 + rank, masked=False)
+    for group in ("vocab_group", "sequence_group"):
+        pairs = rf"labels: got \[2, 3\] pairs on the ranks of {group}, takes the same pairs on all"
+        tokens = r"labels: got \[28, 32\] tokens on the ranks of vocab_group, takes the same tokens on all"
+        for unlike, expected in ((more, pairs), (longer, tokens))[: 2 if group == "vocab_group" else 1]:
+            try:
+                linear_epsilon_dpo(*unlike.arguments()[0], **{group: dist.group.WORLD})
+            except ValueError as error:
+                assert re.fullmatch(expected, str(error)), error
+            else:
+                raise AssertionError("not refused")
     return 0.0
 
 

@@ -98,17 +98,29 @@ def test_no_layout_changes_a_decision(tiny, tmp_path, more):
     assert sum(e["tokens"] for e in logs["packed"]) < sum(e["tokens"] for e in logs["padded"])
 
 
-def test_micro_batches_are_bounded(tiny, tmp_path, monkeypatch):
-    sizes = []
-    whole = batches.PackedBatches._counted
-    monkeypatch.setattr(
-        batches.PackedBatches, "_counted",
-        lambda self, one: sizes.append((one["packing"].input_ids.numel(), len(one["row"]))) or whole(self, one),
-    )  # fmt: skip
-    main(flags(tiny, tmp_path / "run", max_tokens_per_batch=30))
-    assert sum(pairs for _, pairs in sizes) == 48
-    assert all(tokens <= 30 or pairs == 1 for tokens, pairs in sizes)
-    assert any(pairs > 1 for _, pairs in sizes)
+@pytest.mark.parametrize("trainer", ["train", "trl"])
+def test_micro_batches_are_bounded(tiny, tmp_path, monkeypatch, trainer):
+    """In training and in evaluation."""
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
+    sizes = {True: [], False: []}
+    whole = batches.PackedBatches.packing_of
+
+    def packing_of(self, batch):
+        packing = whole(self, batch)
+        sizes[self.model.training].append((packing.input_ids.numel(), len(packing.segments.lengths)))
+        return packing
+
+    monkeypatch.setattr(batches.PackedBatches, "packing_of", packing_of)
+    if trainer == "train":
+        main(flags(tiny, tmp_path / "run", max_tokens_per_batch=40, eval_fraction=0.25))
+        pairs = {True: 36, False: 12}
+    else:
+        trl_run(tiny, tmp_path / "run", max_tokens_per_batch=40, max_steps=4)
+        pairs = {True: 48, False: 10}
+    for training, found in sizes.items():
+        assert sum(n for _, n in found) == pairs[training]
+        assert all(tokens <= 40 or n == 1 for tokens, n in found)
+        assert any(n > 1 for _, n in found)
 
 
 def trl_run(tiny, folder, **more):

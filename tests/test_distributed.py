@@ -110,7 +110,7 @@ def test_ddp_is_one_process(tiny, tmp_path, pairs, method):
     (43, True, {"gradient_accumulation_steps": 2}),
     (31, False, {"gradient_accumulation_steps": 1, "lora_r": 4, "eval_fraction": 0.23}),
     # Ranks would cut unlike, and FSDP's wait for each other in every forward.
-    (43, False, {"gradient_accumulation_steps": 1, "max_tokens_per_batch": 35}),
+    (43, False, {"gradient_accumulation_steps": 1, "max_tokens_per_batch": 35, "eval_fraction": 0.23}),
 ], ids=["uneven", "tied, accumulated", "lora, evaluated", "bounded by tokens"])  # fmt: skip
 def test_fsdp_is_one_process(tiny, tmp_path, pairs, tied, more):
     """accelerate's FSDP2 shards backbone and head."""
@@ -130,15 +130,15 @@ def test_fsdp_is_one_process(tiny, tmp_path, pairs, tied, more):
 
 
 def test_a_sharded_run_goes_on_from_its_checkpoint(tiny, tmp_path):
-    """Weights, optimizer, schedule, β and record: as if the run had never been stopped."""
-    more = {"dataset": cut(tiny, tmp_path, 43), "save_strategy": "steps", "save_steps": 3}
+    """Weights, optimizer, schedule, β, record and the order of its second epoch: as if it had never been stopped."""
+    more = {"dataset": cut(tiny, tmp_path, 19), "save_strategy": "steps", "save_steps": 6, "num_train_epochs": 2}
     main(flags(tiny, tmp_path / "one", **more, gradient_accumulation_steps=2))
     two = [*flags(tiny, tmp_path / "two", **more, gradient_accumulation_steps=1), *sharded(tmp_path)]
     (tmp_path / "flags.json").write_text(json.dumps(two))
     launch(2, "fsdp", tmp_path)
     # As a stop between the first checkpoint and the next would leave it.
     for entry in (tmp_path / "two").iterdir():
-        if entry.name not in ("checkpoint-3", "record", "run.json"):
+        if entry.name not in ("checkpoint-6", "record", "run.json"):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     (tmp_path / "flags.json").write_text(json.dumps([*two, "--resume_from_checkpoint=last"]))
     launch(2, "fsdp", tmp_path)

@@ -578,7 +578,7 @@ def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False,
     accelerator = SimpleNamespace(
         parallelism_config=parallelism, is_fsdp2=fsdp == 2, state=state, num_processes=processes
     )
-    batches = SimpleNamespace(**{"dispatch_batches": None, "even_batches": True} | batches)
+    batches = SimpleNamespace(**{"split_batches": False, "dispatch_batches": False, "even_batches": True} | batches)
     return SimpleNamespace(
         accelerator=accelerator, is_deepspeed_enabled=zero_stage is not None, is_fsdp_enabled=fsdp is not None,
         args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best, n_gpu=1),
@@ -607,8 +607,9 @@ TENSOR = accelerate.ParallelismConfig(tp_size=2)
         ({"fsdp": 1}, "fsdp: got version 1, takes version 2"),
         ({"fsdp": 2, "sync": True}, "sync_ref_model: got True with FSDP"),
         ({"zero_stage": 3, "sync": True}, "sync_ref_model: got True with FSDP, ZeRO-3 or"),
-        ({"dispatch_batches": True}, "accelerator_config: got dispatch_batches=True"),
-        ({"even_batches": False}, "accelerator_config: .* even_batches=False in several processes, takes .* True"),
+        ({"dispatch_batches": True}, "accelerator_config: got .*dispatch_batches=True"),
+        ({"even_batches": False}, "accelerator_config: .* even_batches=False in several processes, takes .*True"),
+        ({"split_batches": True}, "accelerator_config: got split_batches=True, .* per_device_train_batch_size"),
         ({"dispatch_batches": True, "even_batches": False, "processes": 1}, None),
         ({}, None),
         ({"parallelism": accelerate.ParallelismConfig(dp_replicate_size=2)}, None),
@@ -872,14 +873,15 @@ def test_not_finite_stops_before_the_step_and_names_the_pairs(tiny, tmp_path):
 
 def test_pairs_without_rows_are_named_by_ids_or_places(tiny, tmp_path):
     trainer = make(tiny, tmp_path)
+    ids_of_three = {"input_ids": torch.zeros(6, 2, dtype=torch.int64)}
     rows, ids = torch.tensor([4, 5, 6] * 2), torch.tensor([7, -1, 9] * 2)
     for row, pair_id, said in (
         (rows, ids, "at rows [5, 6] of the data"),
         (rows.where(rows != 6, NO_ROW), ids, "with the ids ffffffffffffffff, 0000000000000009"),
         (rows.where(rows != 6, NO_ROW), ids.where(ids != 9, 0), "[1, 2] of a micro-batch of 3"),
     ):
-        assert trainer.named({ROW: row, PAIR_ID: pair_id}, 3, torch.tensor([False, True, True])) == said
-    assert trainer.named({}, 3, torch.tensor([True, False, False])) == "[0] of a micro-batch of 3"
+        assert trainer.named(ids_of_three | {ROW: row, PAIR_ID: pair_id}, torch.tensor([False, True, True])) == said
+    assert trainer.named(ids_of_three, torch.tensor([True, False, False])) == "[0] of a micro-batch of 3"
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])

@@ -37,8 +37,8 @@ def launch(processes: int, folder: Path) -> None:
 
 
 def run(
-    folder: Path, tiny: Path, processes: int, pairs: int, lora=False, stream=False, masked=(), sees="",
-    resume=None, tensor="", **more,
+    folder: Path, tiny: Path, processes: int, pairs: int, lora=False, streams=(), masked=(), sees="",
+    resume=None, tensor="", shards=1, **more,
 ):  # fmt: skip
     folder.mkdir(exist_ok=True)
     options = trl_runs.options(folder / "run", gradient_accumulation_steps=2 // processes, max_steps=8, epsilon=0.05)
@@ -47,7 +47,8 @@ def run(
         "options": options | more,
         "pairs": pairs,
         "lora": lora,
-        "stream": stream,
+        "streams": streams,
+        "shards": shards,
         "masked": masked,
         "sees": sees,
         "resume": resume,
@@ -112,17 +113,25 @@ def test_ddp_is_one_process(tiny, tmp_path, masked):
 
 def test_a_stream_is_one_process(tiny, tmp_path):
     """Of which nobody knows the length: the repeats that fill its last batch up are known by their rows."""
-    two = run(tmp_path / "two", tiny, 2, 43, stream=True)
+    two = run(tmp_path / "two", tiny, 2, 43, streams=("train", "eval"))
     same(two, run(tmp_path / "one", tiny, 1, 43, train_sampling_strategy="sequential"))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream", "stream"])
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_images_are_one_process(tiny, tmp_path, stream):
+def test_a_streamed_evaluation_is_one_process(tiny, tmp_path):
+    """Beside training data that are none: every rank makes its batches itself, of which the last has a repeat."""
+    more = {"per_device_eval_batch_size": 2, "max_steps": 4}
+    two = run(tmp_path / "two", tiny, 2, 19, streams=("eval",), **more)
+    same(two, run(tmp_path / "one", tiny, 1, 19, **more))
+    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream"])
+
+
+@pytest.mark.parametrize("streams", [(), ("train", "eval")], ids=["", "streams"])
+def test_images_are_one_process(tiny, tmp_path, streams):
     """Of the 5 repeats that fill the last batches up, which cannot be cut out, nothing counts."""
     pytest.importorskip("PIL")
     more = {"max_length": None, "sees": "Llava", "train_sampling_strategy": "sequential"}
-    two = run(tmp_path / "2", tiny, 2, 19, stream=stream, **more)
+    two = run(tmp_path / "2", tiny, 2, 19, streams=streams, **more)
     one = run(tmp_path / "1", tiny, 1, 19, **more)
     same(two, one, packed=False)
     runs = (tmp_path / str(n) / "run" for n in (2, 1))
@@ -134,12 +143,28 @@ def test_images_are_one_process(tiny, tmp_path, stream):
 
 
 def test_a_resumed_run_is_one_process(tiny, tmp_path):
-    """Also in the last batch of the epoch that it goes on in, which is one pair and 5 repeats."""
-    more = {"save_strategy": "steps", "save_steps": 3}
-    run(tmp_path / "two", tiny, 2, 43, **more)
-    two = run(tmp_path / "two", tiny, 2, 43, resume=str(tmp_path / "two" / "run" / "checkpoint-3"), **more)
-    same(two, run(tmp_path / "one", tiny, 1, 43))
+    """In its second epoch's order, and in that epoch's last batch, which is one pair and 5 repeats."""
+    more = {"save_strategy": "steps", "save_steps": 6}
+    run(tmp_path / "two", tiny, 2, 19, **more)
+    two = run(tmp_path / "two", tiny, 2, 19, resume=str(tmp_path / "two" / "run" / "checkpoint-6"), **more)
+    same(two, run(tmp_path / "one", tiny, 1, 19))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run")
+
+
+def test_a_resumed_stream_in_shards(tiny, tmp_path):
+    """One rank has 4 batches a pass, the other 3: each goes on where it was, at its own pass's end or within it."""
+    more = {"streams": ("train",), "shards": 2, "save_strategy": "steps", "save_steps": 6}
+    found = [run(tmp_path, tiny, 2, 19, **more)]
+    records = [read(tmp_path / "run" / "record").to_pandas()]
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    found.append(run(tmp_path, tiny, 2, 19, resume=str(checkpoint), **more))
+    records.append(read(tmp_path / "run" / "record").to_pandas())
+    same(*found)
+    names = ["split", "rank", "step", "pair_id", "decision", "beta_used"]
+    assert records[0][names].equals(records[1][names])
+    pairs = records[0].query("split == 'train'").groupby("rank")["pair_id"].apply(list)
+    assert pairs[0][:10] == pairs[0][10:20] and pairs[1][:9] == pairs[1][9:18]
+    assert len(set(pairs[0])) == 10 and len(set(pairs[1])) == 9
 
 
 def test_nothing_of_a_last_batch_is_left_out(tiny, tmp_path):

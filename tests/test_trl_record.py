@@ -161,6 +161,46 @@ def test_a_stream(tiny, tmp_path):
     assert set(frame(tmp_path / "dealt")["pair_id"]) < set(ids(data))
 
 
+def test_the_last_step_of_a_pass(tiny, tmp_path):
+    """Of 10 pairs in steps of 8 has 2, in a stream too, where nobody knows that it comes."""
+    data, found = trl_runs.pairs(tiny, 10), []
+    more = {"per_device_train_batch_size": 2, "max_steps": 4, "train_sampling_strategy": "sequential"}
+    for name, given in (("map", data), ("stream", data.to_iterable_dataset())):
+        trainer = train(tiny, tmp_path / name, given, **more)
+        rows = frame(tmp_path / name)
+        assert rows.groupby("step")["row"].apply(list).to_dict() == {
+            step: list(range(8)) if step % 2 else [8, 9] for step in (1, 2, 3, 4)
+        }  # fmt: skip
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        figures = rows[["decision", "beta", "beta_used", "loss"]].to_numpy().ravel().tolist()
+        figures += [entry[name] for entry in log for name in ("loss", "grad_norm", "kl/beta", "num_tokens")]
+        found.append(figures)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_a_resumed_stream(tiny, tmp_path):
+    """Of two steps a pass: within its third, which is in an order of its own, and where the first ends."""
+    data = trl_runs.pairs(tiny)
+
+    def run(pairs, **more):
+        stream = data.select(pairs).to_iterable_dataset().shuffle(seed=1, buffer_size=16)
+        more = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1} | more
+        return make(tiny, tmp_path, stream, max_steps=7, **more)
+
+    run(range(10)).train()
+    whole = frame(tmp_path)
+    assert whole.groupby(whole["epoch"] // 1)["row"].apply(list).to_dict() == {
+        0: list(range(10)), 1: list(range(10)), 2: list(range(10)), 3: list(range(8))
+    }  # fmt: skip
+    for step in (2, 5):
+        trainer = run(range(10))
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert frame(tmp_path).equals(whole)
+        assert trainer.state.epoch == pytest.approx(3 + 1 / 7)
+    with pytest.raises(ValueError, match="train_dataset was 'a stream that begins with .* is 'a stream that begins"):
+        run(range(10, 20)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_resumed_without_gap_or_double(tiny, tmp_path):
     train(tiny, tmp_path / "whole", max_steps=9)
     train(tiny, tmp_path / "run", max_steps=5, save_strategy="steps", save_steps=3)  # steps 4 and 5 come again

@@ -27,12 +27,12 @@ from tensor_on_cpu import split_on_cpu
 from zero_on_cpu import zero_on_cpu
 
 
-def data(job: dict, pairs: int):
-    """The job's first pairs, as a data set or a stream; about pictures where the job names a model that sees."""
+def data(job: dict, pairs: int, split: str):
+    """The job's first pairs, about pictures where it names a model that sees; a stream where it names the split."""
     found = trl_runs.pairs(Path(job["tiny"]), pairs)
     if job["sees"]:
         found = vision.pairs(job["sees"], found, pairs)
-    return found.to_iterable_dataset() if job["stream"] else found
+    return found.to_iterable_dataset(job["shards"]) if split in job["streams"] else found
 
 
 def whole(p: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ def main(folder: Path) -> None:
         *models,
         args=args,
         data_collator=trl_runs.Masked(job["masked"], args.process_index, args.world_size) if job["masked"] else None,
-        train_dataset=data(job, job["pairs"]),
-        eval_dataset=data(job, 7),
+        train_dataset=data(job, job["pairs"], "train"),
+        eval_dataset=data(job, 7, "eval"),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if job["lora"] else None,
     )

@@ -217,10 +217,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         return (loss, out) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+        return self.loss_of(model, self._prepare_inputs(inputs)), None, None
 
     def _stop_if_not_finite(self) -> None:
         rows, losses = (torch.cat(parts) for parts in zip(*self._window, strict=True))

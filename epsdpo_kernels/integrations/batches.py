@@ -15,12 +15,13 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from . import attention
 from .checks import check_resume
 from .memory import GIB, expected_memory
-from .packing import Packing, pack, part, to
+from .packing import IGNORE, Packing, pack, part, to
 from .sequence import SharedRows, share
 from .sharding import whole_shape
 from .transformers import causal_lm, lm_head, positions, rows_alone_up_to, virtual_tokens
@@ -32,7 +33,8 @@ class PackedBatches(SharedRows):
     """To be named before a transformers.Trainer among a trainer's bases.
 
     The trainer calls :meth:`set_layout` when it has its models, :meth:`lay_out` on the batches of an optimizer step,
-    and :meth:`packing_of` where it computes a loss; it says what of a batch is to be predicted.
+    :meth:`loss_of` on one of an evaluation, and :meth:`packing_of` where it computes a loss; it says what of a batch is
+    to be predicted.
     """
 
     accelerator: Any
@@ -84,6 +86,7 @@ class PackedBatches(SharedRows):
         if self.by_batch and self.sequence_group is not None:
             raise ValueError("parallelism_config: got sp_size with a loss whose β is a batch's, takes none")
         self.max_tokens, self._models = max_tokens, list(models)
+        self.add_callback(OrderOfEpoch())  # type: ignore[attr-defined]
         self._check_data(models, images)
         reason: str | None = "packed is False"
         if packed and images:
@@ -207,6 +210,17 @@ class PackedBatches(SharedRows):
         # Of ranks that share rows each has the whole of their loss, and transformers logs the mean over ranks.
         return loss / self.sequence_ranks
 
+    @torch.no_grad()
+    def loss_of(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """() the mean loss of a batch's pairs, outside of training, in such parts as training would make of it."""
+        self.lay_out([batch])
+        parts = batch.pop("parts")
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            losses = torch.stack([self.compute_loss(model, one) for one in parts])  # type: ignore[attr-defined]
+        pairs = [(self.labels_of(one) != IGNORE).any(1).view(2, -1).all(0).sum() for one in parts]
+        scored = torch.stack(pairs)
+        return (losses * scored).sum() / scored.sum().clamp(min=1)
+
     def get_batch_samples(self, *args, **kwargs):
         self._clock = self._clock or time.perf_counter()
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
@@ -248,6 +262,16 @@ class PackedBatches(SharedRows):
         own = padded if one["packing"] is None else one["packing"].segments.tokens
         self._ran = self._ran[0] + own, self._ran[1] + padded
         return one
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins, where a resumed run skips into it.
+
+    transformers tells the loader that skips, which does not reach a sampler that several ranks share.
+    """
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
 
 
 class DealtSampler(Sampler[int]):

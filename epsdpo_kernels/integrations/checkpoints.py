@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -72,13 +74,17 @@ def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> di
 
     Args:
         args: transformers' arguments.
-        data: data sets by name; None, and what has no column of ids, is left out.
+        data: data sets by name; None, and what has no column of ids, is left out. A stream is known by its beginning.
         ids: the column of them that holds the pairs' ids.
         own: everything else.
     """
     found = own | {name: getattr(args, name, None) for name in ORDER} | {"sp_size": sequence_ranks(args)}
-    known = {name: one for name, one in data.items() if ids in (getattr(one, "column_names", None) or ())}
-    found |= {name: _digest(one, ids) for name, one in known.items()}
+    for name, one in data.items():
+        if isinstance(one, datasets.IterableDataset):
+            if one._distributed is None:  # else every rank has another
+                found[name] = _beginning(one, ids)
+        elif ids in (getattr(one, "column_names", None) or ()):
+            found[name] = _digest(one, ids)
     return json.loads(json.dumps(found, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
@@ -98,6 +104,12 @@ def _digest(dataset: Any, column: str) -> str:
     for table in dataset.select_columns([column]).with_format("arrow").iter(4096):
         found.update(json.dumps(table[column].to_pylist()).encode())
     return f"{len(dataset)} pairs, {found.hexdigest()}"
+
+
+def _beginning(stream: datasets.IterableDataset, column: str, pairs: int = 16) -> str:
+    """Of a stream's first pairs; of what comes later nobody knows before it is read."""
+    first = json.dumps([row.get(column) for row in itertools.islice(stream, pairs)]).encode()
+    return f"a stream that begins with {hashlib.blake2b(first, digest_size=8).hexdigest()}"
 
 
 def as_metadata(settings: Mapping[str, Any]) -> dict[str, str]:

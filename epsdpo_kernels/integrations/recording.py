@@ -239,14 +239,15 @@ class RecordedTRL(Recorded):
             self._due, new = rows[new] + 1, new + 1
         return new if last else pairs
 
-    def named(self, inputs: dict[str, Tensor], own: int, chosen: Tensor) -> str:
-        """Some of the first ``own`` pairs of all ranks' batches in words, by their rows in the data or else their ids.
+    def named(self, batch: dict[str, Tensor], chosen: Tensor) -> str:
+        """Some of the pairs of all ranks' batches in words, by their rows in the data or else their ids.
 
         To be called by all ranks alike; ``chosen`` is their (pairs,), gathered and padded.
         """
-        found = torch.tensor([NO_ROW, NO_ID], device=chosen.device).expand(own, 2)
-        if ROW in inputs:
-            found = torch.stack([inputs[ROW][:own], inputs[PAIR_ID][:own]], 1)
+        pairs = len(batch["input_ids"]) // 2
+        found = torch.tensor([NO_ROW, NO_ID], device=chosen.device).expand(pairs, 2)
+        if ROW in batch:
+            found = torch.stack([batch[ROW][:pairs], batch[PAIR_ID][:pairs]], 1)
         found = self.accelerator.gather(self.accelerator.pad_across_processes(found))
         rows, ids = found[chosen.to(found.device)].T.tolist()
         if NO_ROW not in rows:
@@ -255,16 +256,13 @@ class RecordedTRL(Recorded):
             return f"with the ids {', '.join(map(_hex, ids))}"
         return f"{chosen.nonzero().flatten().tolist()} of a micro-batch of {len(chosen)}"
 
-    def append_to_record(self, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor], pairs: int) -> None:
-        """Adds the first ``pairs`` of a batch; the others are there to fill it up."""
+    def append_to_record(self, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor]) -> None:
         if self.record is None:
             return
         training = self.model.training
-        out = EpsilonDPOOutput(*(t[:pairs] if t.dim() else t for t in out))
-        labels = torch.cat([half[:pairs] for half in labels.chunk(2)])
         row = pair_id = None
         if ROW in inputs:
-            row, ids = (inputs[name][:pairs].tolist() for name in (ROW, PAIR_ID))
+            row, ids = (inputs[name][: len(labels) // 2].tolist() for name in (ROW, PAIR_ID))
             if not training and self._evaluation.endswith("@stream"):  # any of them
                 row = None
             pair_id = [None if one == NO_ID else _hex(one) for one in ids]

@@ -14,6 +14,7 @@ METHODS = {  # and the arguments that they are called with or overridden for
     "__init__": ("model", "ref_model", "args", "peft_config"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": (),
+    "prediction_step": ("model", "inputs", "prediction_loss_only"),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "evaluation_loop": ("dataloader", "metric_key_prefix"),
     "log": ("logs", "start_time"),
@@ -21,6 +22,7 @@ METHODS = {  # and the arguments that they are called with or overridden for
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": (),
     "_save_checkpoint": ("model", "trial"),
+    "_init_training_state": ("resume_from_checkpoint",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
 }
 ATTRIBUTES = (

@@ -14,7 +14,8 @@ What this module holds on to in TRL and transformers, all of it here:
   ``attention_mask``, ``completion_mask``, and for a vision model more); and "ref" as the name of the copy of a
   pre-trained adapter.
 - private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint``,
-  ``_load_optimizer_and_scheduler`` and ``_load_best_model`` (transformers' places for what belongs to a checkpoint);
+  ``_init_training_state``, ``_load_optimizer_and_scheduler`` and ``_load_best_model`` (transformers' places for what
+  belongs to a checkpoint);
   ``_get_grad_norm`` (called once before every optimizer step); ``_get_train_sampler``; ``_prepare_dataset`` with the
   columns of ids that it makes, and ``_set_signature_columns_if_needed``, through which rows keep their numbers
   (recording.py); ``aux_loss_enabled`` and ``router_aux_loss_coef``.
@@ -35,10 +36,13 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import send_to_device
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 from torch.utils.data import RandomSampler
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import DPOConfig, DPOTrainer
@@ -88,6 +92,7 @@ check_trl()
 LOSS_STATE = "epsilon_dpo.safetensors"
 REFERENCE_STATE = "reference.safetensors"
 TOKENS = "num_tokens"  # beside β, trained on so far
+EPOCHS = "epochs"  # (ranks,) which a stream that is dealt out in shards has ended at different steps
 IGNORE = -100
 # A pair's figures by their names in TRL's log. Entropy is a token's there, and nothing is vetoed.
 OF_PAIRS = {
@@ -229,6 +234,13 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         if config.record:
             self.start_recording(self._options())
 
+    def create_accelerator_and_postprocess(self):
+        # accelerate would deal a stream's batches out from one rank, which TRL sees to for training data alone.
+        batches: Any = self.args.accelerator_config
+        if batches.dispatch_batches is None:
+            batches.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+
     def _metric_names(self) -> list[str]:
         """What an evaluation gives beside its loss; a subclass with more says so here."""
         names = [*OF_PAIRS.values(), "kl/beta", "entropy", "mean_token_accuracy", "num_tokens"]
@@ -305,13 +317,16 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the number of pairs in them, over all ranks: ()."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # a stream is at its end, maybe on this rank alone
+            return batches, None
         for batch in batches[:-1]:
             self.own_pairs(batch)
-        if batches:
-            batches[-1] = self._without_repeats(batches[-1])
-        pairs = sum(_pairs(batch).sum() for batch in batches)
+        batches[-1] = self._without_repeats(batches[-1])
+        # Of a stream transformers does not know the last step, and would not take it before there are as many batches.
+        batches += [self.blank_of(batches[0]) for _ in range(num_batches - len(batches))]
+        pairs = torch.stack([_pairs(batch).sum() for batch in batches]).sum()
         self.lay_out(batches)
-        pairs = self.count_once(torch.as_tensor(pairs, device=device))
+        pairs = self.count_once(pairs.to(device))
         # Of a step with nothing to score the loss is 0, not 0 · 0/0.
         return batches, pairs.clamp(min=1)
 
@@ -320,11 +335,12 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         pairs, mine = len(batch["input_ids"]) // 2, self.own_pairs(batch)
         if mine == pairs:
             return batch
-        if self._is_vision_dataset:  # images are no rows that could be cut
+        if mine == 0:  # a rank has to take part in the step
+            return self.blank_of(batch)
+        if self._is_vision_dataset:
             scored = torch.arange(pairs, device=batch["input_ids"].device).repeat(2) < mine
             return batch | {"completion_mask": batch["completion_mask"] * scored[:, None]}
-        # A rank has to take part in the step.
-        return part(batch, 0, mine) if mine else self.blank_of(batch)
+        return part(batch, 0, mine)
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -340,12 +356,11 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
     def blank_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        pair = part(batch, 0, 1)
+        pair = batch if self._is_vision_dataset else part(batch, 0, 1)  # images are no rows that could be cut
         return pair | {"completion_mask": torch.zeros_like(pair["completion_mask"])}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        known = {"input_ids", "attention_mask", "completion_mask", "packing", ROW, PAIR_ID}
-        beside = {name: value for name, value in inputs.items() if name not in known}
+        beside = self._images_of(inputs)
         if unknown := sorted(set(beside) - self._beside):
             taken = ", ".join(["input_ids", "attention_mask", "completion_mask", *sorted(self._beside)])
             raise ValueError(
@@ -356,11 +371,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         labels, packing = self.labels_of(inputs), self.packing_of(inputs)
         training = self.model.training
         self.loss_fn.train(training)
-        # Training has left the repeats out.
-        own, pairs = len(ids) // 2 if training else self.own_pairs(inputs), None
+        rows, pairs = inputs, None
         if self._is_vision_dataset:
-            inputs, labels, pairs = self._scored_alone(inputs, labels, own)
-            own = len(pairs)
+            rows, labels, pairs = self._scored_alone(inputs, labels)
         try:
             out = model(
                 input_ids=ids, attention_mask=mask if packing is None else packing, pair_labels=labels, pairs=pairs,
@@ -373,33 +386,47 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
                 f"max_length: got {self.args.max_length}, which cuts an image's tokens off ({error}). Take more or None"
             ) from error
         loss = out.loss
-        self.append_to_record(out, labels, inputs, own)
-        self._add_metrics("train" if training else "eval", out, labels, inputs, own)
+        self.append_to_record(out, labels, rows)
+        self._add_metrics("train" if training else "eval", out, labels, rows)
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.
-            loss = loss * (_pairs(inputs).sum() * self.averaged_over / num_items_in_batch)
+            loss = loss * (_pairs(rows).sum() * self.averaged_over / num_items_in_batch)
         if not training:
             self._metrics["eval"]["kl/beta"] = [self.loss_fn.beta.item()]
-        if return_outputs:
-            with torch.no_grad():
-                return loss, model(input_ids=ids, attention_mask=mask, use_cache=False, **beside)
-        return loss
+        return (loss, self._outputs(model, inputs)) if return_outputs else loss
 
-    def _scored_alone(self, batch: dict[str, Any], labels: Tensor, own: int) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Of a batch with images, rows and labels of those of its first pairs that have anything to score, and which.
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        loss = self.loss_of(model, self._without_repeats(inputs))
+        if prediction_loss_only:
+            return loss, None, None
+        with self.compute_loss_context_manager():
+            return loss, self._outputs(model, inputs).logits, inputs["input_ids"]
+
+    @torch.no_grad()
+    def _outputs(self, model: Any, batch: dict[str, Any]) -> Any:
+        """What the model itself makes of a batch, with logits, as TRL hands it on."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **self._images_of(batch))
+
+    def _images_of(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What a batch has beside tokens and which pairs they are."""
+        known = {"input_ids", "attention_mask", "completion_mask", "packing", ROW, PAIR_ID}
+        return {name: value for name, value in batch.items() if name not in known}
+
+    def _scored_alone(self, batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """Of a batch with images, rows and labels of those of its pairs that have anything to score, and which.
 
         max_length may leave a pair without, which nobody knows before its images are read.
         """
-        pairs = _pairs(batch)[:own].nonzero().flatten()
+        pairs = _pairs(batch).nonzero().flatten()
         if not len(pairs):  # a rank has to take part in the step
             pairs, labels = torch.arange(len(labels) // 2, device=labels.device), torch.full_like(labels, IGNORE)
         rows = ("input_ids", "attention_mask", "completion_mask", ROW, PAIR_ID)
         return {name: of_pairs(batch[name], pairs) for name in rows if name in batch}, of_pairs(labels, pairs), pairs
 
-    def _add_metrics(
-        self, split: str, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor], own: int
-    ) -> None:
-        """Hands the log the figures of the first ``own`` pairs of every rank, so that its means are theirs."""
+    def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, batch: dict[str, Tensor]) -> None:
+        """Hands the log the figures of the pairs of every rank, so that its means are theirs."""
         chosen, rejected = (labels != IGNORE).sum(1).chunk(2)
         of_pair = {OF_PAIRS[name]: values for name, values in pair_metrics(out).items() if name in OF_PAIRS}
         of_pair["losses"] = out.losses
@@ -416,10 +443,10 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             sums["logits/chosen"], sums["logits/rejected"] = zip(
                 self.loss_fn.logits.chunk(2), (chosen, rejected), strict=True
             )
-        tokens = inputs["attention_mask"].sum(1).view(2, -1).sum(0)
+        tokens = batch["attention_mask"].sum(1).view(2, -1).sum(0)
         columns = [*of_pair.values(), *(t for pair in sums.values() for t in pair), tokens]
         # Ranks may hold unequal numbers of pairs; β is 0 in padding and where nothing is scored.
-        rows = torch.stack([out.beta, *columns], 1).double()[:own]
+        rows = torch.stack([out.beta, *columns], 1).double()
         rows = self.accelerator.gather(self.accelerator.pad_across_processes(rows))
         scored = rows[:, 0] != 0
         beta, *figures = rows[scored].T.tolist()
@@ -434,7 +461,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             else:
                 if not all(map(math.isfinite, values)):
                     bad = ~rows[:, 1 + list(of_pair).index("losses")].isfinite() & scored
-                    stop_not_finite(self.named(inputs, own, bad), self)
+                    stop_not_finite(self.named(batch, bad), self)
         for i, name in enumerate(sums):
             first = len(of_pair) + 2 * i
             self._sums[split][name] += torch.tensor(figures[first : first + 2], dtype=torch.float64).sum(1)
@@ -466,13 +493,31 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     def _save_checkpoint(self, model, trial):
         # First of all, so that the state that transformers writes last marks the checkpoint as complete.
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        epochs = self.accelerator.gather(torch.tensor([self.state.epoch], device=self.args.device, dtype=torch.float64))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            state = self.loss_fn.state_dict() | {TOKENS: torch.tensor(self._total_train_tokens)}
+            state = self.loss_fn.state_dict() | {TOKENS: torch.tensor(self._total_train_tokens), EPOCHS: epochs}
             save_file(state, folder / LOSS_STATE, as_metadata(self._settings))
             if self.args.sync_ref_model:
                 save_model(self._plain(self.ref_model), str(folder / REFERENCE_STATE))
         super()._save_checkpoint(model, trial)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """As transformers does, which takes all steps of a stream for those of its first pass."""
+        begin = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        state = Path(resume_from_checkpoint or "", LOSS_STATE)
+        if not isinstance(self.train_dataset, IterableDataset) or not state.is_file():
+            return begin
+        with safe_open(state, "pt") as file:
+            epoch = file.get_tensor(EPOCHS)[self.args.process_index].item()
+        passes, saved = math.ceil(epoch) - 1, TrainerState.load_from_json(str(state.parent / TRAINER_STATE_NAME))
+        # An epoch is a pass, and in it every step the share 1 / max_steps.
+        steps = 0 if self.args.ignore_data_skip else round((epoch - passes) * saved.max_steps)
+        return passes, steps * self.args.gradient_accumulation_steps
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # The one place that every engine comes by when a run is resumed, its model loaded.
@@ -497,6 +542,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         load_renamed(self, checkpoint)
         state = load_file(checkpoint / LOSS_STATE)
         tokens = state.pop(TOKENS)
+        del state[EPOCHS]
         self.loss_fn.load_state_dict(state)
         if self.args.sync_ref_model:
             load_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))
@@ -587,11 +633,13 @@ def _refuse_adapters(model: Any, ref_model: Any) -> None:
 def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
     check_launch(trainer)
     batches: Any = trainer.args.accelerator_config
-    if trainer.accelerator.num_processes > 1 and (batches.dispatch_batches or not batches.even_batches):
+    split, dispatch, even = batches.split_batches, batches.dispatch_batches, batches.even_batches
+    if trainer.accelerator.num_processes > 1 and (split or dispatch or not even):
         raise ValueError(
-            f"accelerator_config: got dispatch_batches={batches.dispatch_batches} and even_batches="
-            f"{batches.even_batches} in several processes, takes False and True: a batch is all chosen completions, "
-            "then all rejected ones, and cannot be dealt out; and all ranks take part in every step"
+            f"accelerator_config: got split_batches={split}, dispatch_batches={dispatch} and even_batches={even} in "
+            "several processes, takes False, False and True: a batch is all chosen completions, then all rejected "
+            "ones, and cannot be dealt out; all ranks take part in every step; and per_device_train_batch_size is what "
+            "each of them has"
         )
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     parallelism = trainer.accelerator.parallelism_config
