@@ -36,7 +36,7 @@ def gpu_goal_rows(run: Run) -> list[list[str]]:
     return [
         at_most(run, "llama3, 2 × 4096", main, 1.15),
         rival_takes(run, main, "trl", 1 / 0.5),
-        rival_takes(run, main, "liger", 1 / 0.6),
+        rival_takes(run, main, "liger compiled", 1 / 0.6),
         rival_takes(run, main, "ours at ε = 0", 1 / 1.02),
         working_memory(run, main, 1.5),
         fits(run, longest),

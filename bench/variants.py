@@ -2,7 +2,8 @@
 
 ε-DPO: this package, the bare products it can't go below, the same loss with its logits in memory, and the same loss put
 together from a general log-prob kernel. Plain DPO, which is less work: the kernels of TRL, Liger-Kernel,
-cut-cross-entropy and torch, called as their own trainers and docs call them.
+cut-cross-entropy and torch, called as their own trainers and docs call them; Liger's class twice, for it compiles its
+loss by default ("liger compiled") and that is not to be had everywhere ("liger").
 """
 
 from __future__ import annotations
