@@ -265,6 +265,28 @@ class OrderOfEpoch(TrainerCallback):
         kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
 
 
+class SeededSampler(Sampler[int]):
+    """Another sampler's order, drawn by seed and epoch alone, so that all ranks and a resumed run agree on it.
+
+    Args:
+        sampler: draws from its ``generator``.
+    """
+
+    def __init__(self, sampler: Any, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+        sampler.generator = torch.Generator(torch.get_default_device())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator.manual_seed(self.seed + self.epoch)
+        yield from self.sampler
+
+
 class DealtSampler(Sampler[int]):
     """Another sampler's pairs, those of an optimizer step dealt so that its batches have about equal tokens.
 
