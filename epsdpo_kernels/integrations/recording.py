@@ -238,6 +238,7 @@ class RecordedTRL(Recorded):
         return new if last else pairs
 
     def append_to_record(self, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Adds the pairs of a batch, or of its part."""
         if self.record is None:
             return
         training = self.model.training
