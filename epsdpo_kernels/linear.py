@@ -126,7 +126,7 @@ def linear_epsilon_dpo(
 
     Raises:
         TypeError, ValueError: name the argument, what came and what is taken.
-        NotImplementedError: forward-mode derivatives are asked for.
+        NotImplementedError: forward-mode or second derivatives are asked for, or one by torch.func.
     """
     policy, reference = heads(
         (weight, bias), (ref_weight, ref_bias), (logit_scale, ref_logit_scale), (softcap, ref_softcap)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 
 from . import engines, plan
@@ -21,6 +24,38 @@ def op_name(name: str) -> str:
 def _no_autocast(x: Tensor) -> torch.autocast:
     """The dtypes are settled before a pass begins; autocast would round its fp32 products."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that cannot be differentiated. ``anchor`` requires one, so that asking for it comes here."""
+
+    @staticmethod
+    def forward(ctx, gradient, anchor):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("loss: got a second derivative to take, takes first ones")
+
+
+def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward whose gradients refuse to be differentiated.
+
+    torch's once_differentiable sees to that only where what comes in requires a gradient: of a penalty on the gradient
+    itself, nothing would be left.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx, *incoming):
+        with torch.no_grad():
+            gradients = backward(ctx, *incoming)
+        if not torch.is_grad_enabled():  # it is where create_graph was asked for
+            return gradients
+        return tuple(
+            None if g is None else _FirstDerivative.apply(g, g.new_empty(0).requires_grad_()) for g in gradients
+        )
+
+    return wrapped
 
 
 def single_pass_body(*flat: Any) -> tuple[Tensor, ...]:
@@ -81,7 +116,7 @@ def _keep_gradients(ctx, inputs, output) -> None:
     ctx.engine, ctx.dtype = execution.engine, bound.hidden.dtype
 
 
-@torch.autograd.function.once_differentiable
+@once
 def _scale_gradients(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * ctx.arguments
@@ -123,13 +158,16 @@ def _needs(inputs: Inputs) -> list[bool]:
     """Whether gradients of hidden, weight and bias can be asked for.
 
     Raises:
-        NotImplementedError: one of them carries a forward-mode tangent, which would be lost without a word.
+        NotImplementedError: one of them carries a forward-mode tangent, which would be lost without a word, or the call
+            is within a transform of torch.func, whose tensors the passes cannot read.
     """
     trained = (inputs.hidden, inputs.policy.weight, inputs.policy.bias)
     if not torch.compiler.is_compiling():
         for name, t in zip(("hidden", "weight", "bias"), trained, strict=True):
             if t is not None and unpack_dual(t).tangent is not None:
                 raise NotImplementedError(f"{name}: got a tangent of forward-mode autograd, takes backward alone")
+        if peek_interpreter_stack() is not None:
+            raise NotImplementedError("loss: got a call within a transform of torch.func, takes backward of autograd")
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
 
 
@@ -166,7 +204,7 @@ class TwoPass(torch.autograd.Function):
         return (*of.logp.t().to(results.dtype), results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, grad_chosen, grad_rejected, _):
         run, hidden = ctx.run, ctx.saved_tensors[0]
         run.x = hidden

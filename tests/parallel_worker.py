@@ -59,6 +59,24 @@ def vocabulary(rank: int, size: int) -> float:
     return worst
 
 
+def impossible(rank: int, size: int) -> float:
+    """A slice without a possible word: padding of the vocabulary that both heads mask."""
+    case = make_case(2, bias=True)
+    last = slice(102, 103)
+    case = case._replace(labels=case.labels.where(case.labels != 102, 0))
+    case.bias[last] = case.ref_bias[last] = -torch.inf
+    mine = slice(0, 102) if rank == 0 else last
+    part = case._replace(
+        weight=case.weight[mine], ref_weight=case.ref_weight[mine], bias=case.bias[mine], ref_bias=case.ref_bias[mine]
+    )
+    truth, expected = whole(case, linear_epsilon_dpo)
+    got, gradients = whole(part, linear_epsilon_dpo, vocab_group=dist.group.WORLD)
+    worst = same(got, truth)
+    for g, e in zip(gradients, (expected[0], expected[1][mine], expected[2][mine]), strict=True):
+        worst = max(worst, relative_error(g, e) if e.count_nonzero() else g.abs().max().item())
+    return worst
+
+
 def kernels(rank: int, size: int) -> float:
     """Triton's kernels on slices, in fp32, by both routes."""
     mine = slice(0, 71) if rank == 0 else slice(71, 103)

@@ -31,12 +31,26 @@ def test_backward_twice_and_combined(dtype):
         assert relative_error(c, 2 * a.double() + 2 * t.detach().double()) < tolerance
 
 
-def test_second_derivative_is_refused():
+@pytest.mark.parametrize("scaled", [False, True], ids=["by one", "by what trains"])
+@pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats], ids=lambda f: f.__name__)
+def test_second_derivative_is_refused(function, scaled):
+    """Of a penalty on the gradient nothing would be left; the first derivative itself is as ever."""
     args, _, inputs = leaves(make_case(1))
-    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-    (g, _) = torch.autograd.grad(linear_epsilon_dpo(*args).loss * scale, inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=scaled)
+    first = torch.autograd.grad(function(*args)[0].sum(), inputs)
+    loss = function(*args)[0].sum() * scale
+    gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+    assert all(torch.equal(g, f) for g, f in zip(gradients, first, strict=True))
+    for g in gradients:
+        with pytest.raises(NotImplementedError, match="^loss: got a second derivative to take, takes first ones"):
+            (loss + g.square().sum()).backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats], ids=lambda f: f.__name__)
+def test_transforms_are_refused(function):
+    args, _ = make_case(1).arguments()
+    with pytest.raises(NotImplementedError, match="^loss: got a call within a transform of torch.func"):
+        torch.func.grad(lambda weight: function(args[0], weight, *args[2:])[0].sum())(args[1])
 
 
 @pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats], ids=lambda f: f.__name__)

@@ -13,7 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "processes, subjects",
-    [(2, ("vocabulary", "kernels", "sequence", "nothing", "refused")), (3, ("vocabulary", "sequence")), (4, ("both",))],
+    [
+        (2, ("vocabulary", "impossible", "kernels", "sequence", "nothing", "refused")),
+        (3, ("vocabulary", "sequence")),
+        (4, ("both",)),
+    ],
     ids=str,
 )
 def test_spread_is_whole(tmp_path, processes, subjects):

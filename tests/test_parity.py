@@ -159,6 +159,23 @@ def test_packed_form_is_the_padded_one(budget):
     assert torch.equal(gradients[1], expected[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("epsilon, far", [(0.01, -1e4), (0.01, -1e9), (0.1, -950.0), (0.5, -185.0)])
+def test_a_word_that_the_policy_alone_puts_far_below(dtype, epsilon, far):
+    """A finite mask: e^u of its own would overflow at a word whose probability is nothing."""
+    case = make_case(2, bias=True, drift=0.3)
+    free = next(v for v in range(103) if v not in case.labels.unique().tolist())
+    case.bias[free] = far
+    truth, expected = run(epsilon_dpo_reference, case, epsilon=epsilon)
+    out, gradients = run(linear_epsilon_dpo, case, dtype, epsilon=epsilon)
+    assert torch.isfinite(truth.losses).all() and truth.step.any() and torch.equal(out.step, truth.step)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for name in ("losses", "chosen_logps", "rejected_logps", "relaxed_shift", "tightened_shift"):
+        assert relative_error(getattr(out, name), getattr(truth, name)) < tolerance, name
+    for g, e in zip(gradients, expected, strict=True):
+        assert relative_error(g, e) < tolerance
+
+
 @pytest.mark.parametrize("budget", [None, 1])
 def test_a_minus_infinity_in_the_bias(budget):
     """A word that both models forbid changes nothing; one that only the policy forbids is no word of the policy's."""
@@ -196,8 +213,8 @@ def test_perturbed_sums_of_one_word():
         e = torch.ones_like(d)
         moments = torch_engine._Moments(d, epsilon)
         for part in (slice(0, 150), slice(150, 400)):
-            moments.add(part, e[part], d[part].clone(), d[part].clone())
-        for relaxed, tightened in (torch_engine._perturbed(e, d.clone(), epsilon), moments.perturbed()):
+            moments.add(part, e[part], d[part].clone(), d[part].clone(), e[part].log().__getitem__)
+        for relaxed, tightened in (torch_engine._perturbed(e, d.clone(), e.log(), epsilon), moments.perturbed()):
             for got, u in ((relaxed, epsilon * d[:, 0].double()), (tightened, -epsilon * d[:, 0].double())):
                 assert (got.double() / torch.expm1(u) - 1).abs().max() < 1e-6
 
@@ -205,7 +222,7 @@ def test_perturbed_sums_of_one_word():
 def test_moments_of_differences_whose_powers_overflow():
     d = torch.tensor([[6e3], [7e5], [3e7], [-2e5]])
     moments = torch_engine._Moments(d, 1e-6)
-    moments.add(slice(0, 4), torch.ones_like(d), d.clone(), d.clone())
+    moments.add(slice(0, 4), torch.ones_like(d), d.clone(), d.clone(), torch.zeros_like(d).__getitem__)
     relaxed, tightened = moments.perturbed()
     u = 1e-6 * d[:, 0].double()
     assert (relaxed / torch.expm1(u) - 1).abs().max() < 1e-6
@@ -218,11 +235,11 @@ def test_a_token_alone_has_the_sums_it_has_in_company():
     scale = torch.tensor([1e-3, 1.0, 9.0, 40.0, 70.0, 300.0])[:, None]
     e, d = torch.rand(6, 515, generator=g), scale * torch.rand(6, 515, generator=g)
     together = torch_engine._Moments(d, 0.01)
-    together.add(slice(0, 6), e, d.clone(), e * d)
+    together.add(slice(0, 6), e, d.clone(), e * d, e.log().__getitem__)
     for row in range(6):
         alone = torch_engine._Moments(d[:1], 0.01)
         part = slice(row, row + 1)
-        alone.add(slice(0, 1), e[part], d[part].clone(), e[part] * d[part])
+        alone.add(slice(0, 1), e[part], d[part].clone(), e[part] * d[part], e[part].log().__getitem__)
         for got, wanted in zip(alone.perturbed(), together.perturbed(), strict=True):
             assert torch.equal(got[0], wanted[row])
 

@@ -6,6 +6,7 @@ Both walk over a few rows at a time, so that the dozen elementwise passes run in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
     # A bias may be −inf: a word that the policy gives no probability counts for nothing.
     masked = policy.bias is not None or reference.bias is not None
     moments = _Moments(a, epsilon) if a.device.type == "cpu" and a.dtype == torch.float32 and epsilon else None
-    chunks = _chunks(a)
+    chunks, least = _chunks(a), torch.finfo(a.dtype).min
     # Laid out as the tiles are: a sum over rows that lie otherwise rounds otherwise, and equal models must have KL 0.
     scratch = a.new_empty(2, min(chunks.step, a.shape[0]), a.stride(0))[..., : a.shape[1]]
     for start in chunks:
@@ -63,7 +64,9 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
         a_, b_, o = _logits(a[part], policy), _logits(b[part], reference), Swept(*(row[part] for row in out))
         torch.gather(a_, 1, labels[part].clamp_min(0), out=o.label[:, None])
         torch.gather(b_, 1, labels[part].clamp_min(0), out=o.ref_label[:, None])
-        top, ref_top = torch.amax(a_, 1, out=o.max)[:, None], torch.amax(b_, 1, out=o.ref_max)[:, None]
+        # Of a slice whose words are all impossible, −inf would be subtracted from −inf.
+        top = torch.amax(a_, 1, out=o.max).clamp_(min=least)[:, None]
+        ref_top = torch.amax(b_, 1, out=o.ref_max).clamp_(min=least)[:, None]
         # Each product goes into memory that is there: a new one would be paged in again for every chunk.
         e, d = scratch[:, : a_.shape[0]]
         torch.sub(a_, b_, out=d)
@@ -78,9 +81,9 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
         torch.sum(product.mul_(e), 1, out=o.centred)
         torch.sum(torch.mul(e, d, out=product), 1, out=o.difference)
         if moments is not None:
-            moments.add(part, e, d, product)
+            moments.add(part, e, d, product, lambda rows, a_=a_, top=top: a_[rows] - top[rows])
         elif epsilon:
-            _fill(o, _perturbed(e, d, epsilon))
+            _fill(o, _perturbed(e, d, torch.sub(a_, top, out=product), epsilon))
     for row in (out.label, out.ref_label):
         row.masked_fill_(labels[:, 0] < 0, -torch.inf)
     if epsilon == 0:
@@ -95,10 +98,19 @@ def _fill(out: Swept, perturbed: tuple[Tensor, Tensor]) -> None:
     out.tightened.copy_(perturbed[1])
 
 
-def _perturbed(e: Tensor, d: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Σ e·(e^u − 1) and Σ e·(e^−u − 1) over the vocabulary with u = ε·d: (rows, V) -> 2 × (rows,). Overwrites d."""
+def _perturbed(e: Tensor, d: Tensor, x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Σ e·(e^u − 1) and Σ e·(e^−u − 1) over the vocabulary with u = ε·d and e = e^x: (rows, V) -> 2 × (rows,).
+
+    Overwrites d. Where u is large, a factor e^u of its own would overflow at a word whose e is nothing: 0·∞.
+    """
     u = d.mul_(epsilon)
-    return torch.linalg.vecdot(e, torch.expm1(u)), torch.linalg.vecdot(e, torch.expm1(u.neg_()))
+    large = u.abs() > 1
+    small = u.masked_fill(large, 0)
+    grown, shrunk = (
+        torch.linalg.vecdot(e, torch.expm1(sign * small)) + torch.where(large, torch.exp(x + sign * u) - e, 0).sum(1)
+        for sign in (1, -1)
+    )
+    return grown, shrunk
 
 
 class _Moments:
@@ -114,8 +126,8 @@ class _Moments:
         self.largest = a.new_empty(a.shape[0])  # |u| of the row
         self.exact = a.new_empty(2, a.shape[0])  # the sums of rows whose |u| is beyond the polynomials
 
-    def add(self, part: slice, e: Tensor, d: Tensor, product: Tensor) -> None:
-        """Takes a chunk of rows; ``product`` is e·d, and it and d are overwritten."""
+    def add(self, part: slice, e: Tensor, d: Tensor, product: Tensor, x: Callable[[Tensor], Tensor]) -> None:
+        """Takes a chunk of rows; ``product`` is e·d, and it and d are overwritten; ``x`` gives log e of some rows."""
         largest = torch.mul(torch.maximum(d.amax(1), -d.amin(1)), self.epsilon, out=self.largest[part])
         top = largest.max().item()
         torch.sum(product, 1, out=self.moments[0, part])
@@ -123,7 +135,7 @@ class _Moments:
             torch.sum(product.mul_(d), 1, out=self.moments[k - 1, part])
         if not top <= self.limit:
             beyond = ~(largest <= self.limit)
-            self.exact[:, part][:, beyond] = torch.stack(_perturbed(e[beyond], d[beyond], self.epsilon))
+            self.exact[:, part][:, beyond] = torch.stack(_perturbed(e[beyond], d[beyond], x(beyond), self.epsilon))
 
     def perturbed(self) -> tuple[Tensor, Tensor]:
         degree = 4 + 2 * sum(self.largest > limit for limit in list(DEGREES)[:-1])
