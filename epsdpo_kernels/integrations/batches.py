@@ -85,7 +85,6 @@ class PackedBatches(SharedRows):
         if self.by_batch and self.sequence_group is not None:
             raise ValueError("parallelism_config: got sp_size with a loss whose β is a batch's, takes none")
         self.max_tokens, self._models = max_tokens, list(models)
-        self.add_callback(OrderOfEpoch())  # type: ignore[attr-defined]
         self._check_data(models, images)
         reason: str | None = "packed is False"
         if packed:
@@ -97,6 +96,7 @@ class PackedBatches(SharedRows):
             raise ValueError(
                 f"parallelism_config: got sp_size={self.sequence_ranks}, takes rows that can be packed: {reason}"
             )
+        self.add_callback(OrderOfEpoch())  # type: ignore[attr-defined]
         if not packed:
             return
         self.packed = reason is None
