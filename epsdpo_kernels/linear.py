@@ -36,6 +36,8 @@ class EpsilonDPOOutput(NamedTuple):
     rejected_entropy: Tensor
     chosen_token_accuracy: Tensor  # (B,) share of the tokens that the policy ranks first
     rejected_token_accuracy: Tensor
+    chosen_tokens: Tensor  # (B,) int64: scored tokens, over all ranks of a sequence_group
+    rejected_tokens: Tensor
     relaxed_shift: Tensor  # (B,) z_relaxed − z
     tightened_shift: Tensor  # (B,) z_tightened − z
     vetoed: Tensor  # (B,) bool: the check would have relaxed the pair, and a second signal withheld it
@@ -54,6 +56,8 @@ class PairStatistics(NamedTuple):
     rejected_entropy: Tensor
     chosen_token_accuracy: Tensor
     rejected_token_accuracy: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
     relaxed_shift: Tensor
     tightened_shift: Tensor
 
@@ -62,6 +66,7 @@ def output(loss: Tensor, results: PairResults) -> EpsilonDPOOutput:
     """The result of a call from its loss and its pairs' results, with the rewards added."""
     named = results._asdict()
     named["step"], named["vetoed"] = results.step.to(torch.int8), results.vetoed.bool()
+    named["chosen_tokens"], named["rejected_tokens"] = results.chosen_tokens.long(), results.rejected_tokens.long()
     named["chosen_rewards"] = results.beta * (results.chosen_logps - results.ref_chosen_logps)
     named["rejected_rewards"] = results.beta * (results.rejected_logps - results.ref_rejected_logps)
     return EpsilonDPOOutput(loss=loss, **named)
@@ -170,4 +175,5 @@ def linear_pair_stats(
     settings = bind_settings(1.0, epsilon, 0.0, None, None, hidden)
     execution = bind_execution(engine, max_tile_bytes, vocab_group, sequence_group, hidden)
     chosen, rejected, results = ops.pair_stats(inputs, settings, execution)
-    return PairStatistics(chosen, rejected, *results)
+    found = PairStatistics(chosen, rejected, *results)
+    return found._replace(chosen_tokens=found.chosen_tokens.long(), rejected_tokens=found.rejected_tokens.long())

@@ -189,11 +189,11 @@ class TwoPass(torch.autograd.Function):
                 if series.long:
                     run.join(series.pairs)
         run.release()
-        sums = run.tokens.sums
+        sums, count = run.tokens.sums, run.tokens.count
         if not run.layout.n_pairs:
-            sums = sums.new_zeros(TOKEN, inputs.pairs, 2)
+            sums, count = sums.new_zeros(TOKEN, inputs.pairs, 2), sums.new_zeros(inputs.pairs, 2)
         of = TokenStatistics(*sums)
-        rows = (side for part in (of.ref_logp, of.kl, of.entropy, of.correct) for side in part.unbind(1))
+        rows = (side for part in (of.ref_logp, of.kl, of.entropy, of.correct, count) for side in part.unbind(1))
         results = torch.stack((*rows, *shifts(sums))).to(inputs.dtype)
         # The tensors that carry gradient are saved as such, so that a change in place before backward is noticed, and
         # hidden states are freed, or kept elsewhere, as those of any other op.

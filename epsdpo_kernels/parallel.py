@@ -65,13 +65,13 @@ def join_completions(tokens: Tokens, pairs: range, group: str) -> None:
     This rank may hold no token of a completion, or none of the pair.
     """
     part = slice(pairs.start, pairs.stop)
-    count = tokens.bounds.diff().view(-1, 2)[part].double()
-    sums = tokens.sums[:, part]
+    count, sums = tokens.count[part], tokens.sums[:, part]
     sums[MEANS] *= count
     packed = torch.cat((torch.where(count > 0, sums, 0), count[None]))
     dist.all_reduce(packed, group=_group(group))
     sums.copy_(packed[:-1])
-    sums[MEANS] /= packed[-1]
+    count.copy_(packed[-1])
+    sums[MEANS] /= count
     tokens.step[part] = perturbation_step(*shifts(sums))
 
 

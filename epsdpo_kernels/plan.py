@@ -46,6 +46,8 @@ class PairResults(NamedTuple):
     rejected_entropy: Tensor
     chosen_token_accuracy: Tensor
     rejected_token_accuracy: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
     relaxed_shift: Tensor
     tightened_shift: Tensor
     vetoed: Tensor
@@ -261,6 +263,7 @@ class Pass:
         self.tokens = Tokens(
             labels=labels[self.layout.order],
             completion=self.layout.completion,
+            count=self.layout.bounds.diff().view(-1, 2).double(),
             bounds=self.layout.bounds,
             edges=self.layout.edges,
             swept=torch.empty(SWEPT, n, dtype=inputs.dtype, device=device),
@@ -397,7 +400,9 @@ def results(tokens: Tokens, settings: Settings) -> Tensor:
     losses = preference_losses(*logps(tokens.sums), beta, settings.label_smoothing)
     sides = (side for row in (of.logp, of.ref_logp, of.kl, of.entropy, of.correct) for side in row.unbind(1))
     vetoed = (step != tokens.step).double()
-    rows = (losses + (relaxed + tightened) * 0, step, beta, *sides, relaxed, tightened, vetoed)
+    rows = (
+        losses + (relaxed + tightened) * 0, step, beta, *sides, *tokens.count.unbind(1), relaxed, tightened, vetoed,
+    )  # fmt: skip
     return torch.stack(rows).to(tokens.swept.dtype)
 
 

@@ -85,9 +85,11 @@ def epsilon_dpo_reference(
     losses = torch.where(torch.isfinite(shifts[0]) & torch.isfinite(shifts[1]), losses, torch.nan)
     (chosen_kl, rejected_kl), (chosen_entropy, rejected_entropy) = kl.chunk(2), entropy.chunk(2)
     chosen_token_accuracy, rejected_token_accuracy = accuracy.chunk(2)
+    chosen_tokens, rejected_tokens = scored.sum(-1).chunk(2)
     results = PairResults(
         losses, step, beta_i, chosen, rejected, ref_chosen, ref_rejected, chosen_kl, rejected_kl, chosen_entropy,
-        rejected_entropy, chosen_token_accuracy, rejected_token_accuracy, shifts[0], shifts[1], step != check,
+        rejected_entropy, chosen_token_accuracy, rejected_token_accuracy, chosen_tokens, rejected_tokens, shifts[0],
+        shifts[1], step != check,
     )  # fmt: skip
     return output(losses.mean(), PairResults(*(row.detach().to(bound.dtype) for row in results)))
 

@@ -59,6 +59,7 @@ class Tokens:
 
     labels: Tensor  # (N,) int64
     completion: Tensor  # (N,) int64, the completion that a token belongs to
+    count: Tensor  # (B, 2) float64, tokens of a completion: this rank's until all ranks' are joined
     bounds: Tensor  # (2B+1,) int64, completion j has the tokens bounds[j] … bounds[j+1] − 1
     edges: list[int]  # the same on the host
     swept: Tensor  # (SWEPT, N) in the compute dtype

@@ -764,11 +764,12 @@ def test_cost_of_the_record(tmp_path):
     pairs = {"row": list(range(8)), "pair_id": [f"{n:016x}" for n in range(8)]}
     record = Record(tmp_path, EpsilonDPOLoss(0.1, 0.05), pairs={"train": pairs})
     out = EpsilonDPOOutput(*(torch.randn(8) for _ in EpsilonDPOOutput._fields))
-    out = out._replace(step=torch.ones(8, dtype=torch.int8), beta=torch.full((8,), 0.1 / 1.05))
-    row, labels = torch.arange(8), torch.ones(16, 100, dtype=torch.int64)
+    tokens = {"chosen_tokens": torch.full((8,), 100), "rejected_tokens": torch.full((8,), 100)}
+    out = out._replace(step=torch.ones(8, dtype=torch.int8), beta=torch.full((8,), 0.1 / 1.05), **tokens)
+    row = torch.arange(8)
     start, processor = time.perf_counter(), time.process_time()
     for step in range(1, 201):
-        record.append(out, labels, step=step, row=row, epoch=0.0)
+        record.append(out, step=step, row=row, epoch=0.0)
     record.close()
     cost, processor = (time.perf_counter() - start) / 200, (time.process_time() - processor) / 200
     print(f"\nthe record costs {cost * 1e3:.2f} ms a step of 8 pairs: {cost / 8:.3%} of a step of 8 s")

@@ -90,7 +90,7 @@ from epsdpo_kernels.record import Record
 loss_fn = EpsilonDPOLoss()
 record = Record(sys.argv[1], loss_fn)
 x, w, labels = torch.randn(4, 5, 8), torch.randn(11, 8), torch.randint(0, 11, (4, 5))
-record.append(loss_fn(x, w, labels, x + 0.1, w), labels, step=1, row=[3, 4], epoch=0)
+record.append(loss_fn(x, w, labels, x + 0.1, w), step=1, row=[3, 4], epoch=0)
 record.close()
 from epsdpo_kernels.__main__ import main
 sys.exit(main(["audit", sys.argv[1]]))

@@ -169,7 +169,7 @@ def test_the_loop_with_its_record(tiny, tmp_path, monkeypatch):
     page = Path("runs/mine/report/report.html").read_text(encoding="utf-8")
     assert "trained in 6 steps: 24 rows of the record" in page and "24 rows of train have no id" in page
     with pytest.raises(ValueError, match="before loss_fn.update_beta"):
-        names["record"].append(outs[0][1], batches()[0]["labels"], step=7)
+        names["record"].append(outs[0][1], step=7)
 
 
 def launch(tiny, folder, how):

@@ -17,44 +17,43 @@ from epsdpo_kernels.record.recorder import write_part  # noqa: E402
 
 
 def call(loss_fn, seed=0, pairs=3, tokens=5):
-    """(out, labels) of a call of the loss on random states near each other; labels of uneven lengths."""
+    """A call of the loss on random states near each other; row i has 1 + i modulo ``tokens`` scored ones."""
     g = torch.Generator().manual_seed(seed)
     x, w = torch.randn(2 * pairs, tokens, 8, generator=g), torch.randn(11, 8, generator=g)
     labels = torch.randint(0, 11, (2 * pairs, tokens), generator=g)
     labels[torch.arange(tokens) >= 1 + torch.arange(2 * pairs)[:, None] % tokens] = -100
-    return loss_fn(x, w, labels, x + 0.1 * torch.randn(x.shape, generator=g), w), labels
+    return loss_fn(x, w, labels, x + 0.1 * torch.randn(x.shape, generator=g), w)
 
 
 def steps(record, loss_fn, first, last):
     for step in range(first, last + 1):
-        out, labels = call(loss_fn, seed=step)
-        record.append(out, labels, step=step, row=range(3), pair_id=["a", "b", "c"], epoch=float(step))
+        out = call(loss_fn, seed=step)
+        record.append(out, step=step, row=range(3), pair_id=["a", "b", "c"], epoch=float(step))
         loss_fn.update_beta()
 
 
 def test_a_row_is_what_the_loss_returned(tmp_path):
     loss_fn = EpsilonDPOLoss(0.2, 0.05, "mean-beta", label_smoothing=0.1, max_entropy=2.3)
     record = Record(tmp_path, loss_fn, options={"dataset": "pairs.jsonl"}, facts={"pairs": {"train": 3}, "mine": 1})
-    out, labels = call(loss_fn)
-    record.append(out, labels, step=1, row=[5, -1, 7], pair_id=["a", "b", None], epoch=0.5)
+    out = call(loss_fn)
+    record.append(out, step=1, row=[5, -1, 7], pair_id=["a", "b", None], epoch=0.5)
     loss_fn.update_beta()
     loss_fn.eval()
-    held_out, held_labels = call(loss_fn, 9, 2)
-    record.append(held_out, held_labels, step=1)
-    record.append(held_out, held_labels, step=1)
-    record.append(held_out, held_labels, step=1, split="eval_b")
+    held_out = call(loss_fn, 9, 2)
+    record.append(held_out, step=1)
+    record.append(held_out, step=1)
+    record.append(held_out, step=1, split="eval_b")
     record.close()
     rows = read(tmp_path / "record").to_pylist()
     assert [(row["split"], row["micro"], row["row"], row["pair_id"], row["epoch"]) for row in rows] == [
         ("train", 0, 5, "a", 0.5), ("train", 0, None, "b", 0.5), ("train", 0, 7, None, 0.5),
         *[("eval", micro, None, None, None) for micro in (0, 0, 1, 1)], *[("eval_b", 0, None, None, None)] * 2,
     ]  # fmt: skip
-    tokens = (labels != -100).sum(1).view(2, -1)
     logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
     _, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), out.beta.double(), 0.1)
     for i, row in enumerate(rows[:3]):
         expected = {
-            "chosen_tokens": tokens[0, i], "rejected_tokens": tokens[1, i], "chosen_logp": out.chosen_logps[i],
+            "chosen_tokens": 1 + i, "rejected_tokens": 1 + (3 + i) % 5, "chosen_logp": out.chosen_logps[i],
             "ref_rejected_logp": out.ref_rejected_logps[i], "relaxed_shift": out.relaxed_shift[i],
             "tightened_shift": out.tightened_shift[i], "decision": out.step[i], "vetoed": out.vetoed[i],
             "beta": 0.2, "beta_used": out.beta[i], "loss": out.losses[i], "coefficient": coefficient[i],
@@ -71,28 +70,24 @@ def test_a_row_is_what_the_loss_returned(tmp_path):
     assert facts["mine"] == 1 and audit(tmp_path).ok, str(audit(tmp_path))
 
 
-def test_packed_labels_and_batches_of_nothing(tmp_path):
+def test_a_batch_of_nothing_has_no_rows(tmp_path):
     loss_fn = EpsilonDPOLoss(0.1, 0.05)
     record = Record(tmp_path, loss_fn)
-    out, labels = call(loss_fn)
-    kept = labels != -100
-    kept[2, :2] = True  # something unscored among the scored
-    bounds = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
-    record.append(out, labels[kept], step=1, cu_seqlens=bounds)
-    nothing = torch.full((6, 4), -100)
-    record.append(call(loss_fn)[0], nothing, step=1)
+    x, w = torch.randn(4, 3, 8), torch.randn(11, 8)
+    record.append(loss_fn(x, w, torch.full((4, 3), -100), x, w), step=1)
+    record.append(call(loss_fn), step=1)
     record.close()
     rows = read(tmp_path / "record")
-    scored = (labels != -100).sum(1).tolist()
-    assert rows["chosen_tokens"].to_pylist() == scored[:3] and rows["rejected_tokens"].to_pylist() == scored[3:]
+    assert rows["micro"].to_pylist() == [0] * 3
+    assert rows["chosen_tokens"].to_pylist() == [1, 2, 3] and rows["rejected_tokens"].to_pylist() == [4, 5, 1]
 
 
 def test_ids_and_labels_come_from_the_pairs(tmp_path):
     pairs = {"row": [9, 2, 4], "pair_id": ["n", "t", "f"], "topic": ["x", None, "y"]}
     loss_fn = EpsilonDPOLoss()
     record = Record(tmp_path, loss_fn, pairs={"train": pairs, "eval": None}, label="topic")
-    out, labels = call(loss_fn)
-    record.append(out, labels, step=1, row=torch.tensor([4, 9, 2]), epoch=0)
+    out = call(loss_fn)
+    record.append(out, step=1, row=torch.tensor([4, 9, 2]), epoch=0)
     record.close()
     table = read(tmp_path / "record")
     assert table["pair_id"].to_pylist() == ["f", "n", "t"] and table["label"].to_pylist() == ["y", "x", None]
@@ -106,8 +101,8 @@ def test_a_pair_never_gets_the_id_of_another(tmp_path):
     record = Record(
         tmp_path, loss_fn, pairs={"train": pairs, "none": {"row": [], "pair_id": [], "topic": []}}, label="topic"
     )
-    out, labels = call(loss_fn)
-    record.append(out, labels, step=1, row=[-1, 5, -7])
+    out = call(loss_fn)
+    record.append(out, step=1, row=[-1, 5, -7])
     for split, row, named in (
         ("train", [0, 3, 2], r"row: got \[3\], which pairs\['train'\]"),
         ("train", torch.tensor([99, 5, 6]), r"row: got \[6, 99\]"),
@@ -117,8 +112,8 @@ def test_a_pair_never_gets_the_id_of_another(tmp_path):
         ("train", [0, 2], "row: got 2 rows, takes 3"),
     ):
         with pytest.raises(ValueError, match=named):
-            record.append(out, labels, step=1, split=split, row=row)
-    record.append(out, labels, step=1, split="none", row=[-1, -1, -1])
+            record.append(out, step=1, split=split, row=row)
+    record.append(out, step=1, split="none", row=[-1, -1, -1])
     record.close()
     table = read(tmp_path / "record")
     assert table["row"].to_pylist() == [None, 5, None, None, None, None]
@@ -137,9 +132,9 @@ def test_a_pair_never_gets_the_id_of_another(tmp_path):
 def test_ids_are_one_a_pair(tmp_path, pair_id, named):
     """A string is not a list of ids, each of them the whole of it."""
     loss_fn = EpsilonDPOLoss()
-    out, labels = call(loss_fn)
+    out = call(loss_fn)
     with pytest.raises(ValueError, match=f"pair_id: {named}"):
-        Record(tmp_path, loss_fn).append(out, labels, step=1, pair_id=pair_id)
+        Record(tmp_path, loss_fn).append(out, step=1, pair_id=pair_id)
 
 
 def test_an_evaluation_of_an_earlier_checkpoint_says_so(tmp_path):
@@ -148,18 +143,18 @@ def test_an_evaluation_of_an_earlier_checkpoint_says_so(tmp_path):
     steps(record, loss_fn, 1, 2)
     after = loss_fn.beta.item()
     steps(record, loss_fn, 3, 6)
-    out, labels = call(loss_fn)
+    out = call(loss_fn)
     for split, policy_step, taken in (
         ("train", 2, "takes 5"),
         ("eval", 7, "takes 0 to 6"),
         ("eval", -1, "takes 0 to 6"),
     ):
         with pytest.raises(ValueError, match=f"policy_step: got {policy_step} at step 6 of {split!r}, {taken}"):
-            record.append(out, labels, step=6, split=split, policy_step=policy_step)
+            record.append(out, step=6, split=split, policy_step=policy_step)
     loss_fn.eval()
-    record.append(call(loss_fn)[0], labels, step=6)
+    record.append(call(loss_fn), step=6)
     loss_fn.beta.fill_(after)
-    record.append(call(loss_fn)[0], labels, step=6, policy_step=2)
+    record.append(call(loss_fn), step=6, policy_step=2)
     record.close()
     found = audit(tmp_path)
     assert found.ok, str(found)
@@ -209,8 +204,8 @@ def test_a_loop_that_leaves_pairs_out(tmp_path):
         for step in range(1, 7):
             epoch = (step - 1) // 2
             row = np.random.default_rng(epoch).permutation(7)[(step - 1) % 2 * 3 :][:3]
-            out, labels = call(loss_fn, seed=step)
-            record.append(out, labels, step=step, row=row, pair_id=[f"{n}" for n in row], epoch=float(epoch))
+            out = call(loss_fn, seed=step)
+            record.append(out, step=step, row=row, pair_id=[f"{n}" for n in row], epoch=float(epoch))
             loss_fn.update_beta()
         record.close()
         found.append(audit(tmp_path / name))
@@ -233,7 +228,7 @@ def test_a_shift_that_is_not_finite(tmp_path):
     assert torch.isfinite(out.chosen_logps).all() and out.tightened_shift.isnan().all()
     assert out.losses.isnan().all()
     record = Record(tmp_path, loss_fn)
-    record.append(out, labels, step=1)
+    record.append(out, step=1)
     record.close()
     rows = read(tmp_path / "record")
     assert np.isnan(rows["loss"].to_numpy()).all() and np.isnan(rows["coefficient"].to_numpy()).all()
@@ -263,14 +258,14 @@ def test_set_aside(tmp_path):
 def test_refusals(tmp_path):
     loss_fn = EpsilonDPOLoss(0.1, 0.05)
     record = Record(tmp_path, loss_fn)
-    out, labels = next(o for o in (call(loss_fn, seed) for seed in range(9)) if o[0].step.any() and o[0].step.sum())
-    record.append(out, labels, step=3)
+    out = next(o for o in (call(loss_fn, seed) for seed in range(9)) if o.step.any() and o.step.sum())
+    record.append(out, step=3)
     loss_fn.update_beta()
     with pytest.raises(ValueError, match=r"beta: got 0\.1\d+, .* before loss_fn.update_beta|beta: got 0\.09\d+, .*"):
-        record.append(out, labels, step=3)
-    record.append(out, labels, step=3, beta=torch.tensor(0.1))
+        record.append(out, step=3)
+    record.append(out, step=3, beta=torch.tensor(0.1))
     with pytest.raises(ValueError, match="step: got 2 after 3"):
-        record.append(out, labels, step=2, beta=0.1)
+        record.append(out, step=2, beta=0.1)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +282,9 @@ def test_a_place_that_no_run_has_is_refused_while_it_trains(tmp_path, place, nam
     """And not by the audit, of a record that can't be read any more."""
     loss_fn = EpsilonDPOLoss(0.1, 0.05)
     record = Record(tmp_path, loss_fn)
-    out, labels = call(loss_fn)
+    out = call(loss_fn)
     with pytest.raises(ValueError, match=named):
-        record.append(out, labels, **place)
+        record.append(out, **place)
     steps(record, loss_fn, 1, 2)
     record.close()
     assert audit(tmp_path).ok and audit(tmp_path).steps == 2
@@ -300,9 +295,9 @@ def test_an_honest_loop_of_batches_of_any_size(tmp_path):
     loss_fn = EpsilonDPOLoss(0.1, 0.05)
     record, at = Record(tmp_path / "sizes", loss_fn, facts={"pairs": {"train": 29}}), 0
     for step, pairs in enumerate((3, 4, 5, 4, 6, 4, 3), 1):
-        out, labels = call(loss_fn, step, pairs)
+        out = call(loss_fn, step, pairs)
         ids = [f"p{n}" for n in range(at, at + pairs)]
-        record.append(out, labels, step=step, row=range(at, at + pairs), pair_id=ids, epoch=at / 29)
+        record.append(out, step=step, row=range(at, at + pairs), pair_id=ids, epoch=at / 29)
         loss_fn.update_beta()
         at += pairs
     record.close()
@@ -312,8 +307,8 @@ def test_an_honest_loop_of_batches_of_any_size(tmp_path):
     loss_fn = EpsilonDPOLoss(0.1, 0.05)
     record = Record(tmp_path / "drawn", loss_fn)
     for step in range(1, 6):
-        out, labels = call(loss_fn, step)
-        record.append(out, labels, step=step, row=[2, 2, step + 5], pair_id=["b", "b", f"{step}"], epoch=step / 10)
+        out = call(loss_fn, step)
+        record.append(out, step=step, row=[2, 2, step + 5], pair_id=["b", "b", f"{step}"], epoch=step / 10)
         loss_fn.update_beta()
     record.close()
     found = audit(tmp_path / "drawn")
@@ -337,9 +332,9 @@ def test_an_attempt_of_more_ranks_that_left_no_part(tmp_path):
     for rank in range(4):
         Record(tmp_path, loss_fn, rank=rank, facts={"ranks": 4})
     records = [Record(tmp_path, loss_fn, rank=rank, facts={"ranks": 2}) for rank in (1, 0)]
-    out, labels = call(loss_fn)
+    out = call(loss_fn)
     for record in records:
-        record.append(out, labels, step=1)
+        record.append(out, step=1)
         record.close()
     assert sorted(path.name for path in (tmp_path / "record").glob("end-*")) == ["end-000.json", "end-001.json"]
     found = audit(tmp_path)
@@ -351,10 +346,10 @@ def test_epochs_that_were_summed(tmp_path):
     loss_fn, epoch = EpsilonDPOLoss(0.1, 0.05), 0.0
     record = Record(tmp_path, loss_fn, facts={"pairs": {"train": 30}})
     for step in range(1, 21):
-        out, labels = call(loss_fn, step)
+        out = call(loss_fn, step)
         first = (step - 1) % 10 * 3
         row = range(first, first + 3)
-        record.append(out, labels, step=step, row=row, pair_id=[f"p{n}" for n in row], epoch=epoch)
+        record.append(out, step=step, row=row, pair_id=[f"p{n}" for n in row], epoch=epoch)
         loss_fn.update_beta()
         epoch += 0.1
         assert (step, epoch < 1) != (10, False)
@@ -403,8 +398,8 @@ def test_appended_after_it_was_closed(tmp_path):
     end = tmp_path / "record" / "end-000.json"
     assert json.loads(end.read_text())["closed"]
     loss_fn.eval()
-    out, labels = call(loss_fn)
-    record.append(out, labels, step=2)
+    out = call(loss_fn)
+    record.append(out, step=2)
     assert not json.loads(end.read_text())["closed"]
     record.close()
     assert json.loads(end.read_text())["closed"] and audit(tmp_path).ok

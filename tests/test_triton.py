@@ -336,6 +336,7 @@ def tokens_of_one_pair(n: int, vocabulary: int) -> Tokens:
     return Tokens(
         labels=torch.randint(0, vocabulary, (n,), generator=g),
         completion=(torch.arange(n) >= n // 2).long(),
+        count=bounds.diff().view(-1, 2).double(),
         bounds=bounds,
         edges=bounds.tolist(),
         swept=torch.zeros(SWEPT, n),

@@ -205,7 +205,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         self._add_metrics(split, out, real=row != BLANK)
         if self.record:
             step, epoch = self.state.global_step + model.training, float(self.state.epoch or 0)
-            self.record.append(out, labels, step=step, policy_step=self._best_step, row=row, epoch=epoch, beta=beta)
+            self.record.append(out, step=step, policy_step=self._best_step, row=row, epoch=epoch, beta=beta)
         if model.training:
             # Ranks' gradients are averaged, hence times their number.
             loss = loss * ((row != BLANK).sum() * self.averaged_over / num_items_in_batch)

@@ -6,7 +6,6 @@ Both walk over a few rows at a time, so that the dozen elementwise passes run in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -81,7 +80,7 @@ def sweep(a: Tensor, b: Tensor, tile: slice, tokens: Tokens, policy: Head, refer
         torch.sum(product.mul_(e), 1, out=o.centred)
         torch.sum(torch.mul(e, d, out=product), 1, out=o.difference)
         if moments is not None:
-            moments.add(part, e, d, product, lambda rows, a_=a_, top=top: a_[rows] - top[rows])
+            moments.add(part, e, d, product, a_, top)
         elif epsilon:
             _fill(o, _perturbed(e, d, torch.sub(a_, top, out=product), epsilon))
     for row in (out.label, out.ref_label):
@@ -126,16 +125,17 @@ class _Moments:
         self.largest = a.new_empty(a.shape[0])  # |u| of the row
         self.exact = a.new_empty(2, a.shape[0])  # the sums of rows whose |u| is beyond the polynomials
 
-    def add(self, part: slice, e: Tensor, d: Tensor, product: Tensor, x: Callable[[Tensor], Tensor]) -> None:
-        """Takes a chunk of rows; ``product`` is e·d, and it and d are overwritten; ``x`` gives log e of some rows."""
+    def add(self, part: slice, e: Tensor, d: Tensor, product: Tensor, logits: Tensor, top: Tensor) -> None:
+        """Takes a chunk of rows with e = exp(logits − top); ``product`` is e·d, and it and d are overwritten."""
         largest = torch.mul(torch.maximum(d.amax(1), -d.amin(1)), self.epsilon, out=self.largest[part])
-        top = largest.max().item()
+        most = largest.max().item()
         torch.sum(product, 1, out=self.moments[0, part])
-        for k in range(2, next((n for limit, n in DEGREES.items() if top <= limit), len(self.moments)) + 1):
+        for k in range(2, next((n for limit, n in DEGREES.items() if most <= limit), len(self.moments)) + 1):
             torch.sum(product.mul_(d), 1, out=self.moments[k - 1, part])
-        if not top <= self.limit:
+        if not most <= self.limit:
             beyond = ~(largest <= self.limit)
-            self.exact[:, part][:, beyond] = torch.stack(_perturbed(e[beyond], d[beyond], x(beyond), self.epsilon))
+            x = logits[beyond] - top[beyond]
+            self.exact[:, part][:, beyond] = torch.stack(_perturbed(e[beyond], d[beyond], x, self.epsilon))
 
     def perturbed(self) -> tuple[Tensor, Tensor]:
         degree = 4 + 2 * sum(self.largest > limit for limit in list(DEGREES)[:-1])

@@ -31,8 +31,8 @@ class RecordElsewhere:
 
     trained = False
 
-    def append(self, out: EpsilonDPOOutput, labels: Tensor, *, split: str = TRAIN, **_: Any) -> None:
-        self.trained |= split == TRAIN and bool((labels != -100).any())
+    def append(self, out: EpsilonDPOOutput, *, split: str = TRAIN, **_: Any) -> None:
+        self.trained |= split == TRAIN and bool(out.chosen_tokens.any())
 
     def flush(self) -> None:
         pass
@@ -237,19 +237,19 @@ class RecordedTRL(Recorded):
             self._due, new = rows[new] + 1, new + 1
         return new if last else pairs
 
-    def append_to_record(self, out: EpsilonDPOOutput, labels: Tensor, inputs: dict[str, Tensor]) -> None:
+    def append_to_record(self, out: EpsilonDPOOutput, inputs: dict[str, Tensor]) -> None:
         """Adds the pairs of a batch, or of its part."""
         if self.record is None:
             return
         training = self.model.training
         row = pair_id = None
         if ROW in inputs:
-            row, ids = (inputs[name][: len(labels) // 2].tolist() for name in (ROW, PAIR_ID))
+            row, ids = (inputs[name][: len(out.losses)].tolist() for name in (ROW, PAIR_ID))
             if not training and self._evaluation.endswith("@stream"):  # any of them
                 row = None
             pair_id = [None if one == NO_ID else f"{one % 2**64:016x}" for one in ids]
         self.record.append(
-            out, labels, step=self.state.global_step + training, policy_step=self._best_step, row=row, pair_id=pair_id,
+            out, step=self.state.global_step + training, policy_step=self._best_step, row=row, pair_id=pair_id,
             epoch=max(float(self.state.epoch or 0), self._epoch, 0.0), split=TRAIN if training else self._evaluation,
         )  # fmt: skip
 

@@ -378,7 +378,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
                 f"max_length: got {self.args.max_length}, which cuts an image's tokens off ({error}). Take more or None"
             ) from error
         loss = out.loss
-        self.append_to_record(out, labels, rows)
+        self.append_to_record(out, rows)
         self._add_metrics("train" if training else "eval", out, labels, rows["attention_mask"])
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.

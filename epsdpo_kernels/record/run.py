@@ -24,8 +24,6 @@ from .schema import check_facts, read_facts
 if TYPE_CHECKING:
     from ..linear import EpsilonDPOOutput
 
-IGNORE = -100
-
 
 class Record:
     """Writes ``run/record/`` and ``run/run.json``, which ``epsdpo audit`` and ``epsdpo report`` read.
@@ -116,7 +114,6 @@ class Record:
     def append(
         self,
         out: EpsilonDPOOutput,
-        labels: Tensor,
         *,
         step: int,
         row: Tensor | Sequence[int] | None = None,
@@ -125,7 +122,6 @@ class Record:
         split: str | None = None,
         policy_step: int | None = None,
         beta: Tensor | float | None = None,
-        cu_seqlens: Tensor | None = None,
     ) -> None:
         """Adds the pairs of one call of the loss. Reads them back from the device.
 
@@ -135,7 +131,6 @@ class Record:
 
         Args:
             out: what the loss returned.
-            labels: (2B, T) int64 that it was given; or (N,) packed, with ``cu_seqlens``.
             step: optimizer step that the pairs are part of, from 1; in evaluation, steps done before. It never falls.
             row: (B,) places of the pairs in the data, from 0; below 0 where unknown.
             pair_id: (B,) ids; by default those of ``pairs`` at ``row``.
@@ -145,7 +140,6 @@ class Record:
             policy_step: of an evaluation of an earlier checkpoint, whose policy and β were loaded: the steps in it. By
                 default the policy is the one after all steps before.
             beta: () the running β that the call began with; by default the one that ``loss_fn`` holds.
-            cu_seqlens: (2B+1,) int, bounds of the completions in packed ``labels``.
 
         Raises:
             ValueError: ``out`` does not follow from ``beta``, which moved in between; steps fall, or count from 0; an
@@ -163,14 +157,8 @@ class Record:
         if not (policy_step == done or split != TRAIN and 0 <= policy_step < done):
             takes = done if split == TRAIN else f"0 to {done}"
             raise ValueError(f"policy_step: got {policy_step} at step {step} of {split!r}, takes {takes}")
-        scored = labels != IGNORE
-        if cu_seqlens is None:
-            tokens = scored.sum(1)
-        else:
-            before = torch.nn.functional.pad(scored.cumsum(0), (1, 0))
-            tokens = before[cu_seqlens[1:].long()] - before[cu_seqlens[:-1].long()]
         beta = torch.as_tensor(self.loss_fn.beta if beta is None else beta, device=out.beta.device)
-        figures = _figures(out, tokens.view(2, -1), beta, self._constants["label_smoothing"])
+        figures = _figures(out, beta, self._constants["label_smoothing"])
         if not figures["chosen_tokens"].any():
             return
         if self._decides:
@@ -283,7 +271,7 @@ def _settings(loss_fn: Any) -> dict[str, Any]:
     }
 
 
-def _figures(out: EpsilonDPOOutput, tokens: Tensor, beta: Tensor, label_smoothing: float) -> dict[str, np.ndarray]:
+def _figures(out: EpsilonDPOOutput, beta: Tensor, label_smoothing: float) -> dict[str, np.ndarray]:
     """The columns that the loss measured, (B,) float64 each, and one transfer for all that a GPU holds of them."""
     logps = (out.chosen_logps, out.rejected_logps, out.ref_chosen_logps, out.ref_rejected_logps)
     _, coefficient = losses_and_coefficients(tuple(t.double() for t in logps), out.beta.double(), label_smoothing)
@@ -291,7 +279,7 @@ def _figures(out: EpsilonDPOOutput, tokens: Tensor, beta: Tensor, label_smoothin
     finite = torch.isfinite(out.relaxed_shift) & torch.isfinite(out.tightened_shift)
     coefficient = torch.where(finite, coefficient, torch.nan)
     columns = {
-        "chosen_tokens": tokens[0], "rejected_tokens": tokens[1],
+        "chosen_tokens": out.chosen_tokens, "rejected_tokens": out.rejected_tokens,
         "chosen_logp": logps[0], "rejected_logp": logps[1], "ref_chosen_logp": logps[2], "ref_rejected_logp": logps[3],
         "margin": (logps[0] - logps[1]) - (logps[2] - logps[3]),
         "relaxed_shift": out.relaxed_shift, "tightened_shift": out.tightened_shift,
