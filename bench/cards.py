@@ -69,7 +69,7 @@ def kept_by_layer(model: Model) -> float:
     """Bytes a token that autograd keeps of one layer in bf16, measured ``NARROWER`` times narrower."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from epsdpo_kernels.integrations.memory import kept_by_token
+    from epsdpo_kernels.integrations.memory import kept_of_forward
 
     def kept(layers: int) -> float:
         config = LlamaConfig(
@@ -77,7 +77,7 @@ def kept_by_layer(model: Model) -> float:
             num_hidden_layers=layers, num_attention_heads=model.heads // NARROWER,
             num_key_value_heads=model.kv_heads // NARROWER, head_dim=model.head_width,
         )  # fmt: skip
-        return kept_by_token(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+        return kept_of_forward(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))[1]
 
     return NARROWER * (kept(3) - kept(2))
 
@@ -103,7 +103,7 @@ def memory(model: Model, cards: int, tokens: int, full: bool) -> Memory:
     return Memory(
         weights=2 * trained if full else 2 * model.parameters / cards,
         gradients=trained,
-        optimizer=OPTIMIZER_STATES["adamw_torch"] * trained,
+        optimizer=OPTIMIZER_STATES["adamw_torch"][0] * trained,
         gathered=gathered,
         activations=kept * own,
         loss=loss_memory(math.ceil(SCORED * own), model.vocabulary, model.width, full, on_gpu=True),

@@ -7,15 +7,14 @@ from torch import Tensor, nn
 
 from . import checks
 from .linear import EpsilonDPOOutput, linear_epsilon_dpo
-
-BETA_UPDATES = ("mean-step", "mean-beta", "none")
+from .pair import BETA_UPDATES, next_beta
 
 
 class EpsilonDPOLoss(nn.Module):
     """ε-DPO with its running β.
 
     Call it with the tensors of :func:`linear_epsilon_dpo`, and :meth:`update_beta` once per optimizer step. Decisions
-    are counted in training mode only. β and the counts are persistent buffers, so a resumed run goes on with them.
+    are counted in training mode only. β and the counts are in the state dict, so a resumed run goes on with them.
 
     Args:
         beta: β at the start.
@@ -46,13 +45,21 @@ class EpsilonDPOLoss(nn.Module):
         self.epsilon, self.beta_update, self.label_smoothing = epsilon, beta_update, label_smoothing
         self.max_entropy, self.max_kl = max_entropy, max_kl
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float32))
-        self.register_buffer("counts", torch.zeros(3, dtype=torch.int64))
+        # No buffer: within a module that DDP wraps, all ranks' buffers are set to the first's before each forward.
+        self.counts = torch.zeros(3, dtype=torch.int64)
+
+    def get_extra_state(self) -> Tensor:
+        return self.counts
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.counts.copy_(state)
 
     def _apply(self, fn, recurse=True):
         # β is a running product of factors near 1: a module cast to bf16 must not round it away.
         beta = self.beta
         super()._apply(fn, recurse)
         self.beta = self.beta.to(beta.dtype) if beta.is_meta else beta.to(self.beta.device)
+        self.counts = fn(self.counts)
         return self
 
     def forward(
@@ -78,10 +85,6 @@ class EpsilonDPOLoss(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
         relaxed, kept, tightened = counts.double()
-        total = (relaxed + kept + tightened).clamp_min(1)
-        if self.beta_update == "mean-step":
-            self.beta.div_(1 + self.epsilon * (relaxed - tightened) / total)
-        elif self.beta_update == "mean-beta":
-            mean = (relaxed / (1 + self.epsilon) + kept + tightened / (1 - self.epsilon)) / total
-            self.beta.mul_(torch.where(counts.sum() > 0, mean, 1))
+        kept += counts.sum() == 0  # without any pair β stays
+        self.beta.copy_(next_beta(self.beta, relaxed, kept, tightened, self.epsilon, self.beta_update))
         self.counts.zero_()

@@ -1,7 +1,8 @@
 """The mathematics of a preference pair: the check, the pair's β, the loss, the rewards.
 
 Everything here works on vectors of length B, one entry a pair, and is the only place where ε-DPO is written down. The
-reference, the single pass and every integration call it; none of them repeats it. Sources: "KL Penalty Control via
+reference, the single pass and every integration call it, and none of them repeats it; but the kernel that decides a
+pair has the check once more, which tests hold against this. Sources: "KL Penalty Control via
 Perturbation for Direct Preference Optimization" (Lee et al., 2025, arXiv 2502.13177), Algorithm 1; "Direct Preference
 Optimization" (Rafailov et al., 2023, arXiv 2305.18290), equation 7.
 """
@@ -9,6 +10,7 @@ Optimization" (Rafailov et al., 2023, arXiv 2305.18290), equation 7.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, sigmoid
@@ -60,6 +62,23 @@ def pair_beta(step: Tensor, beta: float | Tensor, epsilon: float) -> Tensor:
     """The β a pair uses, β / (1 + ε·step). (B,) int8 -> (B,), float32 unless β is a float64 tensor."""
     dtype = beta.dtype if isinstance(beta, Tensor) else torch.float32
     return beta / (1 + epsilon * step.to(dtype))
+
+
+BETA_UPDATES = ("mean-step", "mean-beta", "none")
+
+
+def next_beta(beta: Any, relaxed: Any, kept: Any, tightened: Any, epsilon: float, update: str) -> Any:
+    """The running β after a step that relaxed, kept and tightened so many pairs, at least one in all.
+
+    Tensors, arrays or numbers. "mean-step" is the authors' code, β/(1 + ε·mean step); "mean-beta" the paper's text, the
+    mean of the pairs' β; "none" keeps it.
+    """
+    pairs = relaxed + kept + tightened
+    if update == "mean-step":
+        return beta / (1 + epsilon * (relaxed - tightened) / pairs)
+    if update == "mean-beta":
+        return beta * (relaxed / (1 + epsilon) + kept + tightened / (1 - epsilon)) / pairs
+    return beta
 
 
 # Of β-DPO's moving averages of a batch's margins, which start at 0 and move before they are used.

@@ -15,12 +15,13 @@ from transformers import TrainerCallback
 
 import gloo
 from epsdpo_kernels import EpsilonDPOLoss
+from epsdpo_kernels.integrations.checks import NotFiniteError
 from epsdpo_kernels.integrations.transformers import causal_lm, frozen_reference, run_loss_in_forward
 from fsdp_on_cpu import shard_on_cpu
 from tensor_on_cpu import split_on_cpu
 from train.__main__ import build, leave_process_group, main
 from train.options import parse
-from train.trainer import NotFiniteError, PairTrainer
+from train.trainer import PairTrainer
 from zero_on_cpu import zero_on_cpu
 
 

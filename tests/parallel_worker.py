@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -143,6 +144,31 @@ def both(rank: int, size: int) -> float:
     ours.update_beta(), theirs.update_beta()
     assert torch.equal(ours.beta, theirs.beta) and ours.beta != 0.1
     return same(got, truth)
+
+
+def wrapped(rank: int, size: int) -> float:
+    """The module within what DDP wraps, which sets all ranks' buffers to the first's before every forward."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.layer, self.loss_fn = torch.nn.Linear(width, width).double(), EpsilonDPOLoss()
+
+        def forward(self, hidden, *rest):
+            return self.loss_fn(hidden + 0.1 * self.layer(hidden), *rest)
+
+    cases = [make_case(3, drift=0.3, seed=seed) for seed in range(2 * size)]
+    torch.manual_seed(0)
+    alone = Model(cases[0].hidden.shape[-1])
+    together = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(alone))
+    for case in cases:
+        alone(*case.arguments()[0])
+    for case in cases[2 * rank : 2 * rank + 2]:
+        together(*case.arguments()[0]).loss.backward()
+    counts = [module.loss_fn.counts for module in (alone, together.module)]
+    dist.all_reduce(counts[1])
+    assert counts[0].tolist() == counts[1].tolist() and counts[0].tolist()[0] and counts[0].tolist()[2], counts
+    return 0.0
 
 
 def nothing(rank: int, size: int) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -11,16 +12,20 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from transformers.integrations import neftune  # noqa: E402
+
 import trl_runs  # noqa: E402
-from epsdpo_kernels.integrations import batches  # noqa: E402
+from epsdpo_kernels.integrations import batches, memory  # noqa: E402
 from epsdpo_kernels.integrations.batches import DealtSampler, deal, pair_lengths  # noqa: E402
-from epsdpo_kernels.integrations.memory import expected_memory  # noqa: E402
+from epsdpo_kernels.integrations.memory import expected_memory, kept_of_forward  # noqa: E402
 from epsdpo_kernels.integrations.transformers import head_inputs, positions, rows_alone_up_to  # noqa: E402
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from test_models import build  # noqa: E402
+from train.__main__ import build as build_run  # noqa: E402
 from train.__main__ import main  # noqa: E402
+from train.options import parse  # noqa: E402
 
 
 def test_deal():
@@ -249,6 +254,33 @@ def test_a_model_that_cannot_trains_on_padded_rows_and_says_so(tiny, tmp_path, c
     )
 
 
+@pytest.mark.parametrize("run", ["train", "trl"])
+def test_noise_is_that_of_padded_rows(tiny, tmp_path, capsys, monkeypatch, run):
+    """transformers scales NEFTune's by a row's length, and a packed row is longer than a pair's."""
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
+    made, plain = [], neftune.neftune_post_forward_hook
+
+    def hook(module, args, output):
+        noisy = plain(module, args, output)
+        if module.training:
+            made.append((noisy - output).abs().max().item())
+        return noisy
+
+    monkeypatch.setattr(neftune, "neftune_post_forward_hook", hook)
+    found = []
+    for more in ({}, {"packed": False}):
+        options = {"max_steps": 1, "neftune_noise_alpha": 5.0} | more
+        if run == "train":
+            trainer = main(flags(tiny, tmp_path / str(len(found)), **options))
+        else:
+            trainer, _ = trl_run(tiny, tmp_path / str(len(found)), **options)
+        found.append(made.copy())
+        made.clear()
+    assert found[0] == found[1] and len(found[0]) == trainer.args.gradient_accumulation_steps
+    said = capsys.readouterr().out
+    assert "rows: padded. neftune_noise_alpha: transformers makes its noise the weaker, the longer a row is" in said
+
+
 def test_bounds_that_cannot_be(tiny, tmp_path):
     with pytest.raises(ValueError, match="max_tokens_per_batch: got 0, takes a positive number"):
         main(flags(tiny, tmp_path / "none", max_tokens_per_batch=0))
@@ -263,16 +295,87 @@ def test_expected_memory():
     size = sum(p.numel() * 4 for p in policy.parameters())
     expected = expected_memory(policy, reference, tokens=1000, scored=400, optimizer="adamw_torch")
     assert expected[:3] == (2 * size, size, 2 * size)
-    assert expected_memory(policy, None, tokens=1000, scored=400, optimizer="lion_8bit").optimizer is None
+    assert expected_memory(policy, None, tokens=1000, scored=400, optimizer="lomo").optimizer is None
+    assert expected_memory(policy, None, tokens=1, scored=1, optimizer="adamw_8bit").optimizer == size // 2
     assert expected_memory(policy, None, tokens=1000, scored=400, optimizer="sgd", shards=2).gradients == size // 2
     # Of each of two layers, at least its norms' and products' inputs.
     assert 2 * 1000 * (4 * 32 + 3 * 48) * 4 < expected.activations < 2 * 1000 * 100 * 48 * 4
     double = expected_memory(policy, None, tokens=2000, scored=400, optimizer="sgd").activations
     assert double == pytest.approx(2 * expected.activations, rel=1e-3)
     assert expected.loss == 4 * (2 * 400 * 97 + 400 * 32 + 97 * 32)
-    policy.gradient_checkpointing_enable()
-    assert expected_memory(policy, None, tokens=1000, scored=400, optimizer="sgd").activations < expected.activations
+    again = expected_memory(policy, None, tokens=1000, scored=400, optimizer="sgd", checkpointing=True)
+    assert again.activations < expected.activations
     assert "memory: about" in str(expected) and json.dumps(expected._asdict())
+    assert "GiB and what the optimizer keeps are needed" in str(expected._replace(optimizer=None))
+
+
+def test_weights_that_autocast_has_cast_are_kept():
+    """Once, whatever the tokens: of the layers' products here, in half of the bits."""
+    policy = build("Llama tied")
+    with torch.autocast("cpu", torch.bfloat16):
+        fixed, token = kept_of_forward(policy)
+    linear = sum(p.numel() for name, p in policy.named_parameters() if "proj" in name)
+    assert 2 * linear <= fixed < 2 * linear + 128 * token * 0.05
+    assert kept_of_forward(policy)[0] < 4 * 4 * 128
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_activations_of_a_batch_are_foreseen(tiny, tmp_path, packed):
+    """What autograd keeps of a real one, in the layout that it has."""
+    options, args = parse(flags(tiny, tmp_path, packed=packed))
+    trainer = build_run(options, args)
+    batch = trainer._packed(trainer.data_collator([trainer.train_dataset.pairs[i] for i in range(48)]))
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+
+    def keep(tensor):
+        if (storage := tensor.untyped_storage()).data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mask = batch["packing"] if packed else batch["attention_mask"]
+        out = head_inputs(trainer.model, batch["input_ids"], mask)
+    tokens = batch["packing"].segments.tokens if packed else batch["input_ids"].numel()
+    fixed, token = kept_of_forward(trainer.model, packed)
+    assert out.hidden.requires_grad and fixed + token * tokens == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def said(capsys) -> dict[str, int]:
+    """Bytes and tokens of the forecast that a run printed."""
+    line = next(one for one in capsys.readouterr().out.splitlines() if one.startswith("memory: "))
+    names = "weights|gradients|optimizer|activations|loss"
+    found = {name: int(float(count)) for name, count in re.findall(rf"({names}) ([0-9.]+)", line)}
+    return found | {"tokens": int(re.search(r"at most ([0-9,]+) tokens", line)[1].replace(",", ""))}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adagrad", "rmsprop", "sgd"])
+def test_what_an_optimizer_keeps_is_foreseen(tiny, tmp_path, capsys, monkeypatch, optim):
+    monkeypatch.setattr(memory, "GIB", 1)
+    trainer = main(flags(tiny, tmp_path, max_steps=1, optim=optim))
+    states = [t for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
+    assert said(capsys)["optimizer"] == sum(t.numel() * t.element_size() for t in states)
+
+
+def test_a_run_that_runs_its_layers_again_needs_less(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "GIB", 1)
+    found = []
+    for again in (False, True):
+        main(flags(tiny, tmp_path / str(again), max_steps=1, gradient_checkpointing=again))
+        found.append(said(capsys))
+    layer, state = found[0]["activations"] / 2, 2 * 4 * 32 * found[0]["tokens"]
+    assert found[1]["activations"] == pytest.approx(layer + state, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"truncation_mode": "keep_end"}, {"packed": False}, {"max_length": None}], ids=str
+)
+def test_rows_that_are_cut_later_are_foreseen_so(tiny, tmp_path, capsys, monkeypatch, more):
+    """In TRL's trainer the collator cuts them."""
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
+    options = {"max_length": 8, "per_device_train_batch_size": 48, "gradient_accumulation_steps": 1, "max_steps": 1}
+    trainer, _ = trl_run(tiny, tmp_path, **(options | more))
+    found, ran = said(capsys)["tokens"], trainer.state.log_history[0]["tokens"]
+    assert found == ran if more != {"truncation_mode": "keep_end"} else ran <= found <= 96 * 8
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
+peft = pytest.importorskip("peft", reason="the trainer's extra is not installed")
 datasets = pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 pytest.importorskip("trl", reason="the extra 'trl' is not installed")
 
@@ -34,11 +35,12 @@ def by_train(tiny, run, resume=None, **more):
     return main(flags(tiny, run, **EVERY_2 | more))
 
 
-def by_trl(tiny, run, resume=None, data=None, **more):
+def by_trl(tiny, run, resume=None, data=None, peft_config=None, ref_model=None, **more):
     more = EVERY_2 | {"num_train_epochs": 1, "max_steps": -1, "gradient_accumulation_steps": 2, "epsilon": 0.05} | more
     trainer = EpsilonDPOTrainer(
-        trl_runs.model(tiny), args=EpsilonDPOConfig(**trl_runs.options(run, **more)),
+        trl_runs.model(tiny), ref_model, args=EpsilonDPOConfig(**trl_runs.options(run, **more)),
         train_dataset=data or trl_runs.pairs(tiny), processing_class=transformers.AutoTokenizer.from_pretrained(tiny),
+        peft_config=peft_config,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
     trainer.save_state()
@@ -129,6 +131,55 @@ def test_a_run_of_other_settings_is_not_gone_on_with(tiny, tmp_path, train):
             train(tiny, run, "last", **first | {"max_steps": 4} | more)
     assert (run / "run.json").read_bytes() == facts
     assert read(run / "record").equals(record) and audit(run).ok
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+OTHER_ADAPTERS = {
+    "lora_alpha": (LORA | {"lora_alpha": 64}, "peft_config.lora_alpha was 8, is 64"),
+    "r": (LORA | {"r": 2}, "peft_config.r was 4, is 2"),
+    "target_modules": (
+        LORA | {"target_modules": ["q_proj"]},
+        r"peft_config.target_modules was \['q_proj', 'v_proj'\], is \['q_proj'\]",
+    ),
+    "none": (None, "peft_config was 'LoraConfig', is None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_ADAPTERS)
+def test_trl_a_run_of_another_adapter_is_not_gone_on_with(tiny, tmp_path, kind):
+    """Before anything is loaded: some would go on with other weights, or fail in words of torch's."""
+    other, said = OTHER_ADAPTERS[kind]
+    by_trl(tiny, tmp_path, max_steps=2, peft_config=peft.LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=f"got .*checkpoint-2 of a run with other settings .*{said}"):
+        by_trl(tiny, tmp_path, "last", max_steps=4, peft_config=other and peft.LoraConfig(**other))
+    again = by_trl(tiny, tmp_path, "last", max_steps=4, peft_config=peft.LoraConfig(**LORA))
+    assert again.state.global_step == 4
+
+
+def test_trl_a_run_of_a_reference_with_another_adapter_is_not_gone_on_with(tiny, tmp_path):
+    def reference(alpha):
+        model = peft.get_peft_model(trl_runs.model(tiny), peft.LoraConfig(**LORA | {"lora_alpha": alpha}))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.fill_(0.01)
+        return model
+
+    by_trl(tiny, tmp_path, max_steps=2, ref_model=reference(4))
+    with pytest.raises(ValueError, match="other settings .ref_model.peft_config.lora_alpha was 4, is 64"):
+        by_trl(tiny, tmp_path, "last", max_steps=4, ref_model=reference(64))
+
+
+def test_an_adapter_that_was_changed_in_its_folder_is_not_gone_on_with(tiny, tmp_path):
+    model = peft.get_peft_model(trl_runs.model(tiny), peft.LoraConfig(**LORA))
+    model.base_model.name_or_path = model.peft_config["default"].base_model_name_or_path = str(tiny)
+    folder = tmp_path / "sft"
+    model.save_pretrained(folder)
+    by_train(tiny, tmp_path / "run", model=folder, max_steps=2)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 64}))
+    with pytest.raises(ValueError, match="other settings .peft_config.lora_alpha was 8, is 64"):
+        by_train(tiny, tmp_path / "run", "last", model=folder, max_steps=4)
 
 
 @BOTH

@@ -21,8 +21,9 @@ from epsdpo_kernels.integrations.transformers import (  # noqa: E402
 )
 from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
-from train.__main__ import main  # noqa: E402
+from train.__main__ import build, main  # noqa: E402
 from train.models import load_model  # noqa: E402
+from train.options import parse  # noqa: E402
 
 WORDS = 23
 SMALL = {
@@ -302,6 +303,50 @@ def test_a_second_model_of_another_vocabulary_is_refused():
         check_reference(llama(), llama(vocab_size=29))
 
 
+def norms(model, dtype):
+    for name, module in model.named_modules():
+        if "norm" in name:
+            module.to(dtype)
+    return model
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4))
+
+
+OTHER_DTYPES = {
+    "all": (None, llama, lambda: llama().bfloat16(), "model.embed_tokens.weight and 21 more"),
+    "all, under autocast": (torch.bfloat16, llama, lambda: llama().bfloat16(), "model.embed_tokens.weight and 21 more"),
+    "norms": (
+        torch.bfloat16, lambda: norms(llama().bfloat16(), torch.float32), lambda: llama().bfloat16(),
+        "model.layers.0.input_layernorm.weight and 4 more",
+    ),
+    "beneath an adapter": (
+        None, lambda: adapted(llama()), lambda: llama().bfloat16(), "model.embed_tokens.weight and 21 more",
+    ),
+    "another architecture": (None, llama, lambda: gpt2().bfloat16(), "its head"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_DTYPES)
+def test_a_reference_in_another_dtype_is_refused(kind):
+    """Its shifts from the same weights would be rounding, 0 beside it; autocast casts products alone."""
+    autocast, policy, reference, names = OTHER_DTYPES[kind]
+    message = f"ref_model: got bfloat16 for {names}, takes the policy's dtype, float32"
+    with pytest.raises(ValueError, match=message):
+        check_reference(policy(), reference(), autocast)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_in_the_policys_dtype_is_taken(dtype):
+    """Also where PEFT keeps an adapter in float32 over a base in 16 bits, which is its default."""
+    policy = adapted(llama().to(dtype))
+    assert all(p.dtype == torch.float32 for n, p in policy.named_parameters() if "lora" in n)
+    check_reference(policy, llama().to(dtype))
+    check_reference(policy, None)
+    check_reference(llama(), llama().bfloat16(), cast=True)
+
+
 ADAPTERS = {
     "linear layers": LORA | {"lora_dropout": 0.2},
     "embeddings too": LORA | {"target_modules": ["q_proj", "embed_tokens"]},
@@ -322,6 +367,17 @@ def test_the_copy_of_an_adapter_is_whole(kind):
         assert not torch.equal(states_of(model, True), base)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained and not any(".ref" in name for name in trained)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_copy_of_an_adapter_computes_in_its_dtype(kind):
+    """PEFT would make it float32, also of one that was cast, as TRL casts those over 4-bit layers."""
+    base = llama().bfloat16()
+    model = peft.get_peft_model(base, peft.LoraConfig(**ADAPTERS[kind]), autocast_adapter_dtype=False).eval()
+    perturb(model)
+    copy_adapter(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(states_of(model, True), states_of(model, False))
 
 
 def perturb(model):
@@ -552,6 +608,16 @@ def test_deepspeed_without_zero_is_refused(zero):
         check_launch(trainer)
 
 
+def test_several_gpus_in_one_process_are_refused(tiny, tmp_path):
+    """transformers would wrap the model in DataParallel, which halves rows: chosen here, rejected there."""
+    options, args = parse(flags(tiny, tmp_path))
+    args._n_gpu = 2
+    with pytest.raises(
+        ValueError, match="CUDA_VISIBLE_DEVICES: got 2 GPUs in one process.* torchrun --nproc_per_node 2"
+    ):
+        build(options, args)
+
+
 trl = pytest.importorskip("trl", reason="the extra 'trl' is not installed")
 
 import trl_runs  # noqa: E402
@@ -585,6 +651,13 @@ def test_trl_nothing_moves_at_a_learning_rate_of_0(tiny, tmp_path, on):
     )
     trainer.train()
     assert all(entry["kl/chosen"] == 0 and entry["kl/kept"] == 1 for entry in of_trl(trainer)) != on
+
+
+def test_trl_several_gpus_in_one_process_are_refused(tiny, tmp_path, monkeypatch):
+    """By TRL itself."""
+    monkeypatch.setattr(EpsilonDPOConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        trl_trainer(tiny, tmp_path, trl_runs.model(tiny))
 
 
 def test_trl_references_are_measured(tiny, tmp_path):
@@ -638,7 +711,11 @@ def test_trl_mixed_dtypes_train(tiny, tmp_path):
         for name, module in model.named_modules():
             if "norm" in name:
                 module.float()
-        trainer = trl_trainer(tiny, tmp_path / str(mixed), model, bf16=True, max_steps=4)
+        own = copy.deepcopy(model)
+        if mixed:  # TRL would load its own in one dtype
+            with pytest.raises(ValueError, match="ref_model: got bfloat16 for .*norm.weight"):
+                trl_trainer(tiny, tmp_path, copy.deepcopy(model), bf16=True)
+        trainer = trl_trainer(tiny, tmp_path / str(mixed), model, ref_model=own, bf16=True, max_steps=4)
         trainer.train()
         logs.append(of_trl(trainer))
     assert logs[0][0]["kl/kept"] == 1

@@ -219,6 +219,38 @@ def test_pairs_that_would_all_be_dropped_are_refused(tiny, tmp_path, more, said)
         main(flags(tiny, tmp_path, dataloader_drop_last=True, **more))
 
 
+@pytest.mark.parametrize(
+    "lines, more, said",
+    [
+        (0, {}, "dataset: of .*none.jsonl no pair is left\n.*kept 0 of 0 rows"),
+        (0, {"dataset": None, "eval_dataset": "none.jsonl"}, "eval_dataset: of .*none.jsonl no pair is left\n"),
+        (3, {"max_length": 2}, "dataset: of .*none.jsonl no pair is left\n.*kept 0 of 3 rows\n.*identical after"),
+        (None, {}, "dataset: there is no file .*none.jsonl"),
+        (
+            4,
+            {"eval_fraction": 0.9},
+            "eval_fraction: got 0.9 of 4 pairs, takes a share that leaves at least one to train",
+        ),
+    ],
+    ids=["empty", "nothing held out", "all dropped", "no file", "all held out"],
+)
+def test_data_of_nothing_are_refused(tiny, tmp_path, lines, more, said):
+    path = tmp_path / "none.jsonl"
+    if lines is not None:
+        row = {"prompt": "what is", "chosen": "so yes", "rejected": "so no"}
+        path.write_text("".join(json.dumps(row | {"prompt": f"{i} is"}) + "\n" for i in range(lines)))
+    named = {name: (tiny / "pairs.jsonl" if of is None else path) for name, of in more.items() if "dataset" in name}
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^{said}"):
+        main(flags(tiny, tmp_path / "run", **{"dataset": path} | more | named))
+
+
+def test_fewer_pairs_than_a_batch_are_a_short_one(tiny, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text((tiny / "pairs.jsonl").read_text().splitlines(keepends=True)[0])
+    trainer = main(flags(tiny, tmp_path / "run", dataset=path, gradient_accumulation_steps=100))
+    assert trainer.state.global_step == 1 and order(tmp_path / "run") == [0]
+
+
 def test_every_rank_has_to_get_a_batch():
     check_kept(10, "eval_dataset", 5, 2)
     with pytest.raises(ValueError, match="got True with 9 pairs in eval_dataset.* 10, a batch of 5 on each of 2 ranks"):

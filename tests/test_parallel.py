@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     "processes, subjects",
     [
-        (2, ("vocabulary", "impossible", "kernels", "sequence", "nothing", "refused")),
+        (2, ("vocabulary", "impossible", "kernels", "sequence", "nothing", "refused", "wrapped")),
         (3, ("vocabulary", "sequence")),
         (4, ("both",)),
     ],

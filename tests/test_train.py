@@ -18,6 +18,7 @@ pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
 from epsdpo_kernels.integrations.checkpoints import last_checkpoint  # noqa: E402
+from epsdpo_kernels.integrations.checks import NotFiniteError  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
 from runs import flags  # noqa: E402
@@ -25,7 +26,6 @@ from train.__main__ import main  # noqa: E402
 from train.data import Collator  # noqa: E402
 from train.models import add_lora  # noqa: E402
 from train.options import PairOptions  # noqa: E402
-from train.trainer import NotFiniteError  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

@@ -28,6 +28,7 @@ import trl_runs  # noqa: E402
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
 from epsdpo_kernels.integrations import checks, seams  # noqa: E402
 from epsdpo_kernels.integrations.checks import NotFiniteError  # noqa: E402
+from epsdpo_kernels.integrations.recording import NO_ROW, PAIR_ID, ROW  # noqa: E402
 from epsdpo_kernels.integrations.transformers import lm_head  # noqa: E402
 from epsdpo_kernels.integrations.trl import (  # noqa: E402
     REFUSED,
@@ -36,6 +37,7 @@ from epsdpo_kernels.integrations.trl import (  # noqa: E402
     _has_completions,
     _refuse_launch,
 )
+from epsdpo_kernels.record import read  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EPSILON = 0.05
@@ -583,7 +585,7 @@ def launched(
     return SimpleNamespace(
         accelerator=accelerator, is_deepspeed_enabled=zero_stage is not None, is_fsdp_enabled=fsdp is not None,
         args=SimpleNamespace(
-            sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best,
+            sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best, n_gpu=1,
             train_sampling_strategy=strategy,
         ),
         model=transformers.LlamaForCausalLM(
@@ -793,6 +795,53 @@ def conversations(*answers: tuple[str, str]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+LONG = datasets.Dataset.from_list([{"prompt": "the sky is blue and so are you", "chosen": " yes", "rejected": " no"}])
+NO_PAIRS = {
+    "nothing": (lambda d: {"train_dataset": d.select([])}, "train_dataset: got no pair, takes"),
+    "an empty stream": (
+        lambda d: {"train_dataset": datasets.IterableDataset.from_generator(lambda: iter(()))},
+        "train_dataset: got no pair, takes",
+    ),
+    "all dropped": (
+        lambda d: {"train_dataset": LONG}, "train_dataset: got no pair that max_length=6 leaves a completion, takes",
+    ),
+    "all dropped of a stream": (
+        lambda d: {"train_dataset": LONG.to_iterable_dataset()},
+        "train_dataset: got no pair that max_length=6 leaves a completion, takes",
+    ),
+    "nothing held out": (lambda d: {"eval_dataset": d.select([])}, "eval_dataset: got no pair, takes at least one"),
+    "nothing held out under a name": (
+        lambda d: {"eval_dataset": {"a": d, "b": d.select([])}}, r"eval_dataset\['b'\]: got no pair, takes",
+    ),
+    "all held out dropped": (
+        lambda d: {"eval_dataset": {"a": d, "b": LONG}}, r"eval_dataset\['b'\]: got no pair that max_length=6 leaves",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_PAIRS)
+def test_data_of_nothing_are_refused(tiny, tmp_path, kind):
+    data, said = NO_PAIRS[kind]
+    with pytest.raises(ValueError, match=f"^{said}"):
+        make(tiny, tmp_path, max_length=6, max_steps=1, **data(trl_runs.pairs(tiny, 8)))
+
+
+def test_an_evaluation_of_nothing_is_refused(tiny, tmp_path):
+    data = trl_runs.pairs(tiny, 8)
+    trainer = make(tiny, tmp_path, max_steps=1, eval_dataset={"a": data, "b": data})
+    none = data.select([])
+    for given, name in ((none, "eval_dataset"), ({"c": data, "d": none}, r"eval_dataset\['d'\]")):
+        with pytest.raises(ValueError, match=f"^{name}: got no pair, takes at least one"):
+            trainer.evaluate(given)
+    assert math.isfinite(trainer.evaluate()["eval_b_loss"])
+
+
+def test_fewer_pairs_than_a_batch_are_a_short_one(tiny, tmp_path):
+    trainer = make(tiny, tmp_path, max_steps=-1, num_train_epochs=1, count=1)
+    trainer.train()
+    assert trainer.state.global_step == 1 and read(tmp_path / "record").to_pydict()["row"] == [0]
+
+
 @pytest.mark.parametrize("where", ["train", "eval", "evaluate", "stream"])
 def test_a_pair_with_an_empty_completion_is_named_when_the_data_are_prepared(tiny, tmp_path, where):
     """Of a chat template that ends no turn; of a stream, when it is read."""
@@ -813,15 +862,34 @@ def test_a_pair_with_an_empty_completion_is_named_when_the_data_are_prepared(tin
         trainer.evaluate(bad) if where == "evaluate" else trainer.train()
 
 
-def test_not_finite_stops_before_the_step(tiny, tmp_path):
+def test_not_finite_stops_before_the_step_and_names_the_pairs(tiny, tmp_path):
     trainer = make(tiny, tmp_path, max_steps=2)
     with torch.no_grad():
-        trainer.model.lm_head.weight[3] = torch.nan
+        trainer.model.model.embed_tokens.weight[trainer.processing_class.convert_tokens_to_ids("sure")] = torch.nan
     before = [p.clone() for p in trainer.model.parameters()]
-    with pytest.raises(NotFiniteError, match=r"step 1: the loss of the pairs \[0"):
+    with pytest.raises(
+        NotFiniteError, match=r"step 1: the loss of the pairs at rows \[.+\] of the data is not"
+    ) as found:
         trainer.train()
     for p, q in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(p.nan_to_num(), q.nan_to_num())
+    named = json.loads(re.search(r"\[.+\]", str(found.value))[0])
+    columns = read(tmp_path / "record").to_pydict()
+    assert named == sorted(row for row, loss in zip(columns["row"], columns["loss"], strict=True) if loss != loss)
+    assert all("sure" in " ".join(trl_runs.pairs(tiny)[row].values()) for row in named)
+
+
+def test_pairs_without_rows_are_named_by_ids_or_places(tiny, tmp_path):
+    trainer = make(tiny, tmp_path)
+    ids_of_three = {"input_ids": torch.zeros(6, 2, dtype=torch.int64)}
+    rows, ids = torch.tensor([4, 5, 6] * 2), torch.tensor([7, -1, 9] * 2)
+    for row, pair_id, said in (
+        (rows, ids, "at rows [5, 6] of the data"),
+        (rows.where(rows != 6, NO_ROW), ids, "with the ids ffffffffffffffff, 0000000000000009"),
+        (rows.where(rows != 6, NO_ROW), ids.where(ids != 9, 0), "[1, 2] of a micro-batch of 3"),
+    ):
+        assert trainer.named(ids_of_three | {ROW: row, PAIR_ID: pair_id}, torch.tensor([False, True, True])) == said
+    assert trainer.named(ids_of_three, torch.tensor([True, False, False])) == "[0] of a micro-batch of 3"
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import math
 import sys
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from epsdpo_kernels.integrations.batches import check_fits, check_rows_alone
 from epsdpo_kernels.integrations.checkpoints import (
+    adapter_settings,
     check_settings,
     checkpoint_of,
     checkpoint_step,
     last_checkpoint,
     run_settings,
 )
-from epsdpo_kernels.integrations.checks import check_vocabulary
+from epsdpo_kernels.integrations.checks import NotFiniteError, check_dtypes, check_vocabulary
 from epsdpo_kernels.integrations.recording import RecordElsewhere
 from epsdpo_kernels.integrations.sequence import sequence_ranks, tensor_ranks
 from epsdpo_kernels.integrations.transformers import Reference, check_head
@@ -34,7 +36,7 @@ from .cache import CachedReference, FirstStep
 from .methods import make_loss
 from .models import add_lora, load_model, make_policy, make_reference
 from .options import PairOptions, TrainingArguments, parse, veto_bounds
-from .trainer import LOSS_STATE, EvaluateWithStep, NotFiniteError, PairTrainer, evaluated
+from .trainer import LOSS_STATE, EvaluateWithStep, PairTrainer, evaluated
 
 # Options that a run may change when it goes on from a checkpoint; data count by their pairs.
 FREE = (
@@ -47,10 +49,15 @@ def load_data(options: PairOptions, tokenizer, seed: int):
     """(train, held out or None, reports) by the options; prints what was dropped and truncated."""
 
     def load(argument: str, source: str, split: str):
-        pairs, report = data.load_pairs(
-            source, tokenizer, split=split, max_length=options.max_length,
-            max_prompt_length=options.max_prompt_length, prerendered=options.prerendered,
-        )  # fmt: skip
+        try:
+            pairs, report = data.load_pairs(
+                source, tokenizer, split=split, max_length=options.max_length,
+                max_prompt_length=options.max_prompt_length, prerendered=options.prerendered,
+            )  # fmt: skip
+        except (ValueError, FileNotFoundError) as error:
+            if not str(error).startswith("source:"):
+                raise
+            raise type(error)(str(error).replace("source", argument, 1)) from error
         label, carried = options.label_column, report.columns["carried"]
         if label is not None and label not in carried:
             there = ", ".join(f"{name!r:.64}" for name in carried) or "none"
@@ -66,6 +73,11 @@ def load_data(options: PairOptions, tokenizer, seed: int):
     if options.eval_dataset:
         held_out, reports["eval"] = load("eval_dataset", options.eval_dataset, options.eval_split)
     elif options.eval_fraction:
+        if math.ceil(options.eval_fraction * len(pairs)) == len(pairs):
+            raise ValueError(
+                f"eval_fraction: got {options.eval_fraction} of {len(pairs)} pairs, takes a share that leaves at least "
+                "one to train on"
+            )
         halves = pairs.train_test_split(options.eval_fraction, seed=seed)
         pairs, held_out = halves["train"], halves["test"]
     for one in reports.values():
@@ -82,6 +94,7 @@ def cached_reference(
         if args.process_index == 0:
             reference = load_model(options.ref_model, options.dtype)[0] if options.ref_model else model
             check_head(reference, args.autocast_dtype, argument="ref_model")
+            check_dtypes(model, reference)
             for name, one in (("dataset", pairs), ("eval_dataset", held_out)):
                 if one is not None:
                     check_fits(one, reference, name)
@@ -138,7 +151,9 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         lsc_dpo={"z_star": options.lsc_z_star, "eta": options.lsc_eta, "tau_start": options.lsc_tau_start},
     )  # fmt: skip
     own = {name: value for name, value in vars(options).items() if name not in FREE}
-    settings = run_settings(args, {"dataset": pairs, "eval_dataset": held_out}, "pair_id", **own)
+    settings = run_settings(
+        args, {"dataset": pairs, "eval_dataset": held_out}, "pair_id", **own, **adapter_settings(model)
+    )
     if resume:
         check_settings(resume / LOSS_STATE, settings)
     done = checkpoint_step(resume) if resume else None

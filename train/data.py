@@ -163,7 +163,7 @@ def load_pairs(
     tokenise = _Tokenise(Encoder(tokenizer, prerendered), max_length, max_prompt_length)
     rows = open_rows(report.source, split)
     if not len(rows):
-        raise ValueError(f"no pair is left\n{report}")
+        raise ValueError(_nothing_left(report))
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(cpus, len(rows) // ROWS_A_PROCESS)
     found = rows.map(
@@ -196,8 +196,8 @@ def _fingerprint(rows: datasets.Dataset, tokenizer, *settings: Any) -> str:
 
 
 def _nothing_left(report: Report) -> str:
-    if report.dropped[MALFORMED] < report.read:
-        return f"no pair is left\n{report}"
+    if report.dropped[MALFORMED] < report.read or not report.read:
+        return f"source: of {report.source} no pair is left\n{report}"
     names = ", ".join(map(repr, report.columns["read"] + report.columns["unread"]))
     takes = (
         "chosen and rejected as strings, or as messages of role and content, which end with the role assistant; tools "

@@ -23,12 +23,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from epsdpo_kernels.integrations.batches import PackedBatches
 from epsdpo_kernels.integrations.checkpoints import as_metadata, set_later_aside
 from epsdpo_kernels.integrations.checks import (
-    NotFiniteError,
     check_checkpoint,
     check_gradient,
     check_launch,
     check_metric,
     check_prompt_learning,
+    stop_not_finite,
 )
 from epsdpo_kernels.integrations.packing import part
 from epsdpo_kernels.integrations.recording import Recorded, RecordElsewhere
@@ -224,10 +224,7 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         self._window.clear()
         if not torch.isfinite(losses).all():
             bad = rows[~torch.isfinite(losses)].tolist()
-            raise NotFiniteError(
-                f"step {self.state.global_step + 1}: the loss of the pairs at rows {bad} of the data is not finite. "
-                f"Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
-            )
+            stop_not_finite(f"at rows {bad} of the data", self)
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)

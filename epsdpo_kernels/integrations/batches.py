@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from . import attention
 from .checks import check_resume
@@ -87,11 +88,13 @@ class PackedBatches(SharedRows):
         self.max_tokens, self._models = max_tokens, list(models)
         self._check_data(models, images)
         reason: str | None = "packed is False"
-        if packed:
+        if packed and images:
+            reason = "a prompt's images are read in each of its rows"
+        elif packed and self.args.neftune_noise_alpha:
+            reason = "neftune_noise_alpha: transformers makes its noise the weaker, the longer a row is"
+        elif packed:
             with self.accelerator.autocast():
-                reason = "a prompt's images are read in each of its rows"
-                if not images:
-                    reason = attention.pack_rows(models, self.sequence_group)
+                reason = attention.pack_rows(models, self.sequence_group)
         if reason and self.sequence_group is not None:
             raise ValueError(
                 f"parallelism_config: got sp_size={self.sequence_ranks}, takes rows that can be packed: {reason}"
@@ -108,10 +111,11 @@ class PackedBatches(SharedRows):
         )
 
     def _check_data(self, models: Sequence[nn.Module], images: bool) -> None:
-        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         max_length = getattr(self.args, "max_length", None)
-        for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
+        sets = named_sets(self.train_dataset, "train_dataset") | named_sets(self.eval_dataset, "eval_dataset")
+        for name, dataset in sets.items():
             pairs = getattr(dataset, "pairs", dataset)
+            check_any(pairs, name, max_length)
             if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
                 size = self.args.train_batch_size if name == "train_dataset" else self.args.eval_batch_size
                 check_kept(len(pairs), name, size, self.data_ranks)
@@ -127,6 +131,12 @@ class PackedBatches(SharedRows):
         self._say_memory()
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        if not isinstance(eval_dataset, str):  # the name of one that the trainer has
+            for name, one in named_sets(eval_dataset, "eval_dataset").items():
+                check_any(getattr(one, "pairs", one), name)
+        return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
+
     def _say_memory(self) -> None:
         """Prints what the run expects to need and, on CUDA, what is there."""
         policy, *reference = self._models
@@ -135,24 +145,23 @@ class PackedBatches(SharedRows):
         # What DeepSpeed casts, copies, buffers and offloads is its own.
         if not known or self.is_deepspeed_enabled or causal_lm(policy).device.type == "meta":
             return
-        lengths = pair_lengths(data)
-        prompts, answers = lengths[:, 0], lengths[:, 1:]
-        if self.packed:
-            tokens, scored = lengths.sum(1), answers.sum(1)
-        else:  # at most: as if every row were as long as the longest
-            tokens = (2 * (prompts + answers.amax(1)).amax()).expand(len(lengths))
-            scored = answers.sum(1)
+        tokens, scored = rows_of_pairs(
+            pair_lengths(data), self.packed, getattr(self.args, "max_length", None),
+            getattr(self.args, "truncation_mode", "keep_start"),
+        )  # fmt: skip
         longest = tokens.topk(min(self.args.per_device_train_batch_size, len(tokens)))
         total = int(longest.values.sum())
         if self.max_tokens:
             total = min(total, max(self.max_tokens, int(longest.values[0])))
         most_scored = min(total, int(scored.topk(len(longest.values)).values.sum()))
         shards = self.accelerator.num_processes if self.is_fsdp_enabled else 1
+        by_fsdp = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing
         try:
             with self.accelerator.autocast():
                 expected: Any = expected_memory(
                     policy, reference[0] if reference else None, tokens=-(-total // self.sequence_ranks),
-                    scored=-(-most_scored // self.sequence_ranks), optimizer=str(self.args.optim), shards=shards,
+                    scored=-(-most_scored // self.sequence_ranks), optimizer=OptimizerNames(self.args.optim).value,
+                    packed=self.packed, checkpointing=self.args.gradient_checkpointing or by_fsdp, shards=shards,
                 )  # fmt: skip
         except Exception as error:  # it is only said; the run may well do what its measurement cannot
             expected = f"memory: not foreseen ({type(error).__name__}: {error})"
@@ -398,6 +407,26 @@ def _longest(lengths: Tensor, max_length: int | None) -> int:
     return min(longest, max_length or longest)
 
 
+def named_sets(given: Any, argument: str) -> dict[str, Any]:
+    """Data sets, or None, by what errors call them: one under its argument, several with their names too."""
+    if isinstance(given, dict):
+        return {f"{argument}[{name!r}]": one for name, one in given.items()}
+    return {argument: given}
+
+
+def check_any(dataset: Any, name: str, max_length: int | None = None) -> None:
+    """Raises ValueError where a data set, if it is given, has no pair, also a stream's first.
+
+    Args:
+        name: what the error calls it.
+        max_length: what may have dropped all of them.
+    """
+    if dataset is None or (len(dataset) if hasattr(dataset, "__len__") else next(iter(dataset), None) is not None):
+        return
+    left = "" if max_length is None else f" that max_length={max_length} leaves a completion"
+    raise ValueError(f"{name}: got no pair{left}, takes at least one")
+
+
 def check_kept(pairs: int, name: str, batch_size: int, ranks: int) -> None:
     """Raises ValueError where a data set is less than a batch on every rank, and dataloader_drop_last would drop it."""
     if pairs < batch_size * ranks:
@@ -405,6 +434,29 @@ def check_kept(pairs: int, name: str, batch_size: int, ranks: int) -> None:
             f"dataloader_drop_last: got True with {pairs} pairs in {name}, of which nothing would be left: takes at "
             f"least {batch_size * ranks}, a batch of {batch_size}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
         )
+
+
+def rows_of_pairs(lengths: Tensor, packed: bool, max_length: int | None, mode: str) -> tuple[Tensor, Tensor]:
+    """(pairs,) tokens of each pair's rows, and how many of them are scored; both at most.
+
+    Padded rows are counted as long as the longest of all.
+
+    Args:
+        lengths: (pairs, 3), as :func:`pair_lengths` gives them.
+        max_length: tokens that each of a pair's two rows is cut to, later; None where it is not.
+        mode: TRL's word for what is kept of it.
+    """
+    prompts, answers = lengths[:, 0], lengths[:, 1:]
+    rows = prompts[:, None] + answers
+    if max_length is not None:
+        cut = (rows - max_length).clamp(min=0)
+        rows = rows - cut
+        if mode == "keep_start":
+            answers = (answers - cut).clamp(min=0)
+        else:  # rows that begin at different places share no prompt
+            answers, prompts = torch.minimum(answers, rows), prompts * (cut == 0).all(1)
+    tokens = rows.sum(1) - prompts if packed else (2 * rows.amax()).expand(len(rows))
+    return tokens, answers.sum(1)
 
 
 def pair_lengths(dataset: Any) -> Tensor:

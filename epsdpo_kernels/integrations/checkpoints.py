@@ -25,6 +25,8 @@ ORDER = (
     "data_seed", "train_sampling_strategy",
 )  # fmt: skip
 SETTINGS = "settings"  # in the metadata of a checkpoint's β
+# What of an adapter's configuration says where it is from, and not what it does.
+ELSEWHERE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 
 
 def checkpoint_step(folder: str | os.PathLike) -> int | None:
@@ -83,7 +85,17 @@ def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> di
                 found[name] = _beginning(one, ids)
         elif ids in (getattr(one, "column_names", None) or ()):
             found[name] = _digest(one, ids)
-    return json.loads(json.dumps(found, default=str))
+    return json.loads(json.dumps(found, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def adapter_settings(model: Any, argument: str = "peft_config") -> dict[str, Any]:
+    """A PEFT model's adapter in use, by its configuration's fields under ``argument``; of another model, that it has
+    none."""
+    if not hasattr(model, "peft_config"):
+        return {argument: None}
+    config = model.active_peft_config
+    fields = {f"{argument}.{name}": value for name, value in config.to_dict().items() if name not in ELSEWHERE}
+    return {argument: type(config).__name__} | fields
 
 
 def _digest(dataset: Any, column: str) -> str:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
@@ -143,6 +143,7 @@ def check_reference(
     autocast: torch.dtype | None = None,
     inputs: Callable[..., HeadInputs] = head_inputs,
     batch: dict[str, Any] | None = None,
+    cast: bool = False,
 ) -> None:
     """Checks the reference as :func:`check_head` does a policy, and that training leaves it as it is.
 
@@ -152,10 +153,11 @@ def check_reference(
         autocast: dtype that training computes in, where that is not the weights'.
         inputs: what gives the second model's hidden states and head where :func:`head_inputs` itself does not.
         batch: what to run them on in place of a few tokens, as :func:`check_head` takes it.
+        cast: whether an engine casts both models before they run, so that their own dtypes say nothing.
 
     Raises:
-        TypeError, ValueError: its head cannot be fused, its vocabulary is another, it shares weights that train, or it
-            is not what training starts from; or nothing of the policy trains.
+        TypeError, ValueError: its head cannot be fused, its vocabulary or dtype is another, it shares weights that
+            train, or it is not what training starts from; or nothing of the policy trains.
     """
     if not any(p.requires_grad and math.prod(whole_shape(p)) for p in policy.parameters()):
         raise ValueError(
@@ -171,6 +173,8 @@ def check_reference(
     else:
         check_head(reference, autocast, argument="ref_model", inputs=inputs, batch=batch)
         check_vocabulary(policy, whole_shape(lm_head(causal_lm(reference), "ref_model").weight)[0])
+        if not cast:
+            check_dtypes(policy, reference)
         split, other = (vocab_group(lm_head(causal_lm(model))) is not None for model in (policy, reference))
         if split != other:
             raise ValueError(
@@ -186,6 +190,32 @@ def check_reference(
             f"ref_model: training would move the reference, which shares {names} with the policy. Train adapters alone "
             "(bias='none', no other weight with requires_grad), or give as ref_model a model of its own"
         )
+
+
+def check_dtypes(policy: nn.Module, reference: nn.Module) -> None:
+    """Raises ValueError where a reference has weights of the policy's names in another dtype, which round otherwise.
+
+    Also under autocast, which leaves norms and the sums between layers in the weights' dtype. What PEFT has beside the
+    base's weights may be what it is.
+    """
+    own, theirs = _dtypes(policy), _dtypes(reference)
+    other = [name for name in own if theirs.get(name, own[name]) != own[name]]
+    if other:
+        name, more = other[0], f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise ValueError(
+            f"ref_model: got {theirs[name]} for {name}{more}, takes the policy's dtype, {own[name]}: the check would "
+            "read how they round, also under bf16=True, where norms and sums keep the weights' dtype. Load both alike "
+            "(dtype=…), or cast the reference to the policy's"
+        )
+
+
+def _dtypes(model: nn.Module) -> dict[str, str]:
+    """Of a model's weights by their names in the plain model, whatever PEFT has made of these; and of its head."""
+    inner, found = causal_lm(model), {}
+    for name, p in inner.named_parameters():
+        found[name.replace("base_layer.", "").replace("original_module.", "")] = p.dtype
+    found["its head"] = lm_head(inner).weight.dtype
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
 
 
 def _check_initialisation(model: Any) -> None:
@@ -333,7 +363,7 @@ def check_options(args: Any) -> None:
 
 
 def check_launch(trainer: Any) -> None:
-    """Raises ValueError where the model would be split in a way that the loss does not know."""
+    """Raises ValueError where the model, or its batches, would be split in a way that the loss does not know."""
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and parallelism.cp_size > 1:
         raise ValueError(
@@ -346,6 +376,12 @@ def check_launch(trainer: Any) -> None:
         check_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp: got version 1, takes version 2: set fsdp_version to 2 in accelerate's config")
+    if trainer.args.n_gpu > 1:  # and not where the layers of one model are on several
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES: got {trainer.args.n_gpu} GPUs in one process, which transformers deals batches out "
+            "to (DataParallel), chosen rows to one and rejected rows to another. Takes one GPU a process: launch with "
+            f"torchrun --nproc_per_node {trainer.args.n_gpu} or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
@@ -435,6 +471,14 @@ def check_checkpoint(folder: Path, trainer: Any, *own: str) -> None:
 
 class NotFiniteError(FloatingPointError):
     """A loss or a gradient is NaN or infinite; the run stops before the optimizer step, its last checkpoint kept."""
+
+
+def stop_not_finite(pairs: str, trainer: Any) -> NoReturn:
+    """Raises NotFiniteError for the losses of some pairs of a step; ``pairs`` says which."""
+    raise NotFiniteError(
+        f"step {trainer.state.global_step + 1}: the loss of the pairs {pairs} is not finite. Nothing of this step was "
+        f"applied; the last checkpoint is in {trainer.args.output_dir}"
+    )
 
 
 def check_gradient(norm: Any, trainer: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
 from ..record.recorder import TRAIN, numbers
-from .checkpoints import checkpoint_of, checkpoint_step, set_later_aside
+from .checkpoints import check_settings, checkpoint_of, checkpoint_step, set_later_aside
 from .sequence import sequence_ranks
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
@@ -99,6 +99,7 @@ class RecordedTRL(Recorded):
     _due = 0  # the row that a stream has to have reached for its next pair on this rank
     _resumed: Path | None = None  # the checkpoint that train() goes on from
     _own_file = ""
+    _settings: dict[str, Any]  # that a run keeps when it goes on from a checkpoint
 
     def keep_identities(self, own: str) -> None:
         """To be called once, when the trainer has everything: its batches say which pairs they hold.
@@ -136,6 +137,7 @@ class RecordedTRL(Recorded):
             self._resumed = checkpoint_of(None if asked is True else asked, run)
             if self._resumed is None:
                 raise ValueError(f"resume_from_checkpoint: got {asked}, but {run} has no complete checkpoint")
+            check_settings(self._resumed / self._own_file, self._settings)
         return super().train(self._resumed and str(self._resumed), *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
@@ -237,6 +239,23 @@ class RecordedTRL(Recorded):
             self._due, new = rows[new] + 1, new + 1
         return new if last else pairs
 
+    def named(self, batch: dict[str, Tensor], chosen: Tensor) -> str:
+        """Some of the pairs of all ranks' batches in words, by their rows in the data or else their ids.
+
+        To be called by all ranks alike; ``chosen`` is their (pairs,), gathered and padded.
+        """
+        pairs = len(batch["input_ids"]) // 2
+        found = torch.tensor([NO_ROW, NO_ID], device=chosen.device).expand(pairs, 2)
+        if ROW in batch:
+            found = torch.stack([batch[ROW][:pairs], batch[PAIR_ID][:pairs]], 1)
+        found = self.accelerator.gather(self.accelerator.pad_across_processes(found))
+        rows, ids = found[chosen.to(found.device)].T.tolist()
+        if NO_ROW not in rows:
+            return f"at rows {sorted(set(rows))} of the data"
+        if NO_ID not in ids:
+            return f"with the ids {', '.join(map(_hex, ids))}"
+        return f"{chosen.nonzero().flatten().tolist()} of a micro-batch of {len(chosen)}"
+
     def append_to_record(self, out: EpsilonDPOOutput, inputs: dict[str, Tensor]) -> None:
         """Adds the pairs of a batch, or of its part."""
         if self.record is None:
@@ -247,7 +266,7 @@ class RecordedTRL(Recorded):
             row, ids = (inputs[name][: len(out.losses)].tolist() for name in (ROW, PAIR_ID))
             if not training and self._evaluation.endswith("@stream"):  # any of them
                 row = None
-            pair_id = [None if one == NO_ID else f"{one % 2**64:016x}" for one in ids]
+            pair_id = [None if one == NO_ID else _hex(one) for one in ids]
         self.record.append(
             out, step=self.state.global_step + training, policy_step=self._best_step, row=row, pair_id=pair_id,
             epoch=max(float(self.state.epoch or 0), self._epoch, 0.0), split=TRAIN if training else self._evaluation,
@@ -304,7 +323,7 @@ def identified(dataset: Any, args: Any, name: str, images: bool = False) -> Any:
 
     Pairs with ``images`` have no id, which would be that of the same words about another image.
     """
-    if ROW in next(iter(dataset)):
+    if ROW in next(iter(dataset), {}):
         return dataset
     if images and isinstance(dataset, datasets.Dataset):  # without images read, and written once more
         return dataset.add_column(ROW, list(range(len(dataset))))
@@ -327,6 +346,11 @@ def _files(dataset: Any) -> list[str]:
     if not isinstance(dataset, datasets.Dataset):
         return []
     return datasets.table.list_table_cache_files(dataset.data)
+
+
+def _hex(pair_id: int) -> str:
+    """A pair's id as the record writes it, of the signed 64 bits that a tensor holds."""
+    return f"{pair_id % 2**64:016x}"
 
 
 def _identity(example: Any, row: int, reader: str, numbered: bool = True) -> dict[str, int]:

@@ -455,6 +455,11 @@ def copy_adapter(model: Any) -> None:
                 f"model: its adapter cannot have a copy beside it as the reference: {error} Merge it into the weights "
                 "(with lora_r for a new one on top), or give ref_model, a model of its own"
             ) from error
+    weights = dict(model.named_parameters())
+    for name, p in weights.items():  # PEFT makes them float32, also where those in use have been cast
+        copy = weights.get(".".join("ref" if part == active else part for part in name.split(".")))
+        if copy is not None and copy.dtype != p.dtype:
+            copy.data = copy.to(p.dtype)
     if model.active_peft_config.is_prompt_learning:  # of which PEFT saves what an encoder puts out, not the encoder
         copy = model.prompt_encoder["ref"].requires_grad_(False)
         copy.load_state_dict(model.prompt_encoder[active].state_dict())

@@ -49,10 +49,9 @@ from trl import DPOConfig, DPOTrainer
 
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
-from .batches import PackedBatches, SeededSampler
-from .checkpoints import as_metadata, check_settings, run_settings
+from .batches import PackedBatches, SeededSampler, check_any, named_sets
+from .checkpoints import adapter_settings, as_metadata, run_settings
 from .checks import (
-    NotFiniteError,
     check_adapter,
     check_causal,
     check_checkpoint,
@@ -63,6 +62,7 @@ from .checks import (
     check_options,
     check_prompt_learning,
     check_reference,
+    stop_not_finite,
     turn_off_dropout,
 )
 from .packing import PaddedRight, of_pairs, part
@@ -196,6 +196,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         _refuse_adapters(model, ref_model)
         given = inspect.signature(DPOTrainer).bind(model, ref_model, args, *rest, **kwargs).arguments
         check_adapter(given.get("peft_config"))
+        for name in ("train_dataset", "eval_dataset"):  # before their first rows are read
+            for own, one in named_sets(given.get(name), name).items():
+                check_any(one, own)
         super().__init__(model, ref_model, args, *rest, **kwargs)
         self.data_collator = PaddedRight(self.data_collator)
         _refuse_launch(self)
@@ -262,6 +265,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             self.args, {"train_dataset": self.train_dataset}, PAIR_ID, epsilon=self.loss_fn.epsilon,
             beta_update=self.loss_fn.beta_update, model=self.model.config._name_or_path,
             ref_model=reference.config._name_or_path, **{name: getattr(self.args, name) for name in names},
+            **adapter_settings(self.model), **adapter_settings(reference, "ref_model.peft_config"),
         )  # fmt: skip
 
     def _move_beta(self, step: int) -> None:
@@ -285,7 +289,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             return without_adapter(self.model)
         ref_model = self._plain(self.ref_model)
         inputs = by_call(ref_model) if gathers_itself(ref_model) else head_inputs
-        check_reference(self.model, ref_model, autocast, inputs, batch)
+        # To one dtype, which the reference has from TRL already and the policy gets when training begins.
+        cast = self.is_deepspeed_enabled or (self.is_fsdp_enabled and autocast is not None)
+        check_reference(self.model, ref_model, autocast, inputs, batch, cast)
         return frozen_reference(ref_model, inputs)
 
     def _plain(self, model: Any) -> Any:
@@ -379,7 +385,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             ) from error
         loss = out.loss
         self.append_to_record(out, rows)
-        self._add_metrics("train" if training else "eval", out, labels, rows["attention_mask"])
+        self._add_metrics("train" if training else "eval", out, labels, rows)
         if training and num_items_in_batch is not None:
             # Ranks' gradients are averaged, hence times their number.
             loss = loss * (_pairs(rows).sum() * self.averaged_over / num_items_in_batch)
@@ -417,7 +423,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         rows = ("input_ids", "attention_mask", "completion_mask", ROW, PAIR_ID)
         return {name: of_pairs(batch[name], pairs) for name in rows if name in batch}, of_pairs(labels, pairs), pairs
 
-    def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, mask: Tensor) -> None:
+    def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, batch: dict[str, Tensor]) -> None:
         """Hands the log the figures of the pairs of every rank, so that its means are theirs."""
         chosen, rejected = (labels != IGNORE).sum(1).chunk(2)
         of_pair = {OF_PAIRS[name]: values for name, values in pair_metrics(out).items() if name in OF_PAIRS}
@@ -435,11 +441,13 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             sums["logits/chosen"], sums["logits/rejected"] = zip(
                 self.loss_fn.logits.chunk(2), (chosen, rejected), strict=True
             )
-        columns = [*of_pair.values(), *(t for pair in sums.values() for t in pair), mask.sum(1).view(2, -1).sum(0)]
+        tokens = batch["attention_mask"].sum(1).view(2, -1).sum(0)
+        columns = [*of_pair.values(), *(t for pair in sums.values() for t in pair), tokens]
         # Ranks may hold unequal numbers of pairs; β is 0 in padding and where nothing is scored.
         rows = torch.stack([out.beta, *columns], 1).double()
         rows = self.accelerator.gather(self.accelerator.pad_across_processes(rows))
-        beta, *figures = rows[rows[:, 0] != 0].T.tolist()
+        scored = rows[:, 0] != 0
+        beta, *figures = rows[scored].T.tolist()
         if not beta:
             return
         metrics = self._metrics[split]
@@ -449,7 +457,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             elif split == "eval":
                 self._losses += values
             else:
-                self._stop_if_not_finite(values)
+                if not all(map(math.isfinite, values)):
+                    bad = ~rows[:, 1 + list(of_pair).index("losses")].isfinite() & scored
+                    stop_not_finite(self.named(batch, bad), self)
         for i, name in enumerate(sums):
             first = len(of_pair) + 2 * i
             self._sums[split][name] += torch.tensor(figures[first : first + 2], dtype=torch.float64).sum(1)
@@ -472,14 +482,6 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         if self._losses:  # transformers counts the repeats that fill a last batch up
             out.metrics[f"{metric_key_prefix}_loss"] = math.fsum(self._losses) / len(self._losses)
         return out
-
-    def _stop_if_not_finite(self, losses: list[float]) -> None:
-        bad = [i for i, loss in enumerate(losses) if loss - loss != 0]
-        if bad:
-            raise NotFiniteError(
-                f"step {self.state.global_step + 1}: the loss of the pairs {bad} of a micro-batch of {len(losses)} is "
-                f"not finite. Nothing of this step was applied; the last checkpoint is in {self.args.output_dir}"
-            )
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -525,7 +527,6 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
                 f"resume_from_checkpoint: got {folder} without {LOSS_STATE}, takes a checkpoint of EpsilonDPOTrainer: "
                 "the running β would be lost. To start ε-DPO from another trainer's model, give it as model"
             )
-        check_settings(folder / LOSS_STATE, self._settings)
         check_checkpoint(folder, self)
         super()._load_optimizer_and_scheduler(checkpoint)
         self._total_train_tokens = int(self._load_state(folder))

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..pair import BETA_DPO_MOMENTUM, beta_dpo, losses_and_coefficients, lsc_dpo, pair_beta, perturbation_step
+from ..pair import (
+    BETA_DPO_MOMENTUM,
+    beta_dpo,
+    losses_and_coefficients,
+    lsc_dpo,
+    next_beta,
+    pair_beta,
+    perturbation_step,
+)
 
 if TYPE_CHECKING:
     from .audit import Audit, Columns
@@ -90,15 +98,12 @@ def _betas(result: Audit, rows: Columns, decision: np.ndarray) -> tuple[np.ndarr
     by_value = np.lexsort([rows["beta"][train], group])
     held = rows["beta"][train][by_value[first + count // 2]].astype(np.float64)  # rows are in the order of their steps
     relaxed, tightened = (np.bincount(group, decision[train] == sign) for sign in (1, -1))
-    epsilon, update = options["epsilon"], options["beta_update"]
+    epsilon, after = options["epsilon"], held
     if options["method"] == "lsc-dpo":
         after = _lsc_dpo_after(options, rows, held, group, count)
-    elif options["method"] != "eps-dpo" or update == "none":
-        after = held
-    elif update == "mean-step":
-        after = held / (1 + epsilon * (relaxed - tightened) / count)
-    else:
-        after = held * (relaxed / (1 + epsilon) + (count - relaxed - tightened) + tightened / (1 - epsilon)) / count
+    elif options["method"] == "eps-dpo":
+        kept = count - relaxed - tightened
+        after = next_beta(held, relaxed, kept, tightened, epsilon, options["beta_update"])
     # β after each step that was taken, and at the start: what the next step, and an evaluation of that policy, works
     # with.
     start = np.nan if result.facts.get("begins_after") else np.float32(options["beta"])
