@@ -132,6 +132,6 @@ def test_what_is_asked_for(monkeypatch, tmp_path):
 def test_rows_that_cannot_be_shared(by_batch, said):
     trainer = PackedBatches()
     trainer.sequence_group, trainer.by_batch = SimpleNamespace(size=lambda: 2), by_batch
-    trainer.train_dataset, trainer.eval_dataset, trainer.args = [], None, SimpleNamespace(dataloader_drop_last=False)
+    trainer.train_dataset, trainer.eval_dataset, trainer.args = [{}], None, SimpleNamespace(dataloader_drop_last=False)
     with pytest.raises(ValueError, match=f"parallelism_config: {said}"):
         trainer.set_layout([], packed=False, max_tokens=None)

@@ -569,7 +569,10 @@ def test_refused_models(tiny, tmp_path):
         make(tiny, tmp_path, model=strange)
 
 
-def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False, best=False, processes=2, **batches):
+def launched(
+    fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False, best=False, processes=2, strategy="random",
+    **batches,
+):  # fmt: skip
     """As much of a trainer as says how it was launched: launching it so takes GPUs."""
     config = {"zero_optimization": {"stage": zero_stage}}
     if autotp:
@@ -581,7 +584,10 @@ def launched(fsdp=None, parallelism=None, zero_stage=None, autotp=0, sync=False,
     batches = SimpleNamespace(**{"split_batches": False, "dispatch_batches": False, "even_batches": True} | batches)
     return SimpleNamespace(
         accelerator=accelerator, is_deepspeed_enabled=zero_stage is not None, is_fsdp_enabled=fsdp is not None,
-        args=SimpleNamespace(sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best, n_gpu=1),
+        args=SimpleNamespace(
+            sync_ref_model=sync, accelerator_config=batches, load_best_model_at_end=best, n_gpu=1,
+            train_sampling_strategy=strategy,
+        ),
         model=transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
                 vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
@@ -610,6 +616,8 @@ TENSOR = accelerate.ParallelismConfig(tp_size=2)
         ({"dispatch_batches": True}, "accelerator_config: got .*dispatch_batches=True"),
         ({"even_batches": False}, "accelerator_config: .* even_batches=False in several processes, takes .*True"),
         ({"split_batches": True}, "accelerator_config: got split_batches=True, .* per_device_train_batch_size"),
+        ({"strategy": "batch_rebalance"}, "train_sampling_strategy: got 'batch_rebalance' in several processes"),
+        ({"strategy": "batch_rebalance", "processes": 1}, None),
         ({"dispatch_batches": True, "even_batches": False, "processes": 1}, None),
         ({}, None),
         ({"parallelism": accelerate.ParallelismConfig(dp_replicate_size=2)}, None),

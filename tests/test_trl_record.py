@@ -219,6 +219,22 @@ def test_resumed_without_gap_or_double(tiny, tmp_path):
     assert frame(tmp_path / "other").equals(whole)
 
 
+def test_grouped_by_length_and_resumed(tiny, tmp_path):
+    """In the second epoch, which is grouped anew and alike."""
+    data = trl_runs.pairs(tiny, 12)
+    data = data.add_column("length", [len(row["chosen"]) for row in data])
+    more = {
+        "train_sampling_strategy": "group_by_length", "remove_unused_columns": False, "max_steps": 8,
+        "gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 6,
+    }  # fmt: skip
+    train(tiny, tmp_path, data, **more)
+    whole = frame(tmp_path)
+    epochs = [whole["row"].tolist()[i : i + 12] for i in (0, 12)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
+    make(tiny, tmp_path, data, **more).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert frame(tmp_path).equals(whole)
+
+
 def test_begun_anew_in_the_same_folder(tiny, tmp_path):
     """As people run a script again: nothing is lost, and nothing of the first run counts for the second."""
     train(tiny, tmp_path, max_steps=4, save_strategy="steps", save_steps=4)

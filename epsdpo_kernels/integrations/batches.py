@@ -86,7 +86,6 @@ class PackedBatches(SharedRows):
         if self.by_batch and self.sequence_group is not None:
             raise ValueError("parallelism_config: got sp_size with a loss whose β is a batch's, takes none")
         self.max_tokens, self._models = max_tokens, list(models)
-        self.add_callback(OrderOfEpoch())  # type: ignore[attr-defined]
         self._check_data(models, images)
         reason: str | None = "packed is False"
         if packed and images:
@@ -100,6 +99,7 @@ class PackedBatches(SharedRows):
             raise ValueError(
                 f"parallelism_config: got sp_size={self.sequence_ranks}, takes rows that can be packed: {reason}"
             )
+        self.add_callback(OrderOfEpoch())  # type: ignore[attr-defined]
         if not packed:
             return
         self.packed = reason is None
@@ -272,6 +272,28 @@ class OrderOfEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
+
+
+class SeededSampler(Sampler[int]):
+    """Another sampler's order, drawn by seed and epoch alone, so that all ranks and a resumed run agree on it.
+
+    Args:
+        sampler: draws from its ``generator``.
+    """
+
+    def __init__(self, sampler: Any, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+        sampler.generator = torch.Generator(torch.get_default_device())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator.manual_seed(self.seed + self.epoch)
+        yield from self.sampler
 
 
 class DealtSampler(Sampler[int]):

@@ -257,6 +257,7 @@ class RecordedTRL(Recorded):
         return f"{chosen.nonzero().flatten().tolist()} of a micro-batch of {len(chosen)}"
 
     def append_to_record(self, out: EpsilonDPOOutput, inputs: dict[str, Tensor]) -> None:
+        """Adds the pairs of a batch, or of its part."""
         if self.record is None:
             return
         training = self.model.training

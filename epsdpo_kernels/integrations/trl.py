@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from safetensors import safe_open
@@ -43,13 +42,14 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import DPOConfig, DPOTrainer
 
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
-from .batches import PackedBatches, check_any, named_sets
+from .batches import PackedBatches, SeededSampler, check_any, named_sets
 from .checkpoints import adapter_settings, as_metadata, run_settings
 from .checks import (
     check_adapter,
@@ -344,12 +344,10 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
-        if type(sampler) is not RandomSampler:
+        if not isinstance(sampler, (RandomSampler, LengthGroupedSampler)):
             return sampler
-        # accelerate would put its own in a RandomSampler's place, for an order that all ranks agree on.
-        return self.dealt(
-            SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed), sampler.data_source
-        )
+        by_epoch = SeededSampler(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return self.dealt(by_epoch, sampler.data_source) if isinstance(sampler, RandomSampler) else by_epoch
 
     def labels_of(self, batch: dict[str, Tensor]) -> Tensor:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
@@ -640,6 +638,11 @@ def _refuse_launch(trainer: EpsilonDPOTrainer) -> None:
             "several processes, takes False, False and True: a batch is all chosen completions, then all rejected "
             "ones, and cannot be dealt out; all ranks take part in every step; and per_device_train_batch_size is what "
             "each of them has"
+        )
+    if trainer.accelerator.num_processes > 1 and trainer.args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy: got 'batch_rebalance' in several processes, takes 'random', whose pairs are "
+            "dealt by tokens too where rows are packed: batches would be of different sizes, by which repeats are told"
         )
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     parallelism = trainer.accelerator.parallelism_config
