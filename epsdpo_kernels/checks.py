@@ -81,6 +81,8 @@ def check_tokens(hidden: Tensor, labels: Tensor, ref_hidden: Tensor, cu_seqlens:
     """Raises where the padded (2B, T, H) or packed (N, H) tensors do not fit each other."""
     bounds = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
     check_tensors(hidden=hidden, labels=labels, ref_hidden=ref_hidden, **bounds)
+    if hidden.is_meta:
+        raise ValueError("hidden: got a tensor on meta, which holds no numbers, takes one on a device")
     dims, form = (3, "(2B, T, H)") if cu_seqlens is None else (2, "(N, H)")
     for name, tensor in (("hidden", hidden), ("ref_hidden", ref_hidden)):
         if tensor.dtype not in DTYPES:

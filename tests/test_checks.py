@@ -56,6 +56,7 @@ BAD_TENSORS = [
     (0, lambda t: None, TypeError, "^hidden: got NoneType, takes a dense tensor"),
     (1, lambda t: t.tolist(), TypeError, "^weight: got list, takes a dense tensor"),
     (2, lambda t: t.to_sparse(), TypeError, "labels: got a torch.sparse_coo tensor, takes a dense"),
+    (0, lambda t: t.to("meta"), ValueError, "^hidden: got a tensor on meta, which holds no numbers"),
     (4, lambda t: "w", TypeError, "ref_weight: got str, takes a dense"),
     (0, lambda t: t[:3], ValueError, "hidden: got 3 rows, takes an even number|labels: got shape"),
     (0, lambda t: t[0], ValueError, r"hidden: got shape \(7, 6\), takes \(2B, T, H\)"),
