@@ -389,7 +389,7 @@ def test_a_metric_that_no_evaluation_gives_is_refused(tiny, tmp_path, family, mo
 def test_pairs_that_would_all_be_dropped_are_refused(tiny, tmp_path):
     for more, said in (
         ({"count": 2}, "2 pairs in train_dataset"),
-        ({"eval_dataset": {"few": trl_runs.pairs(tiny, 7)}}, "7 pairs in few, .* takes at least 8"),
+        ({"eval_dataset": {"few": trl_runs.pairs(tiny, 7)}}, r"7 pairs in eval_dataset\['few'\], .* takes at least 8"),
     ):
         with pytest.raises(ValueError, match=f"dataloader_drop_last: got True with {said}"):
             make(tiny, tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8, **more)

@@ -193,7 +193,7 @@ def test_tensor_parallelism_is_one_process(tiny, tmp_path):
 def test_what_tensor_parallelism_does_not_go_with(tiny, tmp_path, how, said):
     how = {"gradient_accumulation_steps": 2} | how
     if resume := how.pop("resume", None):
-        run(tmp_path, tiny, 1, 43, save_strategy="steps", save_steps=1, max_steps=1)
+        run(tmp_path, tiny, 2, 43, **how, save_strategy="steps", save_steps=1, max_steps=1, save_only_model=True)
         how["resume"] = str(tmp_path / "run" / resume)
     with pytest.raises(AssertionError, match=said):
         run(tmp_path, tiny, 2, 43, **how)

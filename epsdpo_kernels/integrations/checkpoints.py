@@ -91,9 +91,10 @@ def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> di
 def adapter_settings(model: Any, argument: str = "peft_config") -> dict[str, Any]:
     """A PEFT model's adapter in use, by its configuration's fields under ``argument``; of another model, that it has
     none."""
-    if not hasattr(model, "peft_config"):
+    # transformers' own adapters, which a reference may have, count as its weights.
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
         return {argument: None}
-    config = model.active_peft_config
     fields = {f"{argument}.{name}": value for name, value in config.to_dict().items() if name not in ELSEWHERE}
     return {argument: type(config).__name__} | fields
 
