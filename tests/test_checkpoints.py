@@ -10,6 +10,7 @@ peft = pytest.importorskip("peft", reason="the trainer's extra is not installed"
 datasets = pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 pytest.importorskip("trl", reason="the extra 'trl' is not installed")
 
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import trl_runs  # noqa: E402
@@ -224,6 +225,18 @@ def test_trl_without_a_complete_checkpoint_nothing_is_resumed(tiny, tmp_path):
         by_trl(tiny, tmp_path, "last")
 
 
+@BOTH
+def test_a_checkpoint_of_another_version_is_refused(tiny, tmp_path, train):
+    """Before anything of it is loaded: its counts were a tensor of another name."""
+    train(tiny, tmp_path, max_steps=2)
+    [state] = set((tmp_path / "checkpoint-2").glob("*.safetensors")) - {tmp_path / "checkpoint-2" / "model.safetensors"}
+    with safe_open(state, "pt") as file:
+        metadata, held = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    save_file({"counts" if name == "_extra_state" else name: held[name] for name in held}, state, metadata)
+    with pytest.raises(ValueError, match="checkpoint-2, whose .* holds beta, counts.*, takes one that holds _extra_st"):
+        train(tiny, tmp_path, "last", max_steps=4)
+
+
 def test_ranks_that_share_a_row_are_a_setting(tmp_path, monkeypatch):
     """As many processes with another sp_size are another number of batches."""
     args = transformers.TrainingArguments(tmp_path, report_to="none", use_cpu=True)
@@ -234,6 +247,6 @@ def test_ranks_that_share_a_row_are_a_setting(tmp_path, monkeypatch):
     assert (one["sp_size"], two["sp_size"]) == (1, 2)
     metadata = as_metadata(one)
     save_file({"beta": torch.ones(())}, tmp_path / "state.safetensors", metadata)
-    check_settings(tmp_path / "state.safetensors", one)
+    check_settings(tmp_path / "state.safetensors", one, ["beta"])
     with pytest.raises(ValueError, match="other settings .sp_size was 1, is 2., takes one with the same"):
-        check_settings(tmp_path / "state.safetensors", two)
+        check_settings(tmp_path / "state.safetensors", two, ["beta"])

@@ -155,7 +155,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         args, {"dataset": pairs, "eval_dataset": held_out}, "pair_id", **own, **adapter_settings(model)
     )
     if resume:
-        check_settings(resume / LOSS_STATE, settings)
+        check_settings(resume / LOSS_STATE, settings, loss_fn.state_dict())
     done = checkpoint_step(resume) if resume else None
     # What began at the start was evaluated there.
     args.eval_on_start = args.eval_on_start and not resume

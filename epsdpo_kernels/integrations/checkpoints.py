@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,19 @@ def as_metadata(settings: Mapping[str, Any]) -> dict[str, str]:
     return {SETTINGS: json.dumps(settings)}
 
 
-def check_settings(state: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError where the checkpoint with this file was made by a run of other settings, naming them."""
+def check_settings(state: Path, settings: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raises ValueError where the checkpoint with this file was made by a run of other settings, naming them, or by
+    another version of this package, whose file holds other tensors than those of ``names``."""
     if not state.is_file():
         return  # what is missing is said elsewhere
     with safe_open(state, "pt") as file:
-        theirs = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+        theirs, held = json.loads((file.metadata() or {}).get(SETTINGS, "{}")), set(file.keys())
+    if held != set(names):
+        raise ValueError(
+            f"resume_from_checkpoint: got {state.parent}, whose {state.name} holds {', '.join(sorted(held))}, takes "
+            f"one that holds {', '.join(sorted(names))}: another version of epsdpo_kernels wrote it, with which it can "
+            "be resumed. To start a new run from its weights, give it as model"
+        )
     other = [name for name in settings if name in theirs and settings[name] != theirs[name]]
     if other:
         differences = "; ".join(f"{name} was {theirs[name]!r}, is {settings[name]!r}" for name in other)

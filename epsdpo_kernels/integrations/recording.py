@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,15 @@ class RecordedTRL(Recorded):
     _due = 0  # the row that a stream has to have reached for its next pair on this rank
     _resumed: Path | None = None  # the checkpoint that train() goes on from
     _own_file = ""
+    _own_names: Collection[str] = ()
     _settings: dict[str, Any]  # that a run keeps when it goes on from a checkpoint
 
-    def keep_identities(self, own: str) -> None:
+    def keep_identities(self, own: str, names: Collection[str]) -> None:
         """To be called once, when the trainer has everything: its batches say which pairs they hold.
 
-        ``own`` is the file by which its checkpoints are known.
+        ``own`` is the file by which its checkpoints are known, ``names`` are those of the tensors in it.
         """
-        self._own_file = own
+        self._own_file, self._own_names = own, names
         self.data_collator = WithIdentity(self.data_collator)
         self.add_callback(_Moments(self))  # type: ignore[attr-defined]
 
@@ -137,7 +139,7 @@ class RecordedTRL(Recorded):
             self._resumed = checkpoint_of(None if asked is True else asked, run)
             if self._resumed is None:
                 raise ValueError(f"resume_from_checkpoint: got {asked}, but {run} has no complete checkpoint")
-            check_settings(self._resumed / self._own_file, self._settings)
+            check_settings(self._resumed / self._own_file, self._settings, self._own_names)
         return super().train(self._resumed and str(self._resumed), *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):

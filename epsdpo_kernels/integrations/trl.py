@@ -223,7 +223,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         self.set_layout(models, config.packed, config.max_tokens_per_batch, images=self._is_vision_dataset)
         if self._is_vision_dataset:
             self.train_dataset, self.eval_dataset = map(self.numbered, (self.train_dataset, self.eval_dataset))
-        self.keep_identities(LOSS_STATE)
+        self.keep_identities(LOSS_STATE, {*self.loss_fn.state_dict(), TOKENS, EPOCHS})
         self._settings = self._run_settings()
         # Since the last line of the log, by split and figure: (2,) its sum over tokens, and these.
         self._sums: dict[str, Any] = {
