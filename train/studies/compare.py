@@ -1,10 +1,12 @@
 """``python -m train.studies.compare``: the methods side by side on one model and data set, in tables and a picture.
 
-Every run is a ``python -m train`` of its own, so that memory and time are its own. A run that is there is not made
-again, one that was cut short goes on from its last checkpoint, and the tables are written anew after every run: a long
-comparison can be left in the background, stopped, and started again with the same words. Each final policy is measured
-against the ORIGINAL reference, also where the method's own reference has moved, and pair by pair, so that methods are
-compared on the same pairs. Short runs beside them show what the same batch, cut into other micro-batches, decides.
+Every run is a ``python -m train`` of its own, so that memory and time are its own. What a run has given is in one file
+beside its folder, of which alone the tables are made: it goes on, with these files, on another machine. A run that has
+one is not made again, one that was cut short goes on from its last checkpoint, and the tables are written anew after
+every run: a long comparison can be left in the background, stopped, and started again with the same words. Each final
+policy is measured against the ORIGINAL reference, also where the method's own reference has moved, and pair by pair, so
+that methods are compared on the same pairs. Short runs beside them show what the same batch, cut into other
+micro-batches, decides.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -36,8 +39,8 @@ from ..models import load_model
 from ..options import PairOptions
 from .common import LOOKS, Mean, grid, mean, plus_minus
 
-# A run's held-out figures, and what making it took.
-FINAL, MADE = "against_original.json", "made.json"
+# What making a run took.
+MADE = "made.json"
 # What a comparison calls eps-dpo with a veto.
 VETO = "eps-dpo-veto"
 # Those that also run from the other β₀.
@@ -101,14 +104,14 @@ def plan(options: argparse.Namespace) -> list[Run]:
     ]
 
 
-def train(run: Path, method: str, seed: int, flags: list[str], veto: list[str] | None = None) -> bool:
-    """One run, unless it is done already; whether it was made now.
+def train(run: Path, method: str, seed: int, flags: list[str], veto: list[str] | None = None) -> None:
+    """One run, unless it is done already.
 
     Raises:
         subprocess.CalledProcessError: the run failed; its output.txt says why.
     """
     if (run / "trainer_state.json").exists():
-        return False
+        return
     resume = ["--resume_from_checkpoint=last"] if last_checkpoint(run) else []
     if not resume:
         shutil.rmtree(run, ignore_errors=True)
@@ -125,7 +128,31 @@ def train(run: Path, method: str, seed: int, flags: list[str], veto: list[str] |
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     made = {"bytes": peak * 1024, "bound_only": peak == before, "resumed": bool(resume)}
     (run / MADE).write_text(json.dumps(made))
-    return True
+
+
+def figures(out: Path, run: Run) -> dict[str, Any]:
+    """What a run that is done has given, from its file, which is written where it is missing.
+
+    ``steps``: the running β and the shares relaxed and tightened, a list of steps each; ``seconds`` a step; ``made``:
+    what making it took; and those of :func:`against_original`.
+    """
+    path, folder = figures_path(out, run), out / run.name
+    if not path.exists():
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        steps = [entry for entry in log if "loss" in entry]
+        found = {
+            "steps": {name: [step[f"beta/{name}"] for step in steps] for name in ("running", "relaxed", "tightened")},
+            "seconds": next(entry["train_runtime"] for entry in log if "train_runtime" in entry) / len(steps),
+            "made": json.loads((folder / MADE).read_text()),
+        }
+        part = path.with_suffix(".part")  # a kill leaves no half of a file
+        part.write_text(json.dumps(found | against_original(folder)) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def figures_path(out: Path, run: Run) -> Path:
+    return out / f"{run.name}.json"
 
 
 @torch.no_grad()
@@ -135,8 +162,6 @@ def against_original(run: Path) -> dict[str, list]:
     ``margin`` is without β, so that methods whose β differ can be compared; ``kl`` and ``reverse_kl`` are exact over
     the vocabulary and summed over the ``tokens`` of the chosen completion; ``row`` is the pair's in the data.
     """
-    if (run / FINAL).exists():
-        return json.loads((run / FINAL).read_text())
     facts = json.loads((run / "run.json").read_text())
     options, arguments = facts["options"], facts["training_arguments"]
     original, tokenizer = load_model(options["model"], options["dtype"])
@@ -160,8 +185,7 @@ def against_original(run: Path) -> dict[str, list]:
         tokens = (labels != -100).sum(1).chunk(2)[0]
         values = (batch["row"], margin, forward.chosen_kl, reverse.chosen_kl, tokens)
         for column, value in zip(found.values(), values, strict=True):
-            column += value.tolist()
-    (run / FINAL).write_text(json.dumps(found))
+            column += [float(f"{one:.7g}") if isinstance(one, float) else one for one in value.tolist()]
     return found
 
 
@@ -173,18 +197,8 @@ def discard_weights(run: Path) -> None:
 
 
 def collect(out: Path, runs: list[Run]) -> dict[Run, dict[str, Any]]:
-    """What those runs that are done logged, and their held-out figures."""
-    done = {}
-    for run in runs:
-        folder = out / run.name
-        if not (folder / FINAL).exists():
-            continue
-        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        steps = [entry for entry in log if "loss" in entry]
-        seconds = next(entry["train_runtime"] for entry in log if "train_runtime" in entry) / len(steps)
-        made = json.loads((folder / MADE).read_text())
-        done[run] = {"steps": steps, "seconds": seconds, "made": made} | against_original(folder)
-    return done
+    """The figures of those runs that are done."""
+    return {run: figures(out, run) for run in runs if figures_path(out, run).exists()}
 
 
 def per_pair(found: dict[str, Any], measure: str) -> list[float]:
@@ -232,11 +246,11 @@ def tables(done: dict[Run, dict[str, Any]], runs: list[Run], idle: bool) -> str:
     for run, found in done.items():
         steps, made = found["steps"], found["made"]
         cells = [f"{mean(per_pair(found, name)).value:.{digits}f}" for name, _, digits in MEASURES]
-        shares = [f"{mean([step[f'beta/{name}'] for step in steps]).value:.0%}" for name in ("relaxed", "tightened")]
+        shares = [f"{mean(steps[name]).value:.0%}" for name in ("relaxed", "tightened")]
         # What a resumed run took is not in its last part's time.
         seconds = f"{found['seconds']:.3g}" if idle and not made["resumed"] else "–"
         peak = f"{'≤ ' if made['bound_only'] else ''}{made['bytes'] / 2**30:.2f}"
-        beta = f"{steps[-1]['beta/running']:.4f}"
+        beta = f"{steps['running'][-1]:.4f}"
         singly.append([run.method, f"{run.beta:g}", str(run.seed), *cells, beta, *shares, seconds, peak])
     means, differences = [], []
     for (method, start), own in groups(runs).items():
@@ -330,12 +344,12 @@ def picture(done: dict[Run, dict[str, Any]], runs: list[Run], path: Path) -> Non
         if len(own) > 1:
             swept.errorbar([beta for beta, _ in own], [m.value for m in margin], [m.error for m in margin], **look)
         steps = done[Run(method, first.beta, first.seed)]["steps"]
-        x = range(1, len(steps) + 1)
+        x = range(1, len(steps["running"]) + 1)
         line = "--" if method == "tr-dpo" else "-"  # its β is DPO's
-        betas.plot(x, [s["beta/running"] for s in steps], line, color=colour, label=method)
+        betas.plot(x, steps["running"], line, color=colour, label=method)
         if method == "eps-dpo":
             for what, line in (("relaxed", "-"), ("tightened", ":")):
-                decisions.plot(x, [s[f"beta/{what}"] for s in steps], line, color=colour, label=what)
+                decisions.plot(x, steps[what], line, color=colour, label=what)
     gained.set(xlabel="KL(policy ‖ original), nats a token", ylabel="held-out margin, nats", title="Margin and KL")
     swept.set(xlabel="β₀", ylabel="held-out margin, nats", title="Margin by β₀", xscale="log")
     betas.set(
@@ -371,29 +385,30 @@ def main(arguments: list[str] | None = None) -> None:
     for i, run in enumerate(runs):
         folder, start = options.out / run.name, time.monotonic()
         print(f"{time.strftime('%H:%M:%S')} run {i + 1} of {len(runs)}, {run.name}: ", end="", flush=True)
+        done = figures_path(options.out, run).exists()
         try:
-            made = train(folder, run.method, run.seed, [*flags, f"--beta={run.beta}"], options.veto)
+            if not done:
+                train(folder, run.method, run.seed, [*flags, f"--beta={run.beta}"], options.veto)
         except subprocess.CalledProcessError as error:
             failed.append(run.name)
             print(f"FAILED with status {error.returncode}, see {folder / 'output.txt'}", flush=True)
             continue
-        against_original(folder)
+        figures(options.out, run)
         if options.discard_weights:
             discard_weights(folder)
         write(options, runs)
-        if made:
-            took.append(time.monotonic() - start)
-            left = sum(took) / len(took) * sum(not (options.out / other.name / FINAL).exists() for other in runs)
-            print(f"{took[-1] / 60:.1f} min; those to come, at this rate, {left / 60:.0f} min", flush=True)
-        else:
+        if done:
             print("done before", flush=True)
+            continue
+        took.append(time.monotonic() - start)
+        left = sum(took) / len(took) * sum(not figures_path(options.out, other).exists() for other in runs)
+        print(f"{took[-1] / 60:.1f} min; those to come, at this rate, {left / 60:.0f} min", flush=True)
     if options.micro_steps:
         train_micro(options.out, options.seeds[0], options.micro_steps, [*flags, f"--beta={options.betas[0]}"])
     print(write(options, runs))
-    done = collect(options.out, runs)
     if failed:
         sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same words try them again")
-    picture(done, runs, options.out / "comparison.png")
+    picture(collect(options.out, runs), runs, options.out / "comparison.png")
     print(f"\nwritten to {options.out / 'comparison.md'} and {options.out / 'comparison.png'}")
 
 
