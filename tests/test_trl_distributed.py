@@ -38,7 +38,7 @@ def launch(processes: int, folder: Path) -> None:
 
 def run(
     folder: Path, tiny: Path, processes: int, pairs: int, lora=False, streams=(), masked=(), sees="",
-    resume=None, tensor="", shards=1, **more,
+    resume=None, tensor="", shards=1, by_node=False, **more,
 ):  # fmt: skip
     folder.mkdir(exist_ok=True)
     options = trl_runs.options(folder / "run", gradient_accumulation_steps=2 // processes, max_steps=8, epsilon=0.05)
@@ -49,6 +49,7 @@ def run(
         "lora": lora,
         "streams": streams,
         "shards": shards,
+        "by_node": by_node,
         "masked": masked,
         "sees": sees,
         "resume": resume,
@@ -124,6 +125,22 @@ def test_a_streamed_evaluation_is_one_process(tiny, tmp_path):
     two = run(tmp_path / "two", tiny, 2, 19, streams=("eval",), **more)
     same(two, run(tmp_path / "one", tiny, 1, 19, **more))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream"])
+
+
+def test_a_streamed_evaluation_in_shards_is_one_process(tiny, tmp_path):
+    """Of 4 and 3 pairs, which one rank, or worker process, each would have read alone, and the other waited for."""
+    more = {"per_device_eval_batch_size": 1, "max_steps": 4}
+    two = run(tmp_path / "two", tiny, 2, 19, streams=("eval",), shards=2, dataloader_num_workers=2, **more)
+    same(two, run(tmp_path / "one", tiny, 1, 19, **more))
+    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream"])
+
+
+@pytest.mark.parametrize("split, name", [("train", "train_dataset"), ("eval", "eval_dataset")])
+def test_a_stream_that_is_split_already_is_refused(tiny, tmp_path, split, name):
+    with pytest.raises(
+        AssertionError, match=f"{name}: got a stream that split_dataset_by_node has split, takes a whol"
+    ):
+        run(tmp_path, tiny, 2, 19, streams=(split,), shards=4, by_node=True)
 
 
 @pytest.mark.parametrize("streams", [(), ("train", "eval")], ids=["", "streams"])

@@ -6,12 +6,14 @@ The folder holds the arguments of a run as JSON; its log and the full weights at
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import transformers
 import trl.trainer.base_trainer
 from accelerate import ParallelismConfig
+from datasets.distributed import split_dataset_by_node
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,7 +34,10 @@ def data(job: dict, pairs: int, split: str):
     found = trl_runs.pairs(Path(job["tiny"]), pairs)
     if job["sees"]:
         found = vision.pairs(job["sees"], found, pairs)
-    return found.to_iterable_dataset(job["shards"]) if split in job["streams"] else found
+    if split not in job["streams"]:
+        return found
+    stream = found.to_iterable_dataset(job["shards"])
+    return split_dataset_by_node(stream, rank=int(os.environ["RANK"]), world_size=2) if job["by_node"] else stream
 
 
 def whole(p: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler, get_worker_info
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
@@ -115,6 +115,7 @@ class PackedBatches(SharedRows):
         sets = named_sets(self.train_dataset, "train_dataset") | named_sets(self.eval_dataset, "eval_dataset")
         for name, dataset in sets.items():
             pairs = getattr(dataset, "pairs", dataset)
+            check_whole(pairs, name, self.data_ranks)
             check_any(pairs, name, max_length)
             if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
                 size = self.args.train_batch_size if name == "train_dataset" else self.args.eval_batch_size
@@ -134,6 +135,7 @@ class PackedBatches(SharedRows):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if not isinstance(eval_dataset, str):  # the name of one that the trainer has
             for name, one in named_sets(eval_dataset, "eval_dataset").items():
+                check_whole(one, name, self.data_ranks)
                 check_any(getattr(one, "pairs", one), name)
         return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
 
@@ -425,6 +427,35 @@ def check_any(dataset: Any, name: str, max_length: int | None = None) -> None:
         return
     left = "" if max_length is None else f" that max_length={max_length} leaves a completion"
     raise ValueError(f"{name}: got no pair{left}, takes at least one")
+
+
+def check_whole(dataset: Any, name: str, ranks: int) -> None:
+    """Raises ValueError where a stream was split over ranks before the trainer does so, which would leave pairs out."""
+    if ranks > 1 and getattr(dataset, "_distributed", None) is not None:
+        raise ValueError(
+            f"{name}: got a stream that split_dataset_by_node has split, takes a whole one: every rank is given its "
+            "own pairs here"
+        )
+
+
+class Undivided(IterableDataset):
+    """A `datasets` stream of which every rank and worker process reads all rows, to be dealt out row by row.
+
+    accelerate gives ranks, and `datasets` gives workers, whole shards where there are enough: ranks have then
+    different numbers of batches, and wait for ever for one that is at its end.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        if worker is None or worker.id == 0:
+            for row in self.stream.iter(batch_size=1):  # which knows of no workers
+                yield {name: column[0] for name, column in row.items()}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
 
 
 def check_kept(pairs: int, name: str, batch_size: int, ranks: int) -> None:

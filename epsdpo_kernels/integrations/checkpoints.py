@@ -81,8 +81,7 @@ def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> di
     found = own | {name: getattr(args, name, None) for name in ORDER} | {"sp_size": sequence_ranks(args)}
     for name, one in data.items():
         if isinstance(one, datasets.IterableDataset):
-            if one._distributed is None:  # else every rank has another
-                found[name] = _beginning(one, ids)
+            found[name] = _beginning(one, ids)
         elif ids in (getattr(one, "column_names", None) or ()):
             found[name] = _digest(one, ids)
     return json.loads(json.dumps(found, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))

@@ -19,7 +19,7 @@ from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
 from ..record.recorder import TRAIN, numbers
 from .checkpoints import check_settings, checkpoint_of, checkpoint_step, set_later_aside
-from .sequence import sequence_ranks
+from .sequence import sequence_ranks, tensor_ranks
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
 # rows first, so that whoever takes rows out of a batch takes these too.
@@ -112,11 +112,11 @@ class RecordedTRL(Recorded):
         self.data_collator = WithIdentity(self.data_collator)
         self.add_callback(_Moments(self))  # type: ignore[attr-defined]
 
-    def numbered(self, dataset: Any) -> Any:
+    def numbered(self, dataset: Any, name: str = "eval") -> Any:
         """A data set with images, or several by name, or None, with its rows' numbers: TRL prepares nothing of them."""
         if isinstance(dataset, dict):
-            return {name: self.numbered(one) for name, one in dataset.items()}
-        return None if dataset is None else identified(dataset, self.args, "eval", images=True)
+            return {name: self.numbered(one, name) for name, one in dataset.items()}
+        return None if dataset is None else identified(dataset, self.args, name, images=True)
 
     def start_recording(self, options: dict[str, Any]) -> None:
         """To be called after that, where there is to be a record; ``options`` are those that run.json is to hold."""
@@ -337,10 +337,18 @@ def identified(dataset: Any, args: Any, name: str, images: bool = False) -> Any:
             desc=f"Numbering {name} dataset",
         )  # fmt: skip
     # Where a stream is dealt out before it is numbered, a place is nobody's.
-    readers = max(args.dataloader_num_workers, args.world_size // sequence_ranks(args))
-    dealt = readers > 1 and dataset.num_shards > 1
-    dealt = dealt or getattr(dataset, "_distributed", None) is not None
+    ranks = args.world_size // (sequence_ranks(args) * tensor_ranks(args))
+    by_workers = ranks == 1 and args.dataloader_num_workers > 1 and dataset.num_shards > 1
+    dealt = by_workers or dealt_by_shards(dataset, ranks, training=name == TRAIN)
     return dataset.map(_identity, with_indices=True, fn_kwargs={"reader": reader, "numbered": not dealt})
+
+
+def dealt_by_shards(stream: Any, ranks: int, training: bool) -> bool:
+    """Whether every rank is given shards of its own, and goes on with its next pass when it has read them.
+
+    In an evaluation, which is one pass, ranks would wait for one that has fewer pairs.
+    """
+    return training and 1 < ranks <= stream.num_shards
 
 
 def _files(dataset: Any) -> list[str]:

@@ -18,6 +18,7 @@ METHODS = {  # and the arguments that they are called with or overridden for
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "evaluation_loop": ("dataloader", "metric_key_prefix"),
     "log": ("logs", "start_time"),
+    "_get_dataloader": ("dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"),
     "_get_train_sampler": ("train_dataset",),
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": (),

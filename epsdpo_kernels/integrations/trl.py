@@ -49,7 +49,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
-from .batches import PackedBatches, SeededSampler, check_any, named_sets
+from .batches import PackedBatches, SeededSampler, Undivided, check_any, named_sets
 from .checkpoints import adapter_settings, as_metadata, run_settings
 from .checks import (
     check_adapter,
@@ -66,7 +66,7 @@ from .checks import (
     turn_off_dropout,
 )
 from .packing import PaddedRight, of_pairs, part
-from .recording import PAIR_ID, ROW, RecordedTRL
+from .recording import PAIR_ID, ROW, RecordedTRL, dealt_by_shards
 from .seams import check_trl
 from .sharding import gathers_itself, keep_figures
 from .transformers import (
@@ -222,7 +222,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         models = [self.model] if self.ref_model is None else [self.model, self._plain(self.ref_model)]
         self.set_layout(models, config.packed, config.max_tokens_per_batch, images=self._is_vision_dataset)
         if self._is_vision_dataset:
-            self.train_dataset, self.eval_dataset = map(self.numbered, (self.train_dataset, self.eval_dataset))
+            self.train_dataset = self.numbered(self.train_dataset, "train")
+            self.eval_dataset = self.numbered(self.eval_dataset)
         self.keep_identities(LOSS_STATE, {*self.loss_fn.state_dict(), TOKENS, EPOCHS})
         self._settings = self._run_settings()
         # Since the last line of the log, by split and figure: (2,) its sum over tokens, and these.
@@ -341,6 +342,14 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             scored = torch.arange(pairs, device=batch["input_ids"].device).repeat(2) < mine
             return batch | {"completion_mask": batch["completion_mask"] * scored[:, None]}
         return part(batch, 0, mine)
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        stream, ranks = isinstance(dataset, IterableDataset), self.data_ranks
+        if stream and ranks > 1 and not dealt_by_shards(dataset, ranks, is_training):
+            dataset = Undivided(dataset)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
