@@ -1,5 +1,6 @@
 """The comparison, end to end on the tiny model."""
 
+import json
 import math
 import os
 import shutil
@@ -138,6 +139,11 @@ def test_compare(tiny, tmp_path, passed_on, in_process, capsys):
     compare.main(["--out", str(elsewhere), *arguments[2:-2], "--micro-steps", "0", *passed_on])
     assert (elsewhere / "comparison.md").read_text().strip() == text.split("\n\nThe same eight")[0]
     assert not (elsewhere / run.name).exists()
+    other = json.loads((elsewhere / f"{run.name}.json").read_text())
+    other["settings"]["max_steps"] = 7
+    (elsewhere / f"{run.name}.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="eps-dpo-0.1-5: max_steps was 7, and -1 for dpo-0.1-5; remove the file"):
+        compare.main(["--out", str(elsewhere), *arguments[2:-2], "--micro-steps", "0", *passed_on])
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(tmp_path, passed_on, in_process, capsys, monkeypatch):

@@ -41,6 +41,26 @@ from .common import LOOKS, Mean, grid, mean, plus_minus
 
 # What making a run took.
 MADE = "made.json"
+# What runs that are compared have in common; their data by the held-out pairs.
+SETTINGS = (
+    "epsilon",
+    "beta_update",
+    "label_smoothing",
+    "dtype",
+    "bf16",
+    "max_length",
+    "eval_fraction",
+    "lora_r",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+)
 # What a comparison calls eps-dpo with a veto.
 VETO = "eps-dpo-veto"
 # Those that also run from the other β₀.
@@ -133,14 +153,17 @@ def train(run: Path, method: str, seed: int, flags: list[str], veto: list[str] |
 def figures(out: Path, run: Run) -> dict[str, Any]:
     """What a run that is done has given, from its file, which is written where it is missing.
 
-    ``steps``: the running β and the shares relaxed and tightened, a list of steps each; ``seconds`` a step; ``made``:
-    what making it took; and those of :func:`against_original`.
+    ``settings``: those of :data:`SETTINGS`; ``steps``: the running β and the shares relaxed and tightened, a list of
+    steps each; ``seconds`` a step; ``made``: what making it took; and those of :func:`against_original`.
     """
     path, folder = figures_path(out, run), out / run.name
     if not path.exists():
+        facts = json.loads((folder / "run.json").read_text())
+        flags = facts["options"] | facts["training_arguments"]
         log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         steps = [entry for entry in log if "loss" in entry]
         found = {
+            "settings": {name: flags[name] for name in SETTINGS},
             "steps": {name: [step[f"beta/{name}"] for step in steps] for name in ("running", "relaxed", "tightened")},
             "seconds": next(entry["train_runtime"] for entry in log if "train_runtime" in entry) / len(steps),
             "made": json.loads((folder / MADE).read_text()),
@@ -197,8 +220,20 @@ def discard_weights(run: Path) -> None:
 
 
 def collect(out: Path, runs: list[Run]) -> dict[Run, dict[str, Any]]:
-    """The figures of those runs that are done."""
-    return {run: figures(out, run) for run in runs if figures_path(out, run).exists()}
+    """The figures of those runs that are done.
+
+    Raises:
+        ValueError: two of them were made with other settings.
+    """
+    done = {run: figures(out, run) for run in runs if figures_path(out, run).exists()}
+    for run, found in done.items():
+        first = next(iter(done))
+        for name, value in found["settings"].items():
+            if value != (theirs := done[first]["settings"][name]):
+                raise ValueError(
+                    f"{run.name}: {name} was {value}, and {theirs} for {first.name}; remove the file of one of them"
+                )
+    return done
 
 
 def per_pair(found: dict[str, Any], measure: str) -> list[float]:
