@@ -307,7 +307,7 @@ def sharded(model: Model, tokens: int, tensor: int = 1, sequence: int = 1) -> Sh
         logits=4 * n * words,
         tiles=min(10 * n * words, plan.tile_budget(int(words), model.hidden, on_gpu=True)),
         gradient=4 * words * model.hidden,
-        statistics=(4 * 10 * n if tensor > 1 else 0) + (8 * 12 if sequence > 1 else 0),
+        statistics=(4 * 10 * n if tensor > 1 else 0) + (4 * 2 * 8 if sequence > 1 else 0),
         hidden_gradient=4 * n * model.hidden if tensor > 1 else 0,
     )
 
