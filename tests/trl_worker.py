@@ -5,6 +5,7 @@ The folder holds the arguments of a run as JSON; its log and the full weights at
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import transformers
 import trl.trainer.base_trainer
 from accelerate import ParallelismConfig
+from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -29,6 +31,10 @@ from tensor_on_cpu import split_on_cpu
 from zero_on_cpu import zero_on_cpu
 
 
+def rows_of(parts: list[list[dict]]):
+    yield from itertools.chain(*parts)
+
+
 def data(job: dict, pairs: int, split: str):
     """The job's first pairs, about pictures where it names a model that sees; a stream where it names the split."""
     found = trl_runs.pairs(Path(job["tiny"]), pairs)
@@ -36,6 +42,10 @@ def data(job: dict, pairs: int, split: str):
         found = vision.pairs(job["sees"], found, pairs)
     if split not in job["streams"]:
         return found
+    if isinstance(job["shards"], list):  # so many pairs in each
+        ends = [sum(job["shards"][:n]) for n in range(len(job["shards"]) + 1)]
+        parts = [found.to_list()[first:end] for first, end in itertools.pairwise(ends)]
+        return IterableDataset.from_generator(rows_of, gen_kwargs={"parts": parts})
     stream = found.to_iterable_dataset(job["shards"])
     return split_dataset_by_node(stream, rank=int(os.environ["RANK"]), world_size=2) if job["by_node"] else stream
 

@@ -347,7 +347,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
         stream, ranks = isinstance(dataset, IterableDataset), self.data_ranks
-        if stream and ranks > 1 and not dealt_by_shards(dataset, ranks, is_training):
+        if stream and dealt_by_shards(dataset, ranks, is_training):
+            check_any(dataset.shard(ranks, self.data_rank), f"train_dataset, in the shards of rank {self.data_rank}")
+        elif stream and ranks > 1:
             dataset = Undivided(dataset)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 

@@ -14,9 +14,9 @@ from epsdpo_kernels.record import read
 table = read("RUN/record")  # a pyarrow.Table; .to_pandas() for a data frame
 ```
 
-A part is named `part-RANK-FIRSTSTEP-NUMBER.parquet`. It is closed at the end of a step once it holds {steps} steps or 16,384 rows,
-and whenever a checkpoint is saved; it appears under its name whole, or not at all. A run that is killed loses the open
-part at most, and one that is resumed removes the rows past its checkpoint before it goes on.
+A part is named `part-RANK-FIRSTSTEP-NUMBER.parquet`. It is closed at the end of a step once it holds {steps} steps or
+16,384 rows, and whenever a checkpoint is saved; it appears under its name whole, or not at all. A run that is killed
+loses the open part at most, and one that is resumed removes the rows past its checkpoint before it goes on.
 
 Each part's metadata hold the SHA-256 of the rank's part before it (`sha256_before`), and `end-RANK.json` that of the
 last, with `closed` once the run has said that it is over. Every rank keeps its own end, from its start on, so that none
