@@ -217,6 +217,42 @@ def test_differences_are_of_the_same_pairs():
         compare.difference(done, own, "margin")
 
 
+def test_margins_at_equal_kl():
+    """DPO's are 2·√KL between its first two β₀. Every pair has the same KL a token: errors are of margins alone."""
+
+    def with_kl(margins: list[float], kl: float) -> dict:
+        return made_up(margins, [kl * tokens for tokens in (2, 4, 6, 8)])
+
+    dpo = {beta: compare.Run("dpo", beta, 0) for beta in (1.0, 0.1, 0.01)}
+    runs = [compare.Run("eps-dpo", beta, 0) for beta in (1.0, 0.1, 0.01)]
+    done = {
+        dpo[0.1]: with_kl([0.8] * 4, 0.16), dpo[1.0]: with_kl([0.2] * 4, 0.01), dpo[0.01]: with_kl([0.9] * 4, 0.64),
+        compare.Run("dpo", 0.05, 1): with_kl([9.0] * 4, 0.05),  # another seed's
+        runs[0]: with_kl([0.3, 0.5, 0.4, 0.48], 0.04), runs[1]: with_kl([0.85] * 4, 0.32),
+        runs[2]: with_kl([1.0] * 4, 0.7),
+    }  # fmt: skip
+    more, error = compare.at_equal_kl(done, runs[0])
+    assert more == pytest.approx(0.42 / 0.4 - 1)
+    # The jackknife of a mean is its standard error.
+    assert error == pytest.approx(compare.mean([0.3, 0.5, 0.4, 0.48]).error / 0.4)
+    more, error = compare.at_equal_kl(done, runs[1])
+    assert more == pytest.approx(0.85 / math.sqrt(0.8 * 0.9) - 1) and error == pytest.approx(0, abs=1e-12)
+    assert math.isnan(compare.at_equal_kl(done, runs[2])[0])  # further than DPO gets
+    text = compare.tables(done, list(done), idle=True)
+    assert cells(text, "error over pairs:") == [
+        ["eps-dpo", "1", "0", "+5.0 ± 11.4 %"], ["eps-dpo", "0.1", "0", "+0.2 ± 0.0 %"]
+    ]  # fmt: skip
+    done[runs[1]]["margin"] = [-1.0] * 4
+    assert math.isnan(compare.at_equal_kl(done, runs[1])[0])
+    # Where all move together, so does the error: the pair that is left out is left out of all.
+    for run in (*dpo.values(), runs[0]):
+        done[run]["margin"] = [done[run]["margin"][0] * factor for factor in (1.0, 2.0, 3.0, 4.0)]
+    assert compare.at_equal_kl(done, runs[0])[1] == pytest.approx(0, abs=1e-12)
+    done[dpo[1.0]]["row"] = [9, 1, 2, 3]
+    with pytest.raises(ValueError, match="eps-dpo-1-0: its held-out pairs are not those of dpo-1-0"):
+        compare.at_equal_kl(done, runs[0])
+
+
 def test_the_other_betas_are_of_three_methods(tmp_path):
     options, passed = compare.parse(
         ["--out", "x", "--betas", "0.1", "0.01", "--seeds", "0", "1", "--veto", "kl=1", "--beta_update=none"]

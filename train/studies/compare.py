@@ -22,10 +22,12 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from epsdpo_kernels import linear_pair_stats, record
@@ -258,12 +260,49 @@ def difference(done: dict[Run, dict[str, Any]], runs: list[Run], measure: str) -
     of_seeds = []
     for run in runs:
         base = run._replace(method="dpo")
-        if done[run]["row"] != done[base]["row"]:
-            raise ValueError(f"{run.name}: its held-out pairs are not those of {base.name}; remove one of the folders")
+        check_same_pairs(done, run, base)
         both = zip(per_pair(done[run], measure), per_pair(done[base], measure), strict=True)
         of_seeds.append(mean([ours - theirs for ours, theirs in both]))
     error = math.sqrt(sum(seed.error**2 for seed in of_seeds)) / len(of_seeds)
     return mean([seed.value for seed in of_seeds]), error
+
+
+def check_same_pairs(done: dict[Run, dict[str, Any]], run: Run, base: Run) -> None:
+    if done[run]["row"] != done[base]["row"]:
+        raise ValueError(f"{run.name}: its held-out pairs are not those of {base.name}; remove one of the folders")
+
+
+def at_equal_kl(done: dict[Run, dict[str, Any]], run: Run) -> tuple[float, float]:
+    """(by what share a run's margin is larger than DPO's at the same KL, its standard error over held-out pairs).
+
+    DPO's is interpolated between those of its β₀ of that seed whose KL are next to the run's, as a power of KL. The
+    error is the jackknife's, a pair left out of all three runs at once. NaN where DPO has no less or no more KL than
+    the run, or a margin is not above 0.
+
+    Raises:
+        ValueError: they were measured on different pairs.
+    """
+    curve = [other for other in done if other.method == "dpo" and other.seed == run.seed]
+    for base in curve:
+        check_same_pairs(done, run, base)
+    kl, margin = _log_means(done[run])
+    for low, high in pairwise(sorted((_log_means(done[base]) for base in curve), key=lambda point: point[0][0])):
+        if low[0][0] <= kl[0] <= high[0][0]:
+            share = (kl - low[0]) / (high[0] - low[0])
+            more = (margin - torch.lerp(low[1], high[1], share)).expm1()
+            n = len(more) - 1
+            return more[0].item(), math.sqrt((n - 1) * more[1:].var(correction=0).item())
+    return math.nan, math.nan
+
+
+def _log_means(found: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """log of the mean KL a token and of the mean margin: of all pairs, then of all but each."""
+    kl, tokens, margin = (torch.tensor(found[name], dtype=torch.float64) for name in ("kl", "tokens", "margin"))
+    kl, tokens, margin, pairs = (
+        torch.cat([values.sum()[None], values.sum() - values])
+        for values in (kl, tokens, margin, torch.ones_like(margin))
+    )
+    return (kl / tokens).log(), (margin / pairs).log()
 
 
 def groups(runs: list[Run]) -> dict[tuple[str, float], list[Run]]:
@@ -275,7 +314,9 @@ def groups(runs: list[Run]) -> dict[tuple[str, float], list[Run]]:
 
 
 def tables(done: dict[Run, dict[str, Any]], runs: list[Run], idle: bool) -> str:
-    """Markdown: a row a run; then, a row a method and β₀, the means over seeds and the paired differences from DPO."""
+    """Markdown: a row a run; a row a method and β₀, the means over seeds, then the differences from DPO; a row a run,
+    where DPO's runs enclose its KL, the margin at equal KL.
+    """
     titles = [title for _, title, _ in MEASURES]
     singly = []
     for run, found in done.items():
@@ -303,15 +344,26 @@ def tables(done: dict[Run, dict[str, Any]], runs: list[Run], idle: bool) -> str:
             over, error = difference(done, own, name)
             cells.append(f"{plus_minus(over.value, over.error, digits, '+')} ({error:.{digits}f})")
         differences.append([method, f"{start:g}", *cells])
+    equal = []
+    for run in done:
+        more, error = at_equal_kl(done, run) if run.method != "dpo" else (math.nan, math.nan)
+        if not math.isnan(more):
+            equal.append([run.method, f"{run.beta:g}", str(run.seed), f"{100 * more:+.1f} ± {100 * error:.1f} %"])
     own_columns = ["β at the end", "relaxed", "tightened", "s/step", "peak GiB"]
-    return "\n\n".join([
+    parts = [
         grid(["method", "β₀", "seed", *titles, *own_columns], singly),
         "Means over seeds, ± their standard error:",
         grid(["method", "β₀", *titles], means),
         "More than DPO from the same β₀ and seed, pair by pair, ± the standard error over seeds; in brackets that over "
         "the held-out pairs of all seeds:",
         grid(["method", "β₀", *titles], differences),
-    ])  # fmt: skip
+    ]
+    if equal:
+        parts += [
+            "More margin than DPO's at the same KL, interpolated between its β₀, ± the standard error over pairs:",
+            grid(["method", "β₀", "seed", "margin"], equal),
+        ]
+    return "\n\n".join(parts)
 
 
 def micro_runs(out: Path) -> list[tuple[str, int, int, Path]]:
