@@ -38,7 +38,7 @@ def launch(processes: int, folder: Path) -> None:
 
 def run(
     folder: Path, tiny: Path, processes: int, pairs: int, lora=False, streams=(), masked=(), sees="",
-    resume=None, tensor="", shards=1, by_node=False, **more,
+    resume=None, tensor="", shards=1, by_node=False, long=0, given=False, **more,
 ):  # fmt: skip
     folder.mkdir(exist_ok=True)
     options = trl_runs.options(folder / "run", gradient_accumulation_steps=2 // processes, max_steps=8, epsilon=0.05)
@@ -50,6 +50,8 @@ def run(
         "streams": streams,
         "shards": shards,
         "by_node": by_node,
+        "long": long,
+        "given": given,
         "masked": masked,
         "sees": sees,
         "resume": resume,
@@ -63,7 +65,7 @@ def run(
     return json.loads((folder / "result.json").read_text()), load_file(folder / "weights.safetensors")
 
 
-def same_record(two: Path, one: Path, limits=(), ranks=(0, 1)) -> None:
+def same_record(two: Path, one: Path, limits=(), limits_of_one=(), ranks=(0, 1)) -> None:
     """Every pair once, the repeats of a last batch not at all: what one process writes, but for who computed it."""
     ours, theirs = (
         read(run / "record").to_pandas().sort_values(["split", "step", "row"], ignore_index=True) for run in (two, one)
@@ -73,9 +75,9 @@ def same_record(two: Path, one: Path, limits=(), ranks=(0, 1)) -> None:
     for name in ("beta", "beta_used", "loss"):
         assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), rel=1e-5, abs=2e-6), name
     assert set(ours["rank"]) == set(ranks) and set(ours["split"]) == {"train", "eval"}
-    for run, expected in ((two, list(limits)), (one, [])):
+    for run, expected in ((two, limits), (one, limits_of_one)):
         found = audit(run)
-        assert found.ok and [name for name, _ in found.limits] == expected, str(found)
+        assert found.ok and [name for name, _ in found.limits] == list(expected), str(found)
 
 
 def same(two, one, packed=True):
@@ -113,7 +115,7 @@ def test_ddp_is_one_process(tiny, tmp_path, masked):
 
 
 def test_a_stream_is_one_process(tiny, tmp_path):
-    """Of which nobody knows the length: the repeats that fill its last batch up are known by their rows."""
+    """Of which nobody knows the length: the repeats that fill its last batch up are known by their places."""
     two = run(tmp_path / "two", tiny, 2, 43, streams=("train", "eval"))
     same(two, run(tmp_path / "one", tiny, 1, 43, train_sampling_strategy="sequential"))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream", "stream"])
@@ -127,26 +129,51 @@ def test_a_streamed_evaluation_is_one_process(tiny, tmp_path):
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream"])
 
 
-def test_a_streamed_evaluation_in_shards_is_one_process(tiny, tmp_path):
-    """Of 4 and 3 pairs, which one rank, or worker process, each would have read alone, and the other waited for."""
-    more = {"per_device_eval_batch_size": 1, "max_steps": 4}
-    two = run(tmp_path / "two", tiny, 2, 19, streams=("eval",), shards=2, dataloader_num_workers=2, **more)
-    same(two, run(tmp_path / "one", tiny, 1, 19, **more))
-    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", limits=["stream"])
+def test_streams_in_shards_are_one_process(tiny, tmp_path):
+    """Of 6 and 4 pairs and of 4 and 3, which one rank, or worker process, each would have read alone.
+
+    They would come to a pass's end, where all evaluate, at different steps. The run goes on within its third pass.
+    """
+    more = {
+        "streams": ("train", "eval"), "shards": 2, "dataloader_num_workers": 2, "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 1, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 7,
+    }  # fmt: skip
+    run(tmp_path / "two", tiny, 2, 10, **more)
+    two = run(tmp_path / "two", tiny, 2, 10, resume=str(tmp_path / "two" / "run" / "checkpoint-7"), **more)
+    same(two, run(tmp_path / "one", tiny, 1, 10, **more))
+    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", *[["stream"] * 2] * 2)
+    rows = read(tmp_path / "two" / "run" / "record").to_pandas().query("split == 'train'")
+    assert rows.groupby("step")["epoch"].unique().map(list).tolist() == [[n // 3] for n in range(8)]
 
 
-@pytest.mark.parametrize("split, name", [("train", "train_dataset"), ("eval", "eval_dataset")])
-def test_a_stream_that_is_split_already_is_refused(tiny, tmp_path, split, name):
+def test_a_stream_of_which_the_first_are_dropped(tiny, tmp_path):
+    """Rows are not places then: 4 of the training stream's 13 pairs fill max_length, and 4 of the 7 held out."""
+    more = {
+        "streams": ("train", "eval"), "long": 4, "max_length": 30, "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4, "save_strategy": "steps", "save_steps": 5,
+    }  # fmt: skip
+    run(tmp_path / "two", tiny, 2, 13, **more)
+    two = run(tmp_path / "two", tiny, 2, 13, resume=str(tmp_path / "two" / "run" / "checkpoint-5"), **more)
+    same(two, run(tmp_path / "one", tiny, 1, 13, **more))
+    same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", *[["stream"] * 2] * 2)
+
+
+@pytest.mark.parametrize("streams", [(), ("train",)], ids=["", "stream"])
+def test_cut_batches_are_one_process(tiny, tmp_path, streams):
+    """Ranks have different numbers of parts; data in memory, which are given, have one name on both."""
+    more = {"max_tokens_per_batch": 45, "per_device_train_batch_size": 4}
+    two = run(tmp_path / "two", tiny, 2, 43, streams=streams, given=True, **more)
+    same(two, run(tmp_path / "one", tiny, 1, 43, train_sampling_strategy="sequential" if streams else "random", **more))
+    splits = read(tmp_path / "two" / "run" / "record").to_pandas()["split"].value_counts()
+    assert {name.split("@")[0]: n for name, n in splits.items() if "@" in name} == {"eval": 7}
+
+
+@pytest.mark.parametrize("split", ["train", "eval", "test"])
+def test_a_stream_that_is_split_already_is_refused(tiny, tmp_path, split):
     with pytest.raises(
-        AssertionError, match=f"{name}: got a stream that split_dataset_by_node has split, takes a whol"
+        AssertionError, match=f"{split}_dataset: got a stream that split_dataset_by_node has split, takes a whole one"
     ):
         run(tmp_path, tiny, 2, 19, streams=(split,), shards=4, by_node=True)
-
-
-def test_a_rank_whose_shards_are_empty_is_named(tiny, tmp_path):
-    """transformers would end its training, and the others would wait for it."""
-    with pytest.raises(AssertionError, match="train_dataset, in the shards of rank 1: got no pair, takes at least one"):
-        run(tmp_path, tiny, 2, 19, streams=("train",), shards=[19, 0])
 
 
 @pytest.mark.parametrize("streams", [(), ("train", "eval")], ids=["", "streams"])
@@ -172,22 +199,6 @@ def test_a_resumed_run_is_one_process(tiny, tmp_path):
     two = run(tmp_path / "two", tiny, 2, 19, resume=str(tmp_path / "two" / "run" / "checkpoint-6"), **more)
     same(two, run(tmp_path / "one", tiny, 1, 19))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run")
-
-
-def test_a_resumed_stream_in_shards(tiny, tmp_path):
-    """One rank has 4 batches a pass, the other 3: each goes on where it was, at its own pass's end or within it."""
-    more = {"streams": ("train",), "shards": 2, "save_strategy": "steps", "save_steps": 6}
-    found = [run(tmp_path, tiny, 2, 19, **more)]
-    records = [read(tmp_path / "run" / "record").to_pandas()]
-    checkpoint = tmp_path / "run" / "checkpoint-6"
-    found.append(run(tmp_path, tiny, 2, 19, resume=str(checkpoint), **more))
-    records.append(read(tmp_path / "run" / "record").to_pandas())
-    same(*found)
-    names = ["split", "rank", "step", "pair_id", "decision", "beta_used"]
-    assert records[0][names].equals(records[1][names])
-    pairs = records[0].query("split == 'train'").groupby("rank")["pair_id"].apply(list)
-    assert pairs[0][:10] == pairs[0][10:20] and pairs[1][:9] == pairs[1][9:18]
-    assert len(set(pairs[0])) == 10 and len(set(pairs[1])) == 9
 
 
 def test_nothing_of_a_last_batch_is_left_out(tiny, tmp_path):

@@ -153,12 +153,15 @@ def test_a_stream(tiny, tmp_path):
     assert shown["pairs"]["of"] == 48 and set(shown["pairs"]["visits"]) == {2, 3}
     assert shown["texts"] == {} and any("came as a stream" in note for note in shown["notes"])
 
-    # Two workers deal its shards out before they are numbered.
-    dealt = data.to_iterable_dataset(num_shards=4)
-    train(tiny, tmp_path / "dealt", dealt, max_steps=2, dataloader_num_workers=2)
-    found = audit(tmp_path / "dealt")
-    assert found.ok and {name for name, _ in found.limits} == {"no_row", "stream"}
-    assert set(frame(tmp_path / "dealt")["pair_id"]) < set(ids(data))
+    # However many processes are to read its shards, which `datasets` puts into another order in every pass.
+    for workers in (0, 2):
+        train(
+            tiny, tmp_path / str(workers), data.to_iterable_dataset(num_shards=5), max_steps=10,
+            dataloader_num_workers=workers,
+        )  # fmt: skip
+    found = audit(tmp_path / "2")
+    assert found.ok and found.limits == [("stream", {"split": "train"})], str(found)
+    assert frame(tmp_path / "2").equals(frame(tmp_path / "0"))
 
 
 def test_the_last_step_of_a_pass(tiny, tmp_path):
@@ -184,8 +187,8 @@ def test_a_resumed_stream(tiny, tmp_path):
 
     def run(pairs, **more):
         stream = data.select(pairs).to_iterable_dataset().shuffle(seed=1, buffer_size=16)
-        more = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1} | more
-        return make(tiny, tmp_path, stream, max_steps=7, **more)
+        more = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 7} | more
+        return make(tiny, tmp_path, stream, **more)
 
     run(range(10)).train()
     whole = frame(tmp_path)
@@ -197,8 +200,44 @@ def test_a_resumed_stream(tiny, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert frame(tmp_path).equals(whole)
         assert trainer.state.epoch == pytest.approx(3 + 1 / 7)
+    # With more steps than it was to have, of which its share of a pass was another.
+    trainer = run(range(10), max_steps=9)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    longer = frame(tmp_path)
+    same = ["row", "pair_id", "decision", "epoch"]  # the learning rate is not
+    assert longer[: len(whole)][same].equals(whole[same])
+    assert longer[len(whole) :].groupby(["step", "epoch"])["row"].apply(list).to_dict() == {
+        (8, 3): [8, 9], (9, 4): list(range(8))
+    }  # fmt: skip
     with pytest.raises(ValueError, match="train_dataset was 'a stream that begins with .* is 'a stream that begins"):
         run(range(10, 20)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_resumed_at_a_pass_s_end_it_is_not_evaluated_again(tiny, tmp_path):
+    data = trl_runs.pairs(tiny)
+    more = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 4, "per_device_train_batch_size": 2}
+
+    def run():
+        stream = data.select(range(10)).to_iterable_dataset()
+        return make(tiny, tmp_path, stream, eval_dataset=data.select(range(10, 16)), **more)
+
+    run().train()
+    whole = frame(tmp_path)
+    assert whole.query("split == 'eval'").groupby("step").size().to_dict() == {2: 6, 4: 6}
+    trainer = run()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert frame(tmp_path).equals(whole)
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 4]
+
+
+def test_a_stream_of_another_format(tiny, tmp_path):
+    data = trl_runs.pairs(tiny, 12)
+    for name, given in (
+        ("plain", data.to_iterable_dataset()),
+        ("numpy", data.to_iterable_dataset().with_format("numpy")),
+    ):
+        train(tiny, tmp_path / name, given, max_steps=2)
+    assert frame(tmp_path / "numpy").equals(frame(tmp_path / "plain"))
 
 
 def test_resumed_without_gap_or_double(tiny, tmp_path):
@@ -272,6 +311,13 @@ def test_evaluations_outside_of_training(tiny, tmp_path):
     ]  # fmt: skip
     given = rows[rows["split"].str.startswith("eval@")]
     assert given["pair_id"].tolist() == ids(data)[10:18] and given["row"].tolist() == list(range(8))
+
+    # Streams too, which have no other name than that of their first pairs.
+    for first in (20, 30, 20):
+        trainer.evaluate(data.select(range(first, first + 4)).to_iterable_dataset())
+    before, rows = set(rows["split"]), frame(tmp_path / "run")
+    streams = rows[~rows["split"].isin(before)]
+    assert streams["row"].isna().all() and sorted(streams.groupby("split").size()) == [4, 8]
 
     # An evaluation alone is no run to set another one's record aside for.
     with pytest.warns(UserWarning, match="holds the record of another run; this evaluation is not recorded"):

@@ -5,7 +5,6 @@ The folder holds the arguments of a run as JSON; its log and the full weights at
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import transformers
 import trl.trainer.base_trainer
 from accelerate import ParallelismConfig
-from datasets import IterableDataset
+from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -31,21 +30,15 @@ from tensor_on_cpu import split_on_cpu
 from zero_on_cpu import zero_on_cpu
 
 
-def rows_of(parts: list[list[dict]]):
-    yield from itertools.chain(*parts)
-
-
 def data(job: dict, pairs: int, split: str):
     """The job's first pairs, about pictures where it names a model that sees; a stream where it names the split."""
     found = trl_runs.pairs(Path(job["tiny"]), pairs)
+    if job["long"]:  # so many of the first have a prompt that fills max_length
+        found = found.map(lambda row, i: {"prompt": row["prompt"] * (30 if i < job["long"] else 1)}, with_indices=True)
     if job["sees"]:
         found = vision.pairs(job["sees"], found, pairs)
     if split not in job["streams"]:
         return found
-    if isinstance(job["shards"], list):  # so many pairs in each
-        ends = [sum(job["shards"][:n]) for n in range(len(job["shards"]) + 1)]
-        parts = [found.to_list()[first:end] for first, end in itertools.pairwise(ends)]
-        return IterableDataset.from_generator(rows_of, gen_kwargs={"parts": parts})
     stream = found.to_iterable_dataset(job["shards"])
     return split_dataset_by_node(stream, rank=int(os.environ["RANK"]), world_size=2) if job["by_node"] else stream
 
@@ -90,6 +83,10 @@ def main(folder: Path) -> None:
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if job["lora"] else None,
     )
     trainer.train(resume_from_checkpoint=job.get("resume"))
+    if "test" in job["streams"]:
+        trainer.predict(data(job, 7, "test"))
+    if job["given"]:
+        trainer.evaluate(Dataset.from_list(trl_runs.pairs(Path(job["tiny"]), 7).to_list()))
     parameters = dict(trainer.model.named_parameters())
     sharded = sorted(name for name, p in parameters.items() if isinstance(p, DTensor) or hasattr(p, "ds_id"))
     weights = {name: whole(p) for name, p in parameters.items() if p.requires_grad}

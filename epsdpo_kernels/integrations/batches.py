@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
@@ -134,10 +134,17 @@ class PackedBatches(SharedRows):
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         if not isinstance(eval_dataset, str):  # the name of one that the trainer has
-            for name, one in named_sets(eval_dataset, "eval_dataset").items():
-                check_whole(one, name, self.data_ranks)
-                check_any(getattr(one, "pairs", one), name)
+            self._check_given(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, test_dataset, *args, **kwargs):
+        self._check_given(test_dataset, "test_dataset")
+        return super().predict(test_dataset, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_given(self, given: Any, argument: str) -> None:
+        for name, one in named_sets(given, argument).items():
+            check_whole(one, name, self.data_ranks)
+            check_any(getattr(one, "pairs", one), name)
 
     def _say_memory(self) -> None:
         """Prints what the run expects to need and, on CUDA, what is there."""
@@ -186,13 +193,14 @@ class PackedBatches(SharedRows):
 
         Every rank cuts as often as the one with the most to cut, because FSDP's ranks gather parameters together.
         """
-        for batch in batches:
-            batch["parts"] = list(self._parts(batch))
+        cut = [list(self._parts(batch)) for batch in batches]
         if self.max_tokens and self.accelerator.num_processes > 1:
-            counts = torch.tensor([[len(batch["parts"]) for batch in batches]], device=self.accelerator.device)
-            for batch, count in zip(batches, self.accelerator.gather(counts).amax(0).tolist(), strict=True):
-                missing = count - len(batch["parts"])
-                batch["parts"] += [self._packed(self.blank_of(batch)) for _ in range(missing)]
+            counts = torch.tensor([list(map(len, cut))], device=self.accelerator.device)
+            most = self.accelerator.gather(counts).amax(0).tolist()
+            for batch, parts, count in zip(batches, cut, most, strict=True):
+                parts += [self._packed(self.blank_of(batch)) for _ in range(count - len(parts))]
+        for batch, parts in zip(batches, cut, strict=True):
+            batch["parts"] = parts
 
     def packing_of(self, batch: dict[str, Any]) -> Packing | None:
         """The packed row of a batch or part, or None where rows are padded."""
@@ -436,26 +444,6 @@ def check_whole(dataset: Any, name: str, ranks: int) -> None:
             f"{name}: got a stream that split_dataset_by_node has split, takes a whole one: every rank is given its "
             "own pairs here"
         )
-
-
-class Undivided(IterableDataset):
-    """A `datasets` stream of which every rank and worker process reads all rows, to be dealt out row by row.
-
-    accelerate gives ranks, and `datasets` gives workers, whole shards where there are enough: ranks have then
-    different numbers of batches, and wait for ever for one that is at its end.
-    """
-
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        if worker is None or worker.id == 0:
-            for row in self.stream.iter(batch_size=1):  # which knows of no workers
-                yield {name: column[0] for name, column in row.items()}
-
-    def set_epoch(self, epoch: int) -> None:
-        self.stream.set_epoch(epoch)
 
 
 def check_kept(pairs: int, name: str, batch_size: int, ranks: int) -> None:

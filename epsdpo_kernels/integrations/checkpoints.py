@@ -81,7 +81,7 @@ def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> di
     found = own | {name: getattr(args, name, None) for name in ORDER} | {"sp_size": sequence_ranks(args)}
     for name, one in data.items():
         if isinstance(one, datasets.IterableDataset):
-            found[name] = _beginning(one, ids)
+            found[name] = f"a stream that begins with {beginning(one, ids)}"
         elif ids in (getattr(one, "column_names", None) or ()):
             found[name] = _digest(one, ids)
     return json.loads(json.dumps(found, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
@@ -106,10 +106,10 @@ def _digest(dataset: Any, column: str) -> str:
     return f"{len(dataset)} pairs, {found.hexdigest()}"
 
 
-def _beginning(stream: datasets.IterableDataset, column: str, pairs: int = 16) -> str:
+def beginning(stream: datasets.IterableDataset, column: str, pairs: int = 16) -> str:
     """Of a stream's first pairs; of what comes later nobody knows before it is read."""
     first = json.dumps([row.get(column) for row in itertools.islice(stream, pairs)]).encode()
-    return f"a stream that begins with {hashlib.blake2b(first, digest_size=8).hexdigest()}"
+    return hashlib.blake2b(first, digest_size=8).hexdigest()
 
 
 def as_metadata(settings: Mapping[str, Any]) -> dict[str, str]:

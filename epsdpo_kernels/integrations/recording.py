@@ -5,26 +5,30 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import TrainerCallback
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
 from ..record.recorder import TRAIN, numbers
-from .checkpoints import check_settings, checkpoint_of, checkpoint_step, set_later_aside
-from .sequence import sequence_ranks, tensor_ranks
+from .checkpoints import beginning, check_settings, checkpoint_of, checkpoint_step, set_later_aside
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
-# rows first, so that whoever takes rows out of a batch takes these too.
-ROW, PAIR_ID = "epsdpo_row", "epsdpo_pair_id"
-NO_ROW, NO_ID = -1, 0
+# rows first, so that whoever takes rows out of a batch takes these too. The place is that in a stream's pass, of what
+# is left of it.
+ROW, PAIR_ID, PLACE = "epsdpo_row", "epsdpo_pair_id", "epsdpo_place"
+IDENTITY = {ROW: -1, PAIR_ID: 0, PLACE: -1}  # and what stands for an unknown one
+NO_ROW, NO_ID, NO_PLACE = IDENTITY.values()
 
 
 class RecordElsewhere:
@@ -97,7 +101,6 @@ class RecordedTRL(Recorded):
     _evaluation = "eval"  # the split of the evaluation that is under way
     _given = True  # whether its data are others than the trainer was made with
     _epoch = -1  # begun last
-    _due = 0  # the row that a stream has to have reached for its next pair on this rank
     _resumed: Path | None = None  # the checkpoint that train() goes on from
     _own_file = ""
     _own_names: Collection[str] = ()
@@ -155,7 +158,14 @@ class RecordedTRL(Recorded):
                         metric_key_prefix="eval"):  # fmt: skip
         self._evaluation = metric_key_prefix
         if self._given:  # whose rows are not those of the evaluation that has this name
-            self._evaluation += "@" + getattr(dataloader.dataset, "_fingerprint", "stream")[:8]
+            data = dataloader.dataset
+            name = (
+                beginning(data.stream, PAIR_ID)
+                if isinstance(data, Undivided)
+                else getattr(data, "_fingerprint", "given")
+            )
+            # Each process has a fingerprint of its own of data in memory.
+            self._evaluation += "@" + broadcast_object_list([name[:8]])[0]
         if self.record is None and self._facts is not None:
             if self._own_parts():
                 warnings.warn(
@@ -164,13 +174,9 @@ class RecordedTRL(Recorded):
                 )  # fmt: skip
             else:
                 self._open(None)
-        due, self._due = self._due, 0
-        try:
-            return super().evaluation_loop(  # type: ignore[misc]
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        finally:
-            self._due = due
+        return super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
 
     def _own_parts(self) -> list[Path]:
         found = parts(Path(self.args.output_dir, "record"))
@@ -212,34 +218,52 @@ class RecordedTRL(Recorded):
         dataset = identified(dataset, args, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # type: ignore[misc]
 
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = Undivided(dataset)
+        return super()._get_dataloader(  # type: ignore[misc]
+            dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+        )
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """As transformers does, which takes all steps of a stream for those of its first pass."""
+        passes, batches = super()._init_training_state(  # type: ignore[misc]
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        state = Path(resume_from_checkpoint or "", TRAINER_STATE_NAME)
+        if isinstance(self.train_dataset, datasets.IterableDataset) and state.is_file():
+            saved = TrainerState.load_from_json(str(state))
+            passes = math.ceil(saved.epoch) - 1
+            # An epoch is a pass, and in it every step the share 1 / max_steps.
+            steps = 0 if self.args.ignore_data_skip else round((saved.epoch - passes) * saved.max_steps)
+            batches = steps * self.args.gradient_accumulation_steps
+        self._epoch = passes - 1
+        return passes, batches
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        if ROW not in self._signature_columns:
-            self._signature_columns += [ROW, PAIR_ID]
+        self._signature_columns += [name for name in IDENTITY if name not in self._signature_columns]
 
     def own_pairs(self, batch: dict[str, Tensor]) -> int:
-        """How many pairs of a loader's batch are not the repeats that fill a last one up; they come first.
-
-        To be called with every batch, in their order.
-        """
+        """How many pairs of a loader's batch are not the repeats that fill a last one up; they come first."""
         pairs, ranks = len(batch["input_ids"]) // 2, self.data_ranks
+        first = pairs * self.data_rank
+        if ranks == 1:
+            return pairs
+        if PLACE in batch and NO_PLACE not in (places := batch[PLACE][:pairs].tolist()):
+            # A batch of all ranks begins at a multiple of its size. The repeats are from the pass's beginning.
+            return sum(place % (pairs * ranks) == first + i for i, place in enumerate(places))
         state = self.accelerator.gradient_state
-        if ranks == 1 or state.remainder == 0 or self.args.dataloader_drop_last:
-            return pairs
-        rank, last = self.data_rank, state.end_of_dataloader
         data = getattr(state.active_dataloader, "dataset", None)
-        if isinstance(data, datasets.Dataset):
-            # accelerate's own remainder is not there when a run is resumed within an epoch.
-            real = len(data) % (pairs * ranks) or pairs * ranks
-            return min(max(real - pairs * rank, 0), pairs) if last else pairs
-        # A stream, whose length nobody knows: its rows go up, and the repeats are from its beginning.
-        rows = batch[ROW][:pairs].tolist() if ROW in batch else []
-        if NO_ROW in rows or not rows:
+        if not (state.end_of_dataloader and isinstance(data, datasets.Dataset)) or self.args.dataloader_drop_last:
             return pairs
-        self._due, new = max(self._due, pairs * rank), 0
-        while new < pairs and rows[new] >= self._due:
-            self._due, new = rows[new] + 1, new + 1
-        return new if last else pairs
+        # accelerate's own remainder is not there when a run is resumed within an epoch.
+        real = len(data) % (pairs * ranks) or pairs * ranks
+        return min(max(real - first, 0), pairs)
 
     def named(self, batch: dict[str, Tensor], chosen: Tensor) -> str:
         """Some of the pairs of all ranks' batches in words, by their rows in the data or else their ids.
@@ -263,15 +287,19 @@ class RecordedTRL(Recorded):
         if self.record is None:
             return
         training = self.model.training
+        epoch = max(float(self.state.epoch or 0), self._epoch, 0.0)
         row = pair_id = None
         if ROW in inputs:
             row, ids = (inputs[name][: len(out.losses)].tolist() for name in (ROW, PAIR_ID))
-            if not training and self._evaluation.endswith("@stream"):  # any of them
-                row = None
             pair_id = [None if one == NO_ID else _hex(one) for one in ids]
+            if NO_PLACE not in inputs[PLACE]:
+                if training:  # a step's share of a pass is nothing, where nobody knows its steps
+                    epoch = float(self._epoch)
+                elif self._given:  # a stream that is known by its first pairs alone
+                    row = None
         self.record.append(
             out, step=self.state.global_step + training, policy_step=self._best_step, row=row, pair_id=pair_id,
-            epoch=max(float(self.state.epoch or 0), self._epoch, 0.0), split=TRAIN if training else self._evaluation,
+            epoch=epoch, split=TRAIN if training else self._evaluation,
         )  # fmt: skip
 
 
@@ -282,13 +310,17 @@ class _Moments(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._epoch = -1
         self.trainer._begin(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # The state's own epoch is that of the last step, which in a stream may end anywhere.
-        self.trainer._epoch = max(math.floor(state.epoch or 0), self.trainer._epoch + 1)
-        self.trainer._due = 0
+        self.trainer._epoch += 1
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # A stream that goes on at the end of a pass comes to that end once more.
+        at_step = (entry for entry in state.log_history if entry["step"] == state.global_step)
+        if state.global_step and any(name.startswith("eval_") for entry in at_step for name in entry):
+            control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.trainer.record:
@@ -312,12 +344,33 @@ class WithIdentity:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        identity = [(one.get(ROW, NO_ROW), one.get(PAIR_ID, NO_ID)) for one in examples]
-        batch = dict(self.collator([{k: v for k, v in one.items() if k not in (ROW, PAIR_ID)} for one in examples]))
+        identity = {name: [one.get(name, unknown) for one in examples] for name, unknown in IDENTITY.items()}
+        batch = dict(self.collator([{k: v for k, v in one.items() if k not in IDENTITY} for one in examples]))
         ids = batch.get("input_ids")
         if ids is not None and len(ids) == 2 * len(examples):
-            batch[ROW], batch[PAIR_ID] = torch.tensor(identity, dtype=torch.int64).T.repeat(1, 2)
+            batch |= {name: torch.tensor(values, dtype=torch.int64).repeat(2) for name, values in identity.items()}
         return batch
+
+
+class Undivided(IterableDataset):
+    """A `datasets` stream of which every rank reads all rows, in one worker process, to be dealt out row by row.
+
+    accelerate gives ranks, and `datasets` gives workers, whole shards where there are enough. Ranks have then different
+    numbers of batches, and wait for ever for one that is at its end; and the order of pairs, and what `take` and `skip`
+    leave of them, would be one of ranks and workers.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        if worker is None or worker.id == 0:
+            for place, row in enumerate(self.stream.iter(batch_size=1)):  # which knows of no workers
+                yield {name: column[0] for name, column in row.items()} | {PLACE: place}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
 
 
 def identified(dataset: Any, args: Any, name: str, images: bool = False) -> Any:
@@ -336,19 +389,7 @@ def identified(dataset: Any, args: Any, name: str, images: bool = False) -> Any:
             _identity, with_indices=True, fn_kwargs={"reader": reader}, num_proc=args.dataset_num_proc,
             desc=f"Numbering {name} dataset",
         )  # fmt: skip
-    # Where a stream is dealt out before it is numbered, a place is nobody's.
-    ranks = args.world_size // (sequence_ranks(args) * tensor_ranks(args))
-    by_workers = ranks == 1 and args.dataloader_num_workers > 1 and dataset.num_shards > 1
-    dealt = by_workers or dealt_by_shards(dataset, ranks, training=name == TRAIN)
-    return dataset.map(_identity, with_indices=True, fn_kwargs={"reader": reader, "numbered": not dealt})
-
-
-def dealt_by_shards(stream: Any, ranks: int, training: bool) -> bool:
-    """Whether every rank is given shards of its own, and goes on with its next pass when it has read them.
-
-    In an evaluation, which is one pass, ranks would wait for one that has fewer pairs.
-    """
-    return training and 1 < ranks <= stream.num_shards
+    return dataset.with_format(None).map(_identity, with_indices=True, fn_kwargs={"reader": reader})
 
 
 def _files(dataset: Any) -> list[str]:
@@ -363,10 +404,10 @@ def _hex(pair_id: int) -> str:
     return f"{pair_id % 2**64:016x}"
 
 
-def _identity(example: Any, row: int, reader: str, numbered: bool = True) -> dict[str, int]:
+def _identity(example: Any, row: int, reader: str) -> dict[str, int]:
     try:
         pair_id = int(sources.pair_of(dict(example)).id(), 16)
     except (sources.NoPair, ValueError):
         pair_id = NO_ID
     # As signed 64 bits, which a tensor holds.
-    return {ROW: row if numbered else NO_ROW, PAIR_ID: pair_id - (pair_id >> 63 << 64)}
+    return {ROW: row, PAIR_ID: pair_id - (pair_id >> 63 << 64)}

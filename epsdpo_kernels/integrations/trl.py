@@ -35,13 +35,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from datasets import Dataset, IterableDataset
-from safetensors import safe_open
+from datasets import Dataset
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 from torch.utils.data import RandomSampler
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -49,7 +46,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
-from .batches import PackedBatches, SeededSampler, Undivided, check_any, named_sets
+from .batches import PackedBatches, SeededSampler, check_any, named_sets
 from .checkpoints import adapter_settings, as_metadata, run_settings
 from .checks import (
     check_adapter,
@@ -66,7 +63,7 @@ from .checks import (
     turn_off_dropout,
 )
 from .packing import PaddedRight, of_pairs, part
-from .recording import PAIR_ID, ROW, RecordedTRL, dealt_by_shards
+from .recording import IDENTITY, PAIR_ID, RecordedTRL
 from .seams import check_trl
 from .sharding import gathers_itself, keep_figures
 from .transformers import (
@@ -92,7 +89,6 @@ check_trl()
 LOSS_STATE = "epsilon_dpo.safetensors"
 REFERENCE_STATE = "reference.safetensors"
 TOKENS = "num_tokens"  # beside β, trained on so far
-EPOCHS = "epochs"  # (ranks,) which a stream that is dealt out in shards has ended at different steps
 IGNORE = -100
 # A pair's figures by their names in TRL's log. Entropy is a token's there, and nothing is vetoed.
 OF_PAIRS = {
@@ -224,7 +220,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         if self._is_vision_dataset:
             self.train_dataset = self.numbered(self.train_dataset, "train")
             self.eval_dataset = self.numbered(self.eval_dataset)
-        self.keep_identities(LOSS_STATE, {*self.loss_fn.state_dict(), TOKENS, EPOCHS})
+        self.keep_identities(LOSS_STATE, {*self.loss_fn.state_dict(), TOKENS})
         self._settings = self._run_settings()
         # Since the last line of the log, by split and figure: (2,) its sum over tokens, and these.
         self._sums: dict[str, Any] = {
@@ -318,10 +314,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the number of pairs in them, over all ranks: ()."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:  # a stream is at its end, maybe on this rank alone
+        if not batches:  # a stream is at its end
             return batches, None
-        for batch in batches[:-1]:
-            self.own_pairs(batch)
         batches[-1] = self._without_repeats(batches[-1])
         # Of a stream transformers does not know the last step, and would not take it before there are as many batches.
         batches += [self.blank_of(batches[0]) for _ in range(num_batches - len(batches))]
@@ -342,16 +336,6 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             scored = torch.arange(pairs, device=batch["input_ids"].device).repeat(2) < mine
             return batch | {"completion_mask": batch["completion_mask"] * scored[:, None]}
         return part(batch, 0, mine)
-
-    def _get_dataloader(
-        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
-    ):
-        stream, ranks = isinstance(dataset, IterableDataset), self.data_ranks
-        if stream and dealt_by_shards(dataset, ranks, is_training):
-            check_any(dataset.shard(ranks, self.data_rank), f"train_dataset, in the shards of rank {self.data_rank}")
-        elif stream and ranks > 1:
-            dataset = Undivided(dataset)
-        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -420,7 +404,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
 
     def _images_of(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What a batch has beside tokens and which pairs they are."""
-        known = {"input_ids", "attention_mask", "completion_mask", "packing", ROW, PAIR_ID}
+        known = {"input_ids", "attention_mask", "completion_mask", "packing", *IDENTITY}
         return {name: value for name, value in batch.items() if name not in known}
 
     def _scored_alone(self, batch: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -431,7 +415,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         pairs = _pairs(batch).nonzero().flatten()
         if not len(pairs):  # a rank has to take part in the step
             pairs, labels = torch.arange(len(labels) // 2, device=labels.device), torch.full_like(labels, IGNORE)
-        rows = ("input_ids", "attention_mask", "completion_mask", ROW, PAIR_ID)
+        rows = ("input_ids", "attention_mask", "completion_mask", *IDENTITY)
         return {name: of_pairs(batch[name], pairs) for name in rows if name in batch}, of_pairs(labels, pairs), pairs
 
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, labels: Tensor, batch: dict[str, Tensor]) -> None:
@@ -502,31 +486,13 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
     def _save_checkpoint(self, model, trial):
         # First of all, so that the state that transformers writes last marks the checkpoint as complete.
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        epochs = self.accelerator.gather(torch.tensor([self.state.epoch], device=self.args.device, dtype=torch.float64))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            state = self.loss_fn.state_dict() | {TOKENS: torch.tensor(self._total_train_tokens), EPOCHS: epochs}
+            state = self.loss_fn.state_dict() | {TOKENS: torch.tensor(self._total_train_tokens)}
             save_file(state, folder / LOSS_STATE, as_metadata(self._settings))
             if self.args.sync_ref_model:
                 save_model(self._plain(self.ref_model), str(folder / REFERENCE_STATE))
         super()._save_checkpoint(model, trial)
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
-        """As transformers does, which takes all steps of a stream for those of its first pass."""
-        begin = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        state = Path(resume_from_checkpoint or "", LOSS_STATE)
-        if not isinstance(self.train_dataset, IterableDataset) or not state.is_file():
-            return begin
-        with safe_open(state, "pt") as file:
-            epoch = file.get_tensor(EPOCHS)[self.args.process_index].item()
-        passes, saved = math.ceil(epoch) - 1, TrainerState.load_from_json(str(state.parent / TRAINER_STATE_NAME))
-        # An epoch is a pass, and in it every step the share 1 / max_steps.
-        steps = 0 if self.args.ignore_data_skip else round((epoch - passes) * saved.max_steps)
-        return passes, steps * self.args.gradient_accumulation_steps
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # The one place that every engine comes by when a run is resumed, its model loaded.
@@ -551,7 +517,6 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         load_renamed(self, checkpoint)
         state = load_file(checkpoint / LOSS_STATE)
         tokens = state.pop(TOKENS)
-        del state[EPOCHS]
         self.loss_fn.load_state_dict(state)
         if self.args.sync_ref_model:
             load_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))

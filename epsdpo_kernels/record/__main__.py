@@ -28,11 +28,12 @@ there are; a loop of several processes says `facts={{"ranks": N}}`. A TRL run th
 record of the last one there: it goes to `RUN/earlier-1/` with its checkpoints, where it can be audited too. A run that
 goes on from another checkpoint than its last moves the later ones there.
 
-What is not known is null: the row and id of a pair where a data collator or a stream that several workers read lost
-them, or your loop didn't give them; the epoch where it wasn't given. Rows that fill up a rank's last batch are not
-recorded. A stream's row is the place in one pass. Data that are given to `evaluate()`, other than those the trainer was
-made with, have a split of their own, `eval@` and the fingerprint of the data. Where an earlier checkpoint is evaluated
-(`load_best_model_at_end`), `policy_step` says which, and its β is what the audit expects.
+What is not known is null: the row and id of a pair where a data collator lost them, or your loop didn't give them; the
+epoch where it wasn't given. Rows that fill up a rank's last batch are not recorded. A stream's row is the place in one
+pass, and its epoch the number of that pass. Data that are given to `evaluate()`, other than those the trainer was made
+with, have a split of their own, `eval@` and the fingerprint of the data; a stream that of its first 16 pairs, and no
+rows. Where an earlier checkpoint is evaluated (`load_best_model_at_end`), `policy_step` says which, and its β is what
+the audit expects.
 
 Texts stay in the data set: `pair_id` and `row` lead there. Everything below is as the loss computed it, in its
 precision, before the optimizer step. The table is made from the schema (`python -m epsdpo_kernels.record`).
