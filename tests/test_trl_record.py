@@ -185,8 +185,8 @@ def test_a_resumed_stream(tiny, tmp_path):
     """Of two steps a pass: within its third, which is in an order of its own, and where the first ends."""
     data = trl_runs.pairs(tiny)
 
-    def run(pairs, **more):
-        stream = data.select(pairs).to_iterable_dataset().shuffle(seed=1, buffer_size=16)
+    def run(pairs, shards=1, **more):
+        stream = data.select(pairs).to_iterable_dataset(shards).shuffle(seed=1, buffer_size=16)
         more = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 7} | more
         return make(tiny, tmp_path, stream, **more)
 
@@ -209,8 +209,10 @@ def test_a_resumed_stream(tiny, tmp_path):
     assert longer[len(whole) :].groupby(["step", "epoch"])["row"].apply(list).to_dict() == {
         (8, 3): [8, 9], (9, 4): list(range(8))
     }  # fmt: skip
-    with pytest.raises(ValueError, match="train_dataset was 'a stream that begins with .* is 'a stream that begins"):
+    with pytest.raises(ValueError, match="was 'a stream of 1 shards that begins with .* is 'a stream of 1 sh"):
         run(range(10, 20)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match="train_dataset was 'a stream of 1 shards .* is 'a stream of 2 shards"):
+        run(range(10), shards=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_resumed_at_a_pass_s_end_it_is_not_evaluated_again(tiny, tmp_path):

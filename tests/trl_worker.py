@@ -86,7 +86,10 @@ def main(folder: Path) -> None:
     if "test" in job["streams"]:
         trainer.predict(data(job, 7, "test"))
     if job["given"]:
-        trainer.evaluate(Dataset.from_list(trl_runs.pairs(Path(job["tiny"]), 7).to_list()))
+        pairs = Dataset.from_list(trl_runs.pairs(Path(job["tiny"]), 12).to_list())
+        trainer.evaluate(pairs.select(range(7)))
+        trainer.evaluate(pairs.select(range(7)).to_iterable_dataset())
+        trainer.evaluate(pairs.select(range(7, 12)).to_iterable_dataset())
     parameters = dict(trainer.model.named_parameters())
     sharded = sorted(name for name, p in parameters.items() if isinstance(p, DTensor) or hasattr(p, "ds_id"))
     weights = {name: whole(p) for name, p in parameters.items() if p.requires_grad}

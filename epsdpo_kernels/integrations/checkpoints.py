@@ -81,7 +81,7 @@ def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> di
     found = own | {name: getattr(args, name, None) for name in ORDER} | {"sp_size": sequence_ranks(args)}
     for name, one in data.items():
         if isinstance(one, datasets.IterableDataset):
-            found[name] = f"a stream that begins with {beginning(one, ids)}"
+            found[name] = f"a stream of {one.num_shards} shards that begins with {beginning(one, ids)}"
         elif ids in (getattr(one, "column_names", None) or ()):
             found[name] = _digest(one, ids)
     return json.loads(json.dumps(found, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))

@@ -158,12 +158,9 @@ class RecordedTRL(Recorded):
                         metric_key_prefix="eval"):  # fmt: skip
         self._evaluation = metric_key_prefix
         if self._given:  # whose rows are not those of the evaluation that has this name
-            data = dataloader.dataset
-            name = (
-                beginning(data.stream, PAIR_ID)
-                if isinstance(data, Undivided)
-                else getattr(data, "_fingerprint", "given")
-            )
+            data = getattr(dataloader.dataset, "dataset", dataloader.dataset)  # which accelerate deals out
+            stream = isinstance(data, Undivided)
+            name = beginning(data.stream, PAIR_ID) if stream else getattr(data, "_fingerprint", "given")
             # Each process has a fingerprint of its own of data in memory.
             self._evaluation += "@" + broadcast_object_list([name[:8]])[0]
         if self.record is None and self._facts is not None:
