@@ -88,6 +88,18 @@ def test_the_last_batch_dropped_is_no_fault(tmp_path):
     assert [(f.kind, f.step, f.holds, f.follows) for f in audit(run).findings] == [("short", 9, "5", "10")]
 
 
+def test_the_last_batch_of_an_evaluation_dropped_is_no_fault(tmp_path):
+    run = write_run(tmp_path, pairs=48, batch=5, drop_last=True, eval_pairs=9)
+    arguments = json.loads((run / "run.json").read_text())["training_arguments"]
+    tell(run, training_arguments=arguments | {"per_device_eval_batch_size": 5})
+    keep(run, lambda row: row["split"] == "train" or row["row"] < 48 + 5)
+    assert audit(run).ok, str(audit(run))
+    keep(run, lambda row: row["split"] == "train" or row["row"] < 48 + 4)
+    assert {(f.kind, f.column, f.holds, f.follows) for f in audit(run).findings} == {
+        ("missing", "eval pairs", "4", "5")
+    }
+
+
 def test_an_altered_decision_is_named(tmp_path, capsys):
     write_run(tmp_path)
     was = alter(tmp_path, 17, decision=0)

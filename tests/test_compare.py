@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,15 @@ def test_differences_are_of_the_same_pairs():
     done[runs[1]]["row"] = [9, 1, 2, 3]
     with pytest.raises(ValueError, match="lsc-dpo-0.1-0: its held-out pairs are not those of dpo-0.1-0"):
         compare.difference(done, own, "margin")
+
+
+def test_the_committed_comparison():
+    """docs/comparison.md has what is made of the figures beside it."""
+    out = Path(__file__).parent.parent / "docs" / "comparison"
+    options, _ = compare.parse(["--out", str(out), "--betas", "0.1", "0.01", "0.5", "--seeds", "0", "1", "2"])
+    runs = [run for run in compare.plan(options) if compare.figures_path(out, run).exists()]
+    assert len(runs) == len(list(out.iterdir())) > 20
+    assert compare.tables(compare.collect(out, runs), runs, options.idle) in out.with_suffix(".md").read_text()
 
 
 def test_margins_at_equal_kl():

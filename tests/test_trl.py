@@ -393,6 +393,11 @@ def test_pairs_that_would_all_be_dropped_are_refused(tiny, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"dataloader_drop_last: got True with {said}"):
             make(tiny, tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8, **more)
+    trainer = make(tiny, tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8)
+    with pytest.raises(ValueError, match="dataloader_drop_last: got True with 7 pairs in eval_dataset, .* at least 8"):
+        trainer.evaluate(trl_runs.pairs(tiny, 7))
+    with pytest.raises(ValueError, match="dataloader_drop_last: got True with 7 pairs in test_dataset, .* at least 8"):
+        trainer.predict(trl_runs.pairs(tiny, 7))
 
 
 @pytest.mark.parametrize("more", [{"sync_ref_model": True, "ref_model_sync_steps": 2}, {"lora": True}], ids=str)

@@ -38,7 +38,7 @@ def launch(processes: int, folder: Path) -> None:
 
 def run(
     folder: Path, tiny: Path, processes: int, pairs: int, lora=False, streams=(), masked=(), sees="",
-    resume=None, tensor="", shards=1, by_node=False, long=0, given=False, **more,
+    resume=None, tensor="", shards=1, by_node=False, long=0, given=False, trainings=1, **more,
 ):  # fmt: skip
     folder.mkdir(exist_ok=True)
     options = trl_runs.options(folder / "run", gradient_accumulation_steps=2 // processes, max_steps=8, epsilon=0.05)
@@ -52,6 +52,7 @@ def run(
         "by_node": by_node,
         "long": long,
         "given": given,
+        "trainings": trainings,
         "masked": masked,
         "sees": sees,
         "resume": resume,
@@ -156,6 +157,22 @@ def test_a_stream_of_which_the_first_are_dropped(tiny, tmp_path):
     two = run(tmp_path / "two", tiny, 2, 13, resume=str(tmp_path / "two" / "run" / "checkpoint-5"), **more)
     same(two, run(tmp_path / "one", tiny, 1, 13, **more))
     same_record(tmp_path / "two" / "run", tmp_path / "one" / "run", *[["stream"] * 2] * 2)
+
+
+def test_a_rank_without_pairs_goes_along(tiny, tmp_path):
+    """Of 3 pairs in batches of 3 one rank has none: when it trains again, and when it evaluates beside a record."""
+    more = {"logging_steps": 3, "max_steps": 4, "per_device_train_batch_size": 3, "trainings": 2}
+    two = run(tmp_path / "two", tiny, 2, 3, **more)
+    one = run(tmp_path / "one", tiny, 1, 3, **more | {"gradient_accumulation_steps": 1})
+    same(two, one)
+    # Of the steps past the last line of the log too.
+    assert two[0]["log"][-2]["train_loss"] == pytest.approx(one[0]["log"][-2]["train_loss"], rel=5e-4)
+    rows = [read(tmp_path / n / "run" / "record").to_pandas().query("split == 'train'") for n in ("two", "one")]
+    assert rows[0]["rank"].tolist() == [0] * 12 and rows[0]["decision"].tolist() == rows[1]["decision"].tolist()
+    for name in ("one", "two"):  # of which one has parts of a single rank
+        before = read(tmp_path / name / "run" / "record")
+        run(tmp_path / name, tiny, 2, 3, **more | {"trainings": 0})
+        assert read(tmp_path / name / "run" / "record").equals(before)
 
 
 @pytest.mark.parametrize("streams", [(), ("train",)], ids=["", "stream"])

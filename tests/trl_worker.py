@@ -82,7 +82,8 @@ def main(folder: Path) -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if job["lora"] else None,
     )
-    trainer.train(resume_from_checkpoint=job.get("resume"))
+    for _ in range(job["trainings"]):
+        trainer.train(resume_from_checkpoint=job.get("resume"))
     if "test" in job["streams"]:
         trainer.predict(data(job, 7, "test"))
     if job["given"]:

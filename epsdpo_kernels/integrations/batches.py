@@ -46,6 +46,7 @@ class PackedBatches(SharedRows):
     packed: bool = False
     by_batch: bool = False  # whether a pair's loss depends on the batch that it is in
     max_tokens: int | None = None
+    _tr_loss: Tensor
     _ran = (0, 0)  # tokens through the backbone since the last line of the log, and what padded rows would have been
     _clock: float | None = None
 
@@ -115,11 +116,8 @@ class PackedBatches(SharedRows):
         sets = named_sets(self.train_dataset, "train_dataset") | named_sets(self.eval_dataset, "eval_dataset")
         for name, dataset in sets.items():
             pairs = getattr(dataset, "pairs", dataset)
-            check_whole(pairs, name, self.data_ranks)
-            check_any(pairs, name, max_length)
-            if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
-                size = self.args.train_batch_size if name == "train_dataset" else self.args.eval_batch_size
-                check_kept(len(pairs), name, size, self.data_ranks)
+            size = self.args.train_batch_size if name == "train_dataset" else self.args.eval_batch_size
+            self._check_set(pairs, name, size, max_length)
             tokenised = hasattr(pairs, "with_format") and set(COLUMNS) <= set(pairs.column_names or ())
             for model in models:
                 if tokenised and not images:
@@ -143,8 +141,13 @@ class PackedBatches(SharedRows):
 
     def _check_given(self, given: Any, argument: str) -> None:
         for name, one in named_sets(given, argument).items():
-            check_whole(one, name, self.data_ranks)
-            check_any(getattr(one, "pairs", one), name)
+            self._check_set(getattr(one, "pairs", one), name, self.args.eval_batch_size)
+
+    def _check_set(self, pairs: Any, name: str, batch_size: int, max_length: int | None = None) -> None:
+        check_whole(pairs, name, self.data_ranks)
+        check_any(pairs, name, max_length)
+        if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
+            check_kept(len(pairs), name, batch_size, self.data_ranks)
 
     def _say_memory(self) -> None:
         """Prints what the run expects to need and, on CUDA, what is there."""
@@ -230,6 +233,11 @@ class PackedBatches(SharedRows):
         pairs = [(self.labels_of(one) != IGNORE).any(1).view(2, -1).all(0).sum() for one in parts]
         scored = torch.stack(pairs)
         return (losses * scored).sum() / scored.sum().clamp(min=1)
+
+    def _finalize_training(self, *args, **kwargs):
+        # transformers takes this rank's own for the mean since the last line of the log.
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
+        return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args, **kwargs):
         self._clock = self._clock or time.perf_counter()

@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
-from ..record.recorder import TRAIN, numbers
+from ..record.recorder import TRAIN
 from .checkpoints import beginning, check_settings, checkpoint_of, checkpoint_step, set_later_aside
 
 # Columns that travel with a pair through TRL's preparation of the data, and tensors of a batch: (2B,) int64, chosen
@@ -34,10 +34,8 @@ NO_ROW, NO_ID, NO_PLACE = IDENTITY.values()
 class RecordElsewhere:
     """In the place of a :class:`Record` on a rank whose pairs another one records."""
 
-    trained = False
-
-    def append(self, out: EpsilonDPOOutput, *, split: str = TRAIN, **_: Any) -> None:
-        self.trained |= split == TRAIN and bool(out.chosen_tokens.any())
+    def append(self, out: EpsilonDPOOutput, **_: Any) -> None:
+        pass
 
     def flush(self) -> None:
         pass
@@ -101,6 +99,7 @@ class RecordedTRL(Recorded):
     _evaluation = "eval"  # the split of the evaluation that is under way
     _given = True  # whether its data are others than the trainer was made with
     _epoch = -1  # begun last
+    _trained = False  # whether the record is that of a training, which began on all ranks alike
     _resumed: Path | None = None  # the checkpoint that train() goes on from
     _own_file = ""
     _own_names: Collection[str] = ()
@@ -164,7 +163,8 @@ class RecordedTRL(Recorded):
             # Each process has a fingerprint of its own of data in memory.
             self._evaluation += "@" + broadcast_object_list([name[:8]])[0]
         if self.record is None and self._facts is not None:
-            if self._own_parts():
+            # Whether other ranks have parts there is for all to know.
+            if broadcast_object_list([bool(parts(Path(self.args.output_dir, "record")))])[0]:
                 warnings.warn(
                     f"output_dir: {self.args.output_dir} holds the record of another run; this evaluation is not "
                     "recorded", stacklevel=2,
@@ -175,10 +175,6 @@ class RecordedTRL(Recorded):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
 
-    def _own_parts(self) -> list[Path]:
-        found = parts(Path(self.args.output_dir, "record"))
-        return [part for part in found if numbers(part)[0] == self.data_rank]
-
     def _begin(self, step: int) -> None:
         """The record of a training that begins after ``step``; one that only holds evaluations before it goes on."""
         run = Path(self.args.output_dir).resolve()
@@ -187,7 +183,7 @@ class RecordedTRL(Recorded):
         with self.args.main_process_first(local=self.args.save_on_each_node, desc="setting checkpoints aside"):
             if self.args.should_save:
                 aside = set_later_aside(run, 0 if elsewhere else step, self._own_file)
-        if self._facts is None or step == 0 and self.record and not self.record.trained:
+        if self._facts is None or step == 0 and self.record and not self._trained:
             return
         if self.record:
             self.record.close()
@@ -201,6 +197,7 @@ class RecordedTRL(Recorded):
                     f"output_dir: {self.args.output_dir} held the record of another run, which is now in {aside}",
                     stacklevel=2,
                 )
+            self._trained = False
             facts = dict(self._facts or {}) | {"ranks": self.data_ranks}
             if begins_after:
                 facts["begins_after"] = begins_after
@@ -308,6 +305,7 @@ class _Moments(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._begin(state.global_step)
+        self.trainer._trained = True
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # The state's own epoch is that of the last step, which in a stream may end anywhere.

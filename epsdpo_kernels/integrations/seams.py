@@ -24,6 +24,7 @@ METHODS = {  # and the arguments that they are called with or overridden for
     "_set_signature_columns_if_needed": (),
     "_save_checkpoint": ("model", "trial"),
     "_init_training_state": ("resume_from_checkpoint",),
+    "_finalize_training": (),
     "_load_optimizer_and_scheduler": ("checkpoint",),
 }
 ATTRIBUTES = (

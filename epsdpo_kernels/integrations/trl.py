@@ -13,12 +13,12 @@ What this module holds on to in TRL and transformers, all of it here:
   ``data_collator``, ``accelerator``, ``args``, ``state``; what its collators return (``input_ids``,
   ``attention_mask``, ``completion_mask``, and for a vision model more); and "ref" as the name of the copy of a
   pre-trained adapter.
-- private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages), ``_save_checkpoint``,
+- private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages); ``_save_checkpoint``,
   ``_init_training_state``, ``_load_optimizer_and_scheduler`` and ``_load_best_model`` (transformers' places for what
-  belongs to a checkpoint);
-  ``_get_grad_norm`` (called once before every optimizer step); ``_get_train_sampler``; ``_prepare_dataset`` with the
-  columns of ids that it makes, and ``_set_signature_columns_if_needed``, through which rows keep their numbers
-  (recording.py); ``aux_loss_enabled`` and ``router_aux_loss_coef``.
+  belongs to a checkpoint); ``_finalize_training`` and its ``_tr_loss``; ``_get_grad_norm`` (called once before every
+  optimizer step); ``_get_train_sampler`` and ``_get_dataloader``; ``_prepare_dataset`` with the columns of ids that it
+  makes, and ``_set_signature_columns_if_needed``, through which rows keep their numbers (recording.py);
+  ``aux_loss_enabled`` and ``router_aux_loss_coef``.
 - the model's ``forward``, which TRL replaces too: ours comes on top of it, so that the loss runs inside whatever wraps
   the model.
 """

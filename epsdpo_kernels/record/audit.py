@@ -379,7 +379,7 @@ def _check_epochs(result: Audit, rows: Columns, of: np.ndarray) -> None:
         double = np.zeros(len(rows["row"]), bool)
         double[of] = _again(epoch, rows["row"][of])
         result.name_rows(rows, "double", "row", double, "–")
-    least = _least_of_an_epoch(result, rows)
+    least = _least(result, rows)
     if arguments.get("dataloader_drop_last") and "per_device_train_batch_size" not in arguments:
         result.limit("drop_last")
     epochs = np.unique(epoch)
@@ -393,7 +393,7 @@ def _check_epochs(result: Audit, rows: Columns, of: np.ndarray) -> None:
 
 
 def _check_evaluations(result: Audit, rows: Columns, split: str, of: np.ndarray) -> None:
-    pairs = _pairs(result, split)
+    pairs = _least(result, rows, split)
     for step in np.unique(rows["step"][of]):
         # After one step there may be several evaluations, each of all pairs.
         row, times = np.unique(rows["row"][of][rows["step"][of] == step], return_counts=True)
@@ -411,15 +411,15 @@ def _pairs(result: Audit, split: str) -> int:
     return result.facts.get("pairs", {}).get(split, 0)
 
 
-def _least_of_an_epoch(result: Audit, rows: Columns) -> int:
-    """The fewest pairs of an epoch of training that is over; 0 where nobody knows how many there are."""
-    pairs, arguments = _pairs(result, TRAIN), result.facts.get("training_arguments", {})
+def _least(result: Audit, rows: Columns, split: str = TRAIN) -> int:
+    """The fewest pairs of an evaluation, or an epoch of training that is over; 0 where nobody knows how many it has."""
+    pairs, arguments = _pairs(result, split), result.facts.get("training_arguments", {})
     if not arguments.get("dataloader_drop_last"):
         return pairs
     # Less than one batch of every rank was left out.
     ranks = result.facts.get("ranks") or len(np.unique(rows["rank"][rows["train"]]))
-    batches = ranks * arguments.get("per_device_train_batch_size", pairs)
-    return max(pairs - batches + 1, 0)
+    size = "per_device_train_batch_size" if split == TRAIN else "per_device_eval_batch_size"
+    return max(pairs - ranks * arguments.get(size, pairs) + 1, 0)
 
 
 def _passes(epoch: np.ndarray) -> np.ndarray:
@@ -450,7 +450,7 @@ def _ends_of_epochs(result: Audit, rows: Columns) -> np.ndarray:
     ends = [step[epoch == one].max() for one in np.unique(epoch) if one < last]
     of_last = rows["row"][known][epoch == last]
     # Of a stream, and without rows, nobody knows whether the last one is over.
-    if len(np.unique(of_last[of_last >= 0])) >= _least_of_an_epoch(result, rows):
+    if len(np.unique(of_last[of_last >= 0])) >= _least(result, rows):
         ends.append(step.max())
     return np.concatenate([np.array(ends, np.int64), unknown])
 

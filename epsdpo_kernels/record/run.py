@@ -84,7 +84,6 @@ class Record:
             "label_smoothing": options["label_smoothing"],
         }
         self._place, self._micro = ("", 0), 0
-        self.trained = False  # whether a row of training was appended
         if rank == 0:
             write_file(self.run / "run.json", told.encode())
             if not begun:  # an attempt of more ranks that was killed before its first part
@@ -170,7 +169,6 @@ class Record:
         columns |= self._identity(split, row, pair_id, len(figures["loss"]))
         self._recorder.append(columns)
         self._micro += 1
-        self.trained |= split == TRAIN
 
     def flush(self) -> None:
         """Writes what was appended. When it returns the rows are on disk."""
