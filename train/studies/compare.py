@@ -22,6 +22,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,14 +259,19 @@ def difference(done: dict[Run, dict[str, Any]], runs: list[Run], measure: str) -
     Raises:
         ValueError: the two were measured on different pairs.
     """
-    of_seeds = []
+    of_seeds: list[float] = []
+    of_pairs: dict[int, float] = defaultdict(float)
     for run in runs:
         base = run._replace(method="dpo")
         check_same_pairs(done, run, base)
         both = zip(per_pair(done[run], measure), per_pair(done[base], measure), strict=True)
-        of_seeds.append(mean([ours - theirs for ours, theirs in both]))
-    error = math.sqrt(sum(seed.error**2 for seed in of_seeds)) / len(of_seeds)
-    return mean([seed.value for seed in of_seeds]), error
+        more = [ours - theirs for ours, theirs in both]
+        of_seeds.append(mean(more).value)
+        # Seeds hold out some of the same pairs: what a pair does to all of them goes together.
+        n = len(more)
+        for row, value in zip(done[run]["row"], more, strict=True):
+            of_pairs[row] += (value - of_seeds[-1]) / (math.sqrt(n * (n - 1)) or math.nan) / len(runs)
+    return mean(of_seeds), math.hypot(*of_pairs.values())
 
 
 def check_same_pairs(done: dict[Run, dict[str, Any]], run: Run, base: Run) -> None:
@@ -305,7 +312,7 @@ def _log_means(found: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return (kl / tokens).log(), (margin / pairs).log()
 
 
-def groups(runs: list[Run]) -> dict[tuple[str, float], list[Run]]:
+def groups(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
     """The runs of one method and β₀, which differ in their seed."""
     found: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
@@ -313,7 +320,7 @@ def groups(runs: list[Run]) -> dict[tuple[str, float], list[Run]]:
     return found
 
 
-def tables(done: dict[Run, dict[str, Any]], runs: list[Run], idle: bool) -> str:
+def tables(done: dict[Run, dict[str, Any]], idle: bool) -> str:
     """Markdown: a row a run; a row a method and β₀, the means over seeds, then the differences from DPO; a row a run,
     where DPO's runs enclose its KL, the margin at equal KL.
     """
@@ -329,21 +336,20 @@ def tables(done: dict[Run, dict[str, Any]], runs: list[Run], idle: bool) -> str:
         beta = f"{steps['running'][-1]:.4f}"
         singly.append([run.method, f"{run.beta:g}", str(run.seed), *cells, beta, *shares, seconds, peak])
     means, differences = [], []
-    for (method, start), own in groups(runs).items():
-        if not all(run in done for run in own):
-            continue
+    for (method, start), own in groups(done).items():
         cells = []
         for name, _, digits in MEASURES:
             value, error, _ = mean([mean(per_pair(done[run], name)).value for run in own])
             cells.append(plus_minus(value, error, digits))
-        means.append([method, f"{start:g}", *cells])
-        if method == "dpo" or not all(run._replace(method="dpo") in done for run in own):
+        means.append([method, f"{start:g}", str(len(own)), *cells])
+        both = [run for run in own if run._replace(method="dpo") in done]
+        if method == "dpo" or not both:
             continue
         cells = []
         for name, _, digits in MEASURES:
-            over, error = difference(done, own, name)
+            over, error = difference(done, both, name)
             cells.append(f"{plus_minus(over.value, over.error, digits, '+')} ({error:.{digits}f})")
-        differences.append([method, f"{start:g}", *cells])
+        differences.append([method, f"{start:g}", str(len(both)), *cells])
     equal = []
     for run in done:
         more, error = at_equal_kl(done, run) if run.method != "dpo" else (math.nan, math.nan)
@@ -353,10 +359,10 @@ def tables(done: dict[Run, dict[str, Any]], runs: list[Run], idle: bool) -> str:
     parts = [
         grid(["method", "β₀", "seed", *titles, *own_columns], singly),
         "Means over seeds, ± their standard error:",
-        grid(["method", "β₀", *titles], means),
+        grid(["method", "β₀", "seeds", *titles], means),
         "More than DPO from the same β₀ and seed, pair by pair, ± the standard error over seeds; in brackets that over "
         "the held-out pairs of all seeds:",
-        grid(["method", "β₀", *titles], differences),
+        grid(["method", "β₀", "seeds", *titles], differences),
     ]
     if equal:
         parts += [
@@ -406,7 +412,7 @@ def micro_table(out: Path) -> str:
     return grid(["method", *heads], rows)
 
 
-def picture(done: dict[Run, dict[str, Any]], runs: list[Run], path: Path) -> None:
+def picture(done: dict[Run, dict[str, Any]], path: Path) -> None:
     """Margin against KL from the original, margin by β₀, and β and ε-DPO's decisions over steps."""
     import matplotlib
 
@@ -414,12 +420,11 @@ def picture(done: dict[Run, dict[str, Any]], runs: list[Run], path: Path) -> Non
     import matplotlib.pyplot as plt
 
     figure, ((gained, swept), (betas, decisions)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    first = runs[0]
-    whole = {key: own for key, own in groups(runs).items() if all(run in done for run in own)}
-    for method in dict.fromkeys(method for method, _ in whole):
+    first, found = next(iter(done)), groups(done)
+    for method in dict.fromkeys(method for method, _ in found):
         colour, marker = LOOKS[method]
         look = {"color": colour, "marker": marker, "linewidth": 1, "capsize": 2, "label": method}
-        own = sorted((beta, seeds) for (name, beta), seeds in whole.items() if name == method)
+        own = sorted((beta, seeds) for (name, beta), seeds in found.items() if name == method)
         margin, kl = (
             [mean([mean(per_pair(done[run], measure)).value for run in seeds]) for _, seeds in own]
             for measure in ("margin", "kl")
@@ -430,7 +435,9 @@ def picture(done: dict[Run, dict[str, Any]], runs: list[Run], path: Path) -> Non
         )  # fmt: skip
         if len(own) > 1:
             swept.errorbar([beta for beta, _ in own], [m.value for m in margin], [m.error for m in margin], **look)
-        steps = done[Run(method, first.beta, first.seed)]["steps"]
+        if (shown := first._replace(method=method)) not in done:
+            continue
+        steps = done[shown]["steps"]
         x = range(1, len(steps["running"]) + 1)
         line = "--" if method == "tr-dpo" else "-"  # its β is DPO's
         betas.plot(x, steps["running"], line, color=colour, label=method)
@@ -459,7 +466,7 @@ def picture(done: dict[Run, dict[str, Any]], runs: list[Run], path: Path) -> Non
 
 def write(options: argparse.Namespace, runs: list[Run]) -> str:
     """The tables of what is done so far, in their file."""
-    text = tables(collect(options.out, runs), runs, options.idle)
+    text = tables(collect(options.out, runs), options.idle)
     if options.micro_steps and all((folder / MADE).exists() for *_, folder in micro_runs(options.out)):
         text += "\n\nThe same eight pairs a step, in micro-batches:\n\n" + micro_table(options.out)
     (options.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
@@ -493,10 +500,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.micro_steps:
         train_micro(options.out, options.seeds[0], options.micro_steps, [*flags, f"--beta={options.betas[0]}"])
     print(write(options, runs))
+    if found := collect(options.out, runs):
+        picture(found, options.out / "comparison.png")
+        print(f"\nwritten to {options.out / 'comparison.md'} and {options.out / 'comparison.png'}")
     if failed:
         sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same words try them again")
-    picture(collect(options.out, runs), runs, options.out / "comparison.png")
-    print(f"\nwritten to {options.out / 'comparison.md'} and {options.out / 'comparison.png'}")
 
 
 if __name__ == "__main__":
