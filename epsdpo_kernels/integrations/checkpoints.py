@@ -124,12 +124,6 @@ def check_settings(state: Path, settings: Mapping[str, Any], names: Collection[s
         return  # what is missing is said elsewhere
     with safe_open(state, "pt") as file:
         theirs, held = json.loads((file.metadata() or {}).get(SETTINGS, "{}")), set(file.keys())
-    if held != set(names):
-        raise ValueError(
-            f"resume_from_checkpoint: got {state.parent}, whose {state.name} holds {', '.join(sorted(held))}, takes "
-            f"one that holds {', '.join(sorted(names))}: another version of epsdpo_kernels wrote it, with which it can "
-            "be resumed. To start a new run from its weights, give it as model"
-        )
     other = [name for name in settings if name in theirs and settings[name] != theirs[name]]
     if other:
         differences = "; ".join(f"{name} was {theirs[name]!r}, is {settings[name]!r}" for name in other)
@@ -137,6 +131,12 @@ def check_settings(state: Path, settings: Mapping[str, Any], names: Collection[s
             f"resume_from_checkpoint: got {state.parent} of a run with other settings ({differences}), takes one with "
             "the same: what is on record before it and after it would not be one run. To start a new run from its "
             "weights, give it as model"
+        )
+    if held != set(names):
+        raise ValueError(
+            f"resume_from_checkpoint: got {state.parent}, whose {state.name} holds {', '.join(sorted(held))}, takes "
+            f"one that holds {', '.join(sorted(names))}: another version of epsdpo_kernels wrote it, with which it can "
+            "be resumed. To start a new run from its weights, give it as model"
         )
 
 
