@@ -133,6 +133,7 @@ def test_rows_that_cannot_be_shared(by_batch, said):
     trainer = PackedBatches()
     trainer.sequence_group, trainer.by_batch = SimpleNamespace(size=lambda: 2), by_batch
     trainer.train_dataset, trainer.eval_dataset = [{}], None
-    trainer.args = SimpleNamespace(dataloader_drop_last=False, train_batch_size=1, eval_batch_size=1)
+    trainer.args = SimpleNamespace(dataloader_drop_last=False, train_batch_size=1, eval_batch_size=1, world_size=2)
+    trainer.get_tp_size = lambda: 1
     with pytest.raises(ValueError, match=f"parallelism_config: {said}"):
         trainer.set_layout([], packed=False, max_tokens=None)
