@@ -231,6 +231,16 @@ def test_resumed_at_a_pass_s_end_it_is_not_evaluated_again(tiny, tmp_path):
     assert frame(tmp_path).equals(whole)
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 4]
 
+    class AtEveryStep(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.evaluate()
+
+    # What somebody evaluates at a pass's last step is not that pass's evaluation.
+    trainer = run()
+    trainer.add_callback(AtEveryStep())
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1, 2, 2, 3, 4, 4]
+
 
 def test_a_stream_of_another_format(tiny, tmp_path):
     data = trl_runs.pairs(tiny, 12)

@@ -301,9 +301,10 @@ class _Moments(TrainerCallback):
     """Tells a trainer's record when training and its epochs begin, and when something is over."""
 
     def __init__(self, trainer: RecordedTRL):
-        self.trainer = trainer
+        self.trainer, self.begins_after = trainer, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.begins_after = state.global_step
         self.trainer._begin(state.global_step)
         self.trainer._trained = True
 
@@ -314,7 +315,9 @@ class _Moments(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         # A stream that goes on at the end of a pass comes to that end once more.
         at_step = (entry for entry in state.log_history if entry["step"] == state.global_step)
-        if state.global_step and any(name.startswith("eval_") for entry in at_step for name in entry):
+        if state.global_step == self.begins_after and any(
+            name.startswith("eval_") for entry in at_step for name in entry
+        ):
             control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):

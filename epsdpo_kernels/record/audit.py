@@ -393,15 +393,15 @@ def _check_epochs(result: Audit, rows: Columns, of: np.ndarray) -> None:
 
 
 def _check_evaluations(result: Audit, rows: Columns, split: str, of: np.ndarray) -> None:
-    pairs = _least(result, rows, split)
+    least = _least(result, rows, split)
     for step in np.unique(rows["step"][of]):
         # After one step there may be several evaluations, each of all pairs.
         row, times = np.unique(rows["row"][of][rows["step"][of] == step], return_counts=True)
         usual = int(np.median(times))
         for r, n in zip(row[times != usual], times[times != usual], strict=True):
             result.add("double" if n > usual else "missing", split, n, usual, step=int(step), row=int(r))
-        if len(row) < pairs:
-            result.add("missing", f"{split} pairs", len(row), pairs, pairs - len(row), step=int(step))
+        if len(row) < least:
+            result.add("missing", f"{split} pairs", len(row), least, least - len(row), step=int(step))
 
 
 def _pairs(result: Audit, split: str) -> int:
