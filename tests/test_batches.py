@@ -12,6 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from datasets import Dataset  # noqa: E402
 from transformers.integrations import neftune  # noqa: E402
 
 import trl_runs  # noqa: E402
@@ -53,8 +54,6 @@ def test_a_dealt_epoch_keeps_every_steps_pairs():
 
 
 def test_lengths_of_data_sets_and_lists():
-    from datasets import Dataset
-
     rows = [
         {"prompt_ids": [1] * p, "chosen_ids": [2] * c, "rejected_ids": [3] * r} for p, c, r in [(1, 2, 3), (4, 1, 1)]
     ]
@@ -96,6 +95,53 @@ def test_no_layout_changes_a_decision(tiny, tmp_path, more):
     assert all(entry["tokens_per_second"] > 0 for entry in logs["packed"])
     assert sum(e["tokens"] for e in logs["cut"]) == sum(e["tokens"] for e in logs["packed"])
     assert sum(e["tokens"] for e in logs["packed"]) < sum(e["tokens"] for e in logs["padded"])
+
+
+def test_pairs_are_dealt_as_max_length_leaves_them(tiny, tmp_path, monkeypatch):
+    """Two prompts of over a thousand tokens are cut to 64 by TRL's collator, like eight more."""
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
+    lengths = [1000] * 2 + [60] * 8 + [2] * 6
+    rows = [{"prompt": "the sky", "chosen": " is" * n + " yes", "rejected": " is" * n + " no"} for n in lengths]
+    more = {"max_length": 64, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1}
+    trainer = EpsilonDPOTrainer(
+        trl_runs.model(tiny), args=EpsilonDPOConfig(**trl_runs.options(tmp_path, **more)),
+        train_dataset=Dataset.from_list(rows), processing_class=transformers.AutoTokenizer.from_pretrained(tiny),
+    )  # fmt: skip
+    tokens = [int(batch["attention_mask"].sum()) for batch in trainer.get_train_dataloader()]
+    # Pairs of 128 and of 12 tokens: two batches of three long ones, two of two.
+    assert sorted(tokens) == [280, 280, 396, 396]
+
+
+def test_tokens_per_second_are_those_of_steps(tiny, tmp_path, monkeypatch):
+    """Whatever evaluations and checkpoints take between them."""
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
+    now = iter(range(10**9))  # every look at the clock is a second later
+    waited = [0]
+    monkeypatch.setattr(batches.time, "perf_counter", lambda: next(now) + waited[0])
+
+    class Slow(transformers.TrainerCallback):
+        def on_evaluate(self, *args, **kwargs):
+            waited[0] += 1000
+
+        on_save = on_evaluate
+
+    held_out = trl_runs.pairs(tiny, 4)
+    found = []
+    for every in (8, 1):
+        args = EpsilonDPOConfig(**trl_runs.options(
+            tmp_path / str(every), max_steps=8, logging_steps=4, eval_strategy="steps", eval_steps=every,
+            save_strategy="steps", save_steps=every,
+        ))  # fmt: skip
+        trainer = EpsilonDPOTrainer(
+            trl_runs.model(tiny), args=args, train_dataset=trl_runs.pairs(tiny), callbacks=[Slow()],
+            eval_dataset={"a": held_out, "b": held_out},
+            processing_class=transformers.AutoTokenizer.from_pretrained(tiny),
+        )  # fmt: skip
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append([entry["tokens"] / entry["tokens_per_second"] for entry in log])
+    (first, second), (_, evaluated) = found
+    assert first < 10 and second < 10 and evaluated < 20
 
 
 @pytest.mark.parametrize("trainer", ["train", "trl"])

@@ -186,6 +186,58 @@ def test_a_pretrained_adapter_starts_from_itself(tiny, tmp_path):
     same_run(trainer, truth, policy)
 
 
+@pytest.mark.parametrize("pretrained", [True, False], ids=["its copy as reference", "the base as reference"])
+def test_weights_of_an_adapter_that_are_frozen_stay(tiny, tmp_path, pretrained):
+    """PEFT lets every weight of an adapter train that it switches on again, as it is after each of the reference's."""
+    lora = peft.LoraConfig(**LORA, init_lora_weights=False)
+    if pretrained:
+        model = peft.get_peft_model(trl_runs.model(tiny), lora)
+        frozen = freeze(model, "lora_A")
+        trainer = make(tiny, tmp_path, model=model, max_steps=2)
+    else:
+        trainer = make(tiny, tmp_path, peft_config=lora, max_steps=2)
+        frozen = freeze(trainer.model, "lora_A")
+    weights = dict(trainer.model.named_parameters())
+    trained = {name for name, p in weights.items() if p.requires_grad}
+    assert trained == {name.replace("lora_A", "lora_B") for name in frozen}
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    trainer.train()
+    assert {name for name, p in weights.items() if p.requires_grad} == trained
+    assert {name for name, p in weights.items() if not p.detach().equal(before[name])} == trained
+
+
+def freeze(model, part: str) -> set[str]:
+    """Names of the active adapter's weights of a kind, which do not train any more."""
+    found = {name: p for name, p in model.named_parameters() if f"{part}.default" in name}
+    for p in found.values():
+        p.requires_grad_(False)
+    return set(found)
+
+
+def test_an_adapter_that_would_have_no_copy_as_reference_is_refused(tiny, tmp_path):
+    def adapted(**name):
+        return peft.get_peft_model(trl_runs.model(tiny), peft.LoraConfig(**LORA), **name)
+
+    stacked = adapted()
+    stacked.add_adapter("two", peft.LoraConfig(**LORA))
+    stacked.base_model.set_adapter(["default", "two"])
+    before = adapted()
+    before.add_adapter("ref", peft.LoraConfig(**LORA))
+    frozen = adapted()
+    frozen.requires_grad_(False)
+    for model, said in (
+        (stacked, r"model: got the active adapters \['default', 'two'\], takes 'default' alone"),
+        (adapted(adapter_name="sft"), r"model: got the active adapters \['sft'\], takes 'default' alone"),
+        (before, "model: got an adapter named 'ref', takes none"),
+        (frozen, "of which nothing trains, takes weights with requires_grad"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make(tiny, tmp_path, model=model)
+    assert stacked.active_adapters == ["default", "two"]
+    make(tiny, tmp_path, model=stacked, ref_model=trl_runs.model(tiny))  # whose reference is another model
+    assert stacked.active_adapters == ["default", "two"]
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("lora", [None, {}, {"modules_to_save": ["lm_head"]}], ids=["", "lora", "lora and head"])
 def test_epsilon_0_is_trls_own_dpo(tiny, tmp_path, lora, packed):
@@ -380,9 +432,12 @@ def test_a_metric_that_no_evaluation_gives_is_refused(tiny, tmp_path, family, mo
     named = str(refusal.value).split(" takes one of ")[1].split(", ")
     assert {f"eval_{name}" for name in named} == logged - timed and len(set(named)) == len(named)
     assert ("aux_loss" in named, "logits/chosen" in named) == (family == "Mixtral", family != "Gemma2")
-    with pytest.raises(ValueError, match="metric_for_best_model: got 'loss', takes one of a_loss, b_loss, rewards/"):
-        made("loss", {"a": held_out, "b": held_out})
-    made("eval_b_loss", {"a": held_out, "b": held_out})
+    two = {"a": held_out, "b": held_out}
+    for metric in ("loss", "rewards/margins"):  # which TRL would take from the last set
+        with pytest.raises(ValueError, match=f"got '{metric}', takes one of a_loss, b_loss, kl/beta, num_tokens$"):
+            made(metric, two)
+    made("eval_b_loss", two)
+    made("rewards/margins", {"a": held_out})
     made("words", compute_metrics=lambda prediction: {"words": 0})
 
 
@@ -941,6 +996,14 @@ def test_the_card_cites_the_method(tiny, tmp_path):
     cited = card.split("Cite ε-DPO as:")[1]
     assert f"title         = {{{{{title}}}}}" in cited and "Lee, Sangkyu" in cited and "arXiv:2502.13177" in cited
     assert "epsilon-dpo" in card.split("---")[1]
+
+
+def test_every_method_that_is_overridden_is_a_seam():
+    """One that TRL or transformers have given another name would never be called."""
+    above = EpsilonDPOTrainer.__mro__[: EpsilonDPOTrainer.__mro__.index(trl.DPOTrainer)]
+    own = {name for cls in above for name, value in vars(cls).items() if callable(value)}
+    overridden = {name for name in own if callable(getattr(trl.DPOTrainer, name, None)) and not name.startswith("__")}
+    assert overridden - set(seams.METHODS) == {"train", "evaluate", "predict"}
 
 
 def test_a_trl_without_a_seam_is_refused_by_its_name(monkeypatch):

@@ -18,13 +18,12 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import default_logdir
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy
 
 from epsdpo_kernels.integrations.batches import PackedBatches
 from epsdpo_kernels.integrations.checkpoints import as_metadata, set_later_aside
 from epsdpo_kernels.integrations.checks import (
     check_checkpoint,
-    check_gradient,
     check_launch,
     check_metric,
     check_prompt_learning,
@@ -220,16 +219,13 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         return self.loss_of(model, self._prepare_inputs(inputs)), None, None
 
     def _stop_if_not_finite(self) -> None:
+        """On all ranks alike, so that none waits for one that has stopped."""
         rows, losses = (torch.cat(parts) for parts in zip(*self._window, strict=True))
         self._window.clear()
-        if not torch.isfinite(losses).all():
-            bad = rows[~torch.isfinite(losses)].tolist()
-            stop_not_finite(f"at rows {bad} of the data", self)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        check_gradient(norm, self)
-        return norm
+        bad = torch.where(losses.isfinite(), BLANK, rows)
+        bad = self.accelerator.gather(self.accelerator.pad_across_processes(bad, pad_index=BLANK))
+        if found := sorted(set(bad.tolist()) - {BLANK}):
+            stop_not_finite(f"at rows {found} of the data", self)
 
     def _add_metrics(self, split: str, out: EpsilonDPOOutput, real: Tensor) -> None:
         sums, figures = self._sums[split], pair_metrics(out)
@@ -265,15 +261,10 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
             betas = betas[~betas.isnan()].float().cpu()
             board.tb_writer.add_histogram("train/beta/pairs", betas, self.state.global_step)
 
-    def _save_checkpoint(self, model, trial):
-        # First of all, so that the state that transformers writes last marks the checkpoint as complete.
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.loss_fn.state_dict(), folder / LOSS_STATE, as_metadata(self.settings))
-            if self.moving_reference:
-                self.moving_reference.save(folder / REFERENCE_STATE)
-        super()._save_checkpoint(model, trial)
+    def save_own(self, checkpoint: Path) -> None:
+        save_file(self.loss_fn.state_dict(), checkpoint / LOSS_STATE, as_metadata(self.settings))
+        if self.moving_reference:
+            self.moving_reference.save(checkpoint / REFERENCE_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # The one place that every engine comes by when a run is resumed, its model loaded.
@@ -282,13 +273,9 @@ class PairTrainer(Recorded, PackedBatches, Trainer):
         own = [LOSS_STATE, REFERENCE_STATE] if self.moving_reference else [LOSS_STATE]
         check_checkpoint(Path(checkpoint), self, *own)
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._load_state(Path(checkpoint))
+        self.load_own(Path(checkpoint))
 
-    def _load_best_model(self):
-        super()._load_best_model()
-        self._load_state(Path(str(self.state.best_model_checkpoint)))
-
-    def _load_state(self, checkpoint: Path) -> None:
+    def load_own(self, checkpoint: Path) -> None:
         """β, and the reference where it moves: the model at that step goes with them."""
         load_renamed(self, checkpoint)
         state = load_file(checkpoint / LOSS_STATE)

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from . import attention
-from .checks import check_resume
+from .checks import check_gradient, check_resume
 from .memory import GIB, expected_memory
 from .packing import IGNORE, Packing, pack, part, to
 from .sequence import SharedRows, share
@@ -157,10 +157,7 @@ class PackedBatches(SharedRows):
         # What DeepSpeed casts, copies, buffers and offloads is its own.
         if not known or self.is_deepspeed_enabled or causal_lm(policy).device.type == "meta":
             return
-        tokens, scored = rows_of_pairs(
-            pair_lengths(data), self.packed, getattr(self.args, "max_length", None),
-            getattr(self.args, "truncation_mode", "keep_start"),
-        )  # fmt: skip
+        tokens, scored = self._rows_of_pairs(data)
         longest = tokens.topk(min(self.args.per_device_train_batch_size, len(tokens)))
         total = int(longest.values.sum())
         if self.max_tokens:
@@ -187,9 +184,15 @@ class PackedBatches(SharedRows):
         """The sampler with an optimizer step's pairs dealt by tokens, where rows are packed."""
         if not self.packed or self.by_batch or not set(COLUMNS) <= set(getattr(dataset, "column_names", COLUMNS)):
             return sampler
-        tokens = pair_lengths(dataset).sum(1).tolist()
+        tokens, _ = self._rows_of_pairs(dataset)
         batches = self.data_ranks * self.args.gradient_accumulation_steps
-        return DealtSampler(sampler, tokens, self.args.train_batch_size, batches)
+        return DealtSampler(sampler, tokens.tolist(), self.args.train_batch_size, batches)
+
+    def _rows_of_pairs(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """:func:`rows_of_pairs` as a collator will cut them that has max_length to see to."""
+        max_length = getattr(self.args, "max_length", None)
+        mode = getattr(self.args, "truncation_mode", "keep_start")
+        return rows_of_pairs(pair_lengths(dataset), self.packed, max_length, mode)
 
     def lay_out(self, batches: list[dict[str, Any]]) -> None:
         """Packs the batches of an optimizer step, and cuts those of more than max_tokens; one read of them by the host.
@@ -243,12 +246,23 @@ class PackedBatches(SharedRows):
         self._clock = self._clock or time.perf_counter()
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        check_gradient(norm, self)
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        start = time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        if self._clock:  # tokens per second are those of steps
+            self._clock += time.perf_counter() - start
+
     def log(self, logs, start_time=None):
         if "loss" in logs and self._clock:
             tokens, padded = self.count_once(torch.tensor(self._ran, device=self.accelerator.device)).tolist()
             logs["tokens"], logs["padding_saved"] = tokens, 1 - tokens / max(padded, 1)
             logs["tokens_per_second"] = tokens / (time.perf_counter() - self._clock)
-            # The clock starts again with the next batches, after what evaluation and checkpoints take.
+            # The clock starts again with the next batches.
             self._ran, self._clock = (0, 0), None
         super().log(logs, start_time)  # type: ignore[misc]
 

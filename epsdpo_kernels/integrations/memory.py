@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..plan import tile_budget
 from .packing import IGNORE, pack, to
 from .sharding import local
-from .transformers import causal_lm, head_inputs, lm_head
+from .transformers import causal_lm, evaluating, head_inputs, lm_head
 
 # What an optimizer keeps of a parameter, by transformers' names: (numbers, bits of each, None for the parameter's own).
 # Adafactor keeps rows and columns of a matrix. Others are not foreseen.
@@ -129,13 +129,10 @@ def kept_of_forward(model: nn.Module, packed: bool = False) -> tuple[float, floa
         del hidden
         return sum(found.values()), mask.segments.tokens if packed else length
 
-    training, longest = model.training, 128
+    longest = 128
     if places := getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None):
         longest = min(longest, places)
-    model.eval()
-    try:
+    with evaluating(model):
         (long, tokens), (short, fewer) = kept(longest), kept(longest // 2)
-        token = (long - short) / (tokens - fewer)
-        return max(long - tokens * token, 0.0), token
-    finally:
-        model.train(training)
+    token = (long - short) / (tokens - fewer)
+    return max(long - tokens * token, 0.0), token

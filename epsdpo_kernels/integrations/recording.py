@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..linear import EpsilonDPOOutput
 from ..record import Record, parts, set_aside, sources
@@ -44,11 +45,13 @@ class RecordElsewhere:
 
 
 class Recorded:
-    """A trainer with a record, to be named before a transformers.Trainer among a trainer's bases.
+    """A trainer with a record, and with files of its own in checkpoints.
 
-    Rows past a checkpoint come again when it is resumed; rows before it would not, so they are written first.
+    To be named before a transformers.Trainer among a trainer's bases. Rows past a checkpoint come again when it is
+    resumed; rows before it would not, so they are written first.
     """
 
+    args: Any
     state: Any
     record: Any = None  # a Record, a RecordElsewhere, or None
     _best_step: int | None = None  # in the best checkpoint, where its policy and β are in the last step's place
@@ -63,14 +66,29 @@ class Recorded:
                 self.record.flush()
             raise
 
+    def save_own(self, checkpoint: Path) -> None:
+        """Writes what belongs to a checkpoint beside transformers' files."""
+        raise NotImplementedError
+
+    def load_own(self, checkpoint: Path) -> None:
+        """Reads it, when the checkpoint's model is loaded."""
+        raise NotImplementedError
+
     def _save_checkpoint(self, model, trial):
         if self.record:
             self.record.flush()
+        # First of all, so that the state that transformers writes last marks the checkpoint as complete.
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"  # type: ignore[attr-defined]
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.save_own(folder)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def _load_best_model(self):
         super()._load_best_model()  # type: ignore[misc]
-        self._best_step = checkpoint_step(self.state.best_model_checkpoint)
+        best = str(self.state.best_model_checkpoint)
+        self._best_step = checkpoint_step(best)
+        self.load_own(Path(best))
 
 
 class RecordedTRL(Recorded):
@@ -81,7 +99,6 @@ class RecordedTRL(Recorded):
     record as it is.
     """
 
-    args: Any
     model: Any
     accelerator: Any
     loss_fn: Any
@@ -162,6 +179,10 @@ class RecordedTRL(Recorded):
             name = beginning(data.stream, PAIR_ID) if stream else getattr(data, "_fingerprint", "given")
             # Each process has a fingerprint of its own of data in memory.
             self._evaluation += "@" + broadcast_object_list([name[:8]])[0]
+        if self._evaluation == TRAIN and self._facts is not None:
+            raise ValueError(
+                f"metric_key_prefix: got {TRAIN!r}, which is the training's own name in the record, takes another"
+            )
         if self.record is None and self._facts is not None:
             # Whether other ranks have parts there is for all to know.
             if broadcast_object_list([bool(parts(Path(self.args.output_dir, "record")))])[0]:
@@ -380,14 +401,18 @@ def identified(dataset: Any, args: Any, name: str, images: bool = False) -> Any:
         return dataset
     if images and isinstance(dataset, datasets.Dataset):  # without images read, and written once more
         return dataset.add_column(ROW, list(range(len(dataset))))
-    # datasets keeps results by the function's name: another reader would find the ids of this one.
-    reader = hashlib.blake2b(Path(sources.__file__).read_bytes(), digest_size=8).hexdigest()
+    fn_kwargs = {"code": hash_of(sources.__file__)}
     if isinstance(dataset, datasets.Dataset):
         return dataset.map(
-            _identity, with_indices=True, fn_kwargs={"reader": reader}, num_proc=args.dataset_num_proc,
+            _identity, with_indices=True, fn_kwargs=fn_kwargs, num_proc=args.dataset_num_proc,
             desc=f"Numbering {name} dataset",
         )  # fmt: skip
-    return dataset.with_format(None).map(_identity, with_indices=True, fn_kwargs={"reader": reader})
+    return dataset.with_format(None).map(_identity, with_indices=True, fn_kwargs=fn_kwargs)
+
+
+def hash_of(file: str) -> str:
+    """Of a module's text. `datasets` keeps results by the function's name: other code would find those of this one."""
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
 
 
 def _files(dataset: Any) -> list[str]:
@@ -402,7 +427,7 @@ def _hex(pair_id: int) -> str:
     return f"{pair_id % 2**64:016x}"
 
 
-def _identity(example: Any, row: int, reader: str) -> dict[str, int]:
+def _identity(example: Any, row: int, code: str) -> dict[str, int]:
     try:
         pair_id = int(sources.pair_of(dict(example)).id(), 16)
     except (sources.NoPair, ValueError):

@@ -1,4 +1,4 @@
-"""What trl.py holds on to in TRL, looked for in the version at hand: one that lacks it is refused by its name."""
+"""What trl.py holds on to in TRL and transformers: a version that lacks any of it is refused by its name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from trl.trainer import dpo_trainer
 METHODS = {  # and the arguments that they are called with or overridden for
     "__init__": ("model", "ref_model", "args", "peft_config"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "create_accelerator_and_postprocess": (),
+    "get_total_train_batch_size": ("args",),
+    "floating_point_ops": ("inputs",),
     "training_step": (),
     "prediction_step": ("model", "inputs", "prediction_loss_only"),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
@@ -23,9 +26,14 @@ METHODS = {  # and the arguments that they are called with or overridden for
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": (),
     "_save_checkpoint": ("model", "trial"),
+    "_track_num_input_tokens": ("inputs",),
+    "_get_grad_norm": ("model", "grad_norm"),  # once before every optimizer step
     "_init_training_state": ("resume_from_checkpoint",),
     "_finalize_training": (),
     "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_load_best_model": (),
+    "_maybe_log_save_evaluate": (),
+    "_get_output_dir": ("trial",),
 }
 ATTRIBUTES = (
     "ref_model", "aux_loss_enabled", "router_aux_loss_coef", "_metrics", "_total_train_tokens", "_is_vision_dataset",

@@ -438,6 +438,17 @@ def without_adapter(model: Any) -> Reference:
     return reference
 
 
+@contextlib.contextmanager
+def _still_trains(model: nn.Module) -> Iterator[None]:
+    """Which weights train is in the end what it was: PEFT lets all of an adapter train that it switches on."""
+    kept = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, trains in kept:
+            p.requires_grad_(trains)
+
+
 def copy_adapter(model: Any) -> None:
     """Makes the PEFT model's adapter "ref" a frozen copy of its active one, with all that PEFT saves of an adapter.
 
@@ -449,7 +460,8 @@ def copy_adapter(model: Any) -> None:
     active = model.active_adapter
     if "ref" not in model.peft_config:
         try:
-            model.add_adapter("ref", model.active_peft_config)
+            with _still_trains(model):
+                model.add_adapter("ref", model.active_peft_config)
         except ValueError as error:
             raise ValueError(
                 f"model: its adapter cannot have a copy beside it as the reference: {error} Merge it into the weights "
@@ -465,15 +477,16 @@ def copy_adapter(model: Any) -> None:
         copy.load_state_dict(model.prompt_encoder[active].state_dict())
         return
     own = peft.get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
-    peft.set_peft_model_state_dict(model, own, adapter_name="ref")
-    model.set_adapter(active)
+    with _still_trains(model):
+        peft.set_peft_model_state_dict(model, own, adapter_name="ref")
+        model.set_adapter(active)
 
 
 @contextlib.contextmanager
 def as_reference(model: Any) -> Iterator[None]:
     """A PEFT model as its base, or with its adapter "ref", the frozen copy of one that it came with; evaluating."""
     active = model.active_adapter
-    with evaluating(model):
+    with evaluating(model), _still_trains(model):
         if "ref" not in model.peft_config:
             with model.disable_adapter():
                 yield

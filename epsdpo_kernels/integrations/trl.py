@@ -7,20 +7,8 @@ models, adapters and evaluation are TRL's; what differs is what one optimizer st
 :class:`epsdpo_kernels.EpsilonDPOLoss` says it. Every pair of an optimizer step weighs alike, whatever micro-batch and
 rank it is in, where TRL averages micro-batches: the two differ where a micro-batch is short.
 
-What this module holds on to in TRL and transformers, all of it here:
-
-- public: the arguments of ``DPOTrainer``; ``compute_loss``, ``get_batch_samples``, ``evaluation_loop``, ``ref_model``,
-  ``data_collator``, ``accelerator``, ``args``, ``state``; what its collators return (``input_ids``,
-  ``attention_mask``, ``completion_mask``, and for a vision model more); and "ref" as the name of the copy of a
-  pre-trained adapter.
-- private: ``_metrics`` (lists of figures by split, which TRL's ``log`` averages); ``_save_checkpoint``,
-  ``_init_training_state``, ``_load_optimizer_and_scheduler`` and ``_load_best_model`` (transformers' places for what
-  belongs to a checkpoint); ``_finalize_training`` and its ``_tr_loss``; ``_get_grad_norm`` (called once before every
-  optimizer step); ``_get_train_sampler`` and ``_get_dataloader``; ``_prepare_dataset`` with the columns of ids that it
-  makes, and ``_set_signature_columns_if_needed``, through which rows keep their numbers (recording.py);
-  ``aux_loss_enabled`` and ``router_aux_loss_coef``.
-- the model's ``forward``, which TRL replaces too: ours comes on top of it, so that the loss runs inside whatever wraps
-  the model.
+What it holds on to in TRL and transformers is in seams.py, where a version that lacks any of it is refused. The model's
+``forward``, which TRL replaces too, is replaced once more, so that the loss runs inside whatever wraps the model.
 """
 
 from __future__ import annotations
@@ -34,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import is_peft_model, send_to_device
 from datasets import Dataset
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import DPOConfig, DPOTrainer
 
@@ -53,7 +40,6 @@ from .checks import (
     check_causal,
     check_checkpoint,
     check_deepspeed,
-    check_gradient,
     check_launch,
     check_metric,
     check_options,
@@ -63,7 +49,7 @@ from .checks import (
     turn_off_dropout,
 )
 from .packing import PaddedRight, of_pairs, part
-from .recording import IDENTITY, PAIR_ID, RecordedTRL
+from .recording import IDENTITY, PAIR_ID, RecordedTRL, hash_of
 from .seams import check_trl
 from .sharding import gathers_itself, keep_figures
 from .transformers import (
@@ -239,7 +225,12 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         super().create_accelerator_and_postprocess()
 
     def _metric_names(self) -> list[str]:
-        """What an evaluation gives beside its loss; a subclass with more says so here."""
+        """What an evaluation gives beside its loss; a subclass with more says so here.
+
+        Of several sets what is the same for all: of the others the last set's would stand for all.
+        """
+        if isinstance(self.eval_dataset, dict) and len(self.eval_dataset) > 1:
+            return ["kl/beta", "num_tokens"]
         names = [*OF_PAIRS.values(), "kl/beta", "entropy", "mean_token_accuracy", "num_tokens"]
         if logit_transforms(causal_lm(self.model))[1] is None:
             names += ["logits/chosen", "logits/rejected"]
@@ -307,7 +298,10 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         with args.main_process_first(desc=f"the lengths of the {dataset_name} dataset"):
             return dataset.filter(
                 _has_completions, with_indices=True, input_columns=["prompt_ids", "chosen_ids", "rejected_ids"],
-                fn_kwargs={"max_length": args.max_length, "mode": args.truncation_mode, "data": dataset_name},
+                fn_kwargs={
+                    "max_length": args.max_length, "mode": args.truncation_mode, "data": dataset_name,
+                    "code": hash_of(__file__),
+                },
                 **in_parallel,
             )  # fmt: skip
 
@@ -478,21 +472,11 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             out.metrics[f"{metric_key_prefix}_loss"] = math.fsum(self._losses) / len(self._losses)
         return out
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        check_gradient(norm, self)
-        return norm
-
-    def _save_checkpoint(self, model, trial):
-        # First of all, so that the state that transformers writes last marks the checkpoint as complete.
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            state = self.loss_fn.state_dict() | {TOKENS: torch.tensor(self._total_train_tokens)}
-            save_file(state, folder / LOSS_STATE, as_metadata(self._settings))
-            if self.args.sync_ref_model:
-                save_model(self._plain(self.ref_model), str(folder / REFERENCE_STATE))
-        super()._save_checkpoint(model, trial)
+    def save_own(self, checkpoint: Path) -> None:
+        state = self.loss_fn.state_dict() | {TOKENS: torch.tensor(self._total_train_tokens)}
+        save_file(state, checkpoint / LOSS_STATE, as_metadata(self._settings))
+        if self.args.sync_ref_model:
+            save_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # The one place that every engine comes by when a run is resumed, its model loaded.
@@ -506,21 +490,17 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
             )
         check_checkpoint(folder, self)
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._total_train_tokens = int(self._load_state(folder))
+        self.load_own(folder)
+        self._total_train_tokens = int(load_file(folder / LOSS_STATE)[TOKENS])
 
-    def _load_best_model(self):
-        super()._load_best_model()
-        self._load_state(Path(str(self.state.best_model_checkpoint)))
-
-    def _load_state(self, checkpoint: Path) -> Tensor:
-        """β, and the reference where it moves, as they were with a checkpoint's model. The tokens trained on: ()."""
+    def load_own(self, checkpoint: Path) -> None:
+        """β, and the reference where it moves: as they were with the checkpoint's model."""
         load_renamed(self, checkpoint)
         state = load_file(checkpoint / LOSS_STATE)
-        tokens = state.pop(TOKENS)
+        del state[TOKENS]  # trained on in all, also beyond the best checkpoint
         self.loss_fn.load_state_dict(state)
         if self.args.sync_ref_model:
             load_model(self._plain(self.ref_model), str(checkpoint / REFERENCE_STATE))
-        return tokens
 
 
 class _Loss(EpsilonDPOLoss):
@@ -562,8 +542,9 @@ def _pairs(batch: dict[str, Tensor]) -> Tensor:
 
 
 def _has_completions(
-    prompt: list[int], chosen: list[int], rejected: list[int], row: int, max_length: int | None, mode: str, data: str
-) -> bool:
+    prompt: list[int], chosen: list[int], rejected: list[int], row: int, max_length: int | None, mode: str, data: str,
+    code: str,
+) -> bool:  # fmt: skip
     """Whether max_length leaves a pair its completions, which has to have some."""
     for side, completion in (("chosen", chosen), ("rejected", rejected)):
         kept = length = len(prompt) + len(completion)
@@ -587,6 +568,8 @@ def _refuse_arguments(args: DPOConfig) -> None:
     for name, (taken, why) in REFUSED.items():
         if (value := getattr(args, name)) != taken:
             raise ValueError(f"{name}: got {value!r}, takes {taken!r}: {why}")
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError("activation_offloading: got True on a CPU, takes False: there is no memory to offload to")
     if args.loss_type != ["sigmoid"] or args.loss_weights not in (None, [1.0]):
         raise ValueError(
             f"loss_type: got {args.loss_type} with loss_weights {args.loss_weights}, takes ['sigmoid'], whose β ε-DPO "
@@ -595,12 +578,25 @@ def _refuse_arguments(args: DPOConfig) -> None:
 
 
 def _refuse_adapters(model: Any, ref_model: Any) -> None:
+    """Raises ValueError where a model's adapter would not have its copy as the reference."""
     by_name = isinstance(model, str) and find_adapter_config_file(model)
     if by_name or (ref_model is None and getattr(model, "_hf_peft_config_loaded", False)):
         raise ValueError(
             "model: got an adapter that transformers loads into the layers of its base, which would be the reference "
             "without it. Load it with peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True): its copy is "
             "then the reference"
+        )
+    if ref_model is not None or not is_peft_model(model):
+        return
+    if model.active_adapters != ["default"]:
+        raise ValueError(
+            f"model: got the active adapters {model.active_adapters}, takes 'default' alone, of which TRL makes the "
+            "reference. Merge the others into the weights, load it as 'default', or give ref_model, a model of its own"
+        )
+    if "ref" in model.peft_config:
+        raise ValueError(
+            "model: got an adapter named 'ref', takes none: the copy that is the reference has that name. Is it an "
+            "earlier trainer's? model.delete_adapter('ref')"
         )
 
 
