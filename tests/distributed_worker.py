@@ -76,6 +76,25 @@ def broken(folder: Path) -> None:
         (folder / "error.txt").write_text(str(error))
 
 
+class BreakingOnOne(TrainerCallback):
+    """From the third step on a weight of the first rank alone is NaN."""
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == 2 and args.process_index == 0:
+            with torch.no_grad():
+                model.model.norm.weight.fill_(torch.nan)
+
+
+def broken_on_one(folder: Path) -> None:
+    """A loss that is not finite, on one rank of two."""
+    trainer = build(*parse(json.loads((folder / "flags.json").read_text())))
+    trainer.add_callback(BreakingOnOne())
+    try:
+        trainer.train()
+    except NotFiniteError as error:
+        (folder / f"error-{trainer.args.process_index}.txt").write_text(str(error))
+
+
 class InTiles(EpsilonDPOLoss):
     """A tile holds a few tokens only, so that a call has many."""
 
@@ -144,7 +163,8 @@ def count_gathers() -> list[tuple[int, ...]]:
 
 if __name__ == "__main__":
     cases = {
-        "ddp": ddp, "fsdp": fsdp, "tensor": tensor, "zero": zero, "broken": broken, "gradients": gradients,
+        "ddp": ddp, "fsdp": fsdp, "tensor": tensor, "zero": zero, "broken": broken, "broken on one": broken_on_one,
+        "gradients": gradients,
     }  # fmt: skip
     cases[sys.argv[1]](Path(sys.argv[2]))
     if sys.argv[1] == "ddp":

@@ -105,6 +105,19 @@ def test_ddp_is_one_process(tiny, tmp_path, pairs, method):
     assert len({entry["beta/running"] for entry in log_of(tmp_path / "two")}) > 5
 
 
+def test_ranks_stop_together(tiny, tmp_path):
+    """Where one of them has a loss that is not finite; each has written what led to it."""
+    given = flags(tiny, tmp_path / "run", per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4)
+    (tmp_path / "flags.json").write_text(json.dumps(given))
+    launch(2, "broken on one", tmp_path)
+    first, second = ((tmp_path / f"error-{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    rows = read(tmp_path / "run" / "record").to_pandas().query("step == 3")
+    bad = sorted(rows[rows["loss"].isna()]["row"])
+    assert len(rows) == 4 and set(rows["rank"]) == {0, 1} and set(rows[rows["loss"].isna()]["rank"]) == {0}
+    assert f"step 3: the loss of the pairs at rows {bad} of the data is not finite" in first
+
+
 @pytest.mark.parametrize("pairs, tied, more", [
     (43, False, {"gradient_accumulation_steps": 1}),
     (43, True, {"gradient_accumulation_steps": 2}),

@@ -998,6 +998,23 @@ def test_the_card_cites_the_method(tiny, tmp_path):
     assert "epsilon-dpo" in card.split("---")[1]
 
 
+def test_what_datasets_keeps_is_of_the_code_that_made_it(tiny, tmp_path, monkeypatch):
+    """`datasets` knows a function by its name: the pairs that an older version would drop are not found again."""
+    folder = tmp_path / "data"
+    trl_runs.pairs(tiny).save_to_disk(folder)
+    data = datasets.load_from_disk(folder)  # results are kept beside its files
+    kept = [len(make(tiny, tmp_path / "a", train_dataset=data, max_length=length).train_dataset) for length in (4, 64)]
+    assert kept[0] < kept[1] == 48
+    module = inspect.getmodule(EpsilonDPOTrainer)
+    other = tmp_path / "trl.py"
+    other.write_text(Path(module.__file__).read_text(encoding="utf-8") + "# another version", encoding="utf-8")
+    monkeypatch.setattr(module, "__file__", str(other))
+    monkeypatch.setattr(module, "_has_completions", lambda *_, **__: True)
+    monkeypatch.setattr(module._has_completions, "__module__", module.__name__)
+    monkeypatch.setattr(module._has_completions, "__qualname__", "_has_completions")
+    assert len(make(tiny, tmp_path / "b", train_dataset=data, max_length=4).train_dataset) == 48
+
+
 def test_every_method_that_is_overridden_is_a_seam():
     """One that TRL or transformers have given another name would never be called."""
     above = EpsilonDPOTrainer.__mro__[: EpsilonDPOTrainer.__mro__.index(trl.DPOTrainer)]

@@ -378,6 +378,19 @@ def test_the_best_checkpoint_is_evaluated_as_what_it_is(tiny, tmp_path):
     assert rows.groupby(["step", "policy_step"]).size().to_dict() == {(3, 3): 4, (6, 3): 4, (6, 6): 4, (8, 8): 8}
 
 
+def test_an_evaluation_does_not_take_the_trainings_name(tiny, tmp_path):
+    data = trl_runs.pairs(tiny)
+    trainer = make(tiny, tmp_path, data, eval_dataset=data.select(range(4)), max_steps=2)
+    trainer.train()
+    with pytest.raises(ValueError, match="metric_key_prefix: got 'train', which is the training's own name in the rec"):
+        trainer.evaluate(metric_key_prefix="train")
+    trainer.evaluate(data.select(range(6)), metric_key_prefix="train")  # of other data, which its name says
+    found = audit(tmp_path)
+    assert found.ok, str(found)
+    splits = [split.split("@")[0] for split in found.table["split"].to_pylist()]
+    assert splits == ["train"] * (len(splits) - 6) + ["train"] * 6
+
+
 def test_texts_are_found_again(tiny, tmp_path, monkeypatch):
     """In the file that `datasets` keeps of the data, whatever order they were put in since."""
     rows = trl_runs.pairs(tiny).to_list()
