@@ -70,6 +70,10 @@ def bind_inputs(
     """
     checks.check_tokens(hidden, labels, ref_hidden, cu_seqlens)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        for prefix, head in (("", policy), ("ref_", reference)):  # a cast would take whole numbers for weights
+            checks.check_floating(**{f"{prefix}weight": head.weight})
+            if head.bias is not None:
+                checks.check_floating(**{f"{prefix}bias": head.bias})
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, ref_hidden = hidden.to(dtype), ref_hidden.to(dtype)
         policy, reference = policy.to(dtype), reference.to(dtype)
@@ -113,7 +117,7 @@ def bind_settings(
 ) -> Settings:
     """Checks the numbers, and takes β to the device of ``like`` in the compute dtype."""
     checks.check_scalars(beta, epsilon, label_smoothing)
-    checks.check_veto(max_entropy, max_kl)
+    max_entropy, max_kl = checks.check_veto(max_entropy, max_kl)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(beta, Tensor):
         beta = beta.detach().to(like.device, dtype).reshape(())

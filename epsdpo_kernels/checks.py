@@ -37,10 +37,12 @@ def check_scalars(beta: float | Tensor, epsilon: float, label_smoothing: float) 
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, takes a number in [0, 0.5)")
 
 
-def check_veto(max_entropy: float | None, max_kl: float | None) -> None:
+def check_veto(max_entropy: float | None, max_kl: float | None) -> tuple[float | None, float | None]:
+    """Python's own floats of the two, or ValueError."""
     for name, value in (("max_entropy", max_entropy), ("max_kl", max_kl)):
         if value is not None and not (_is_number(value) and 0 <= value < math.inf):
             raise ValueError(f"{name}: got {value!r}, takes nats from 0, or None")
+    return None if max_entropy is None else float(max_entropy), None if max_kl is None else float(max_kl)
 
 
 def check_transforms(scale: Any, softcap: Any, prefix: str = "") -> None:
@@ -50,6 +52,14 @@ def check_transforms(scale: Any, softcap: Any, prefix: str = "") -> None:
         raise ValueError(f"{prefix}logit_scale: got {scale!r}, takes a finite number other than 0{also}")
     if softcap is not None and not (_is_number(softcap) and LEAST <= softcap <= LARGEST):
         raise ValueError(f"{prefix}softcap: got {softcap!r}, takes a positive finite number, None for none{also}")
+
+
+def check_floating(**tensors: Any) -> None:
+    """Raises TypeError where one is no dense tensor of a dtype that a loss can be computed in."""
+    check_tensors(**tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: got {tensor.dtype}, takes float32, bfloat16, float16 or float64")
 
 
 def check_tensors(**tensors: Any) -> None:
@@ -84,9 +94,8 @@ def check_tokens(hidden: Tensor, labels: Tensor, ref_hidden: Tensor, cu_seqlens:
     if hidden.is_meta:
         raise ValueError("hidden: got a tensor on meta, which holds no numbers, takes one on a device")
     dims, form = (3, "(2B, T, H)") if cu_seqlens is None else (2, "(N, H)")
+    check_floating(hidden=hidden, ref_hidden=ref_hidden)
     for name, tensor in (("hidden", hidden), ("ref_hidden", ref_hidden)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: got {tensor.dtype}, takes float32, bfloat16, float16 or float64")
         if tensor.dim() != dims:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, takes {form}")
     if labels.dtype != torch.int64:

@@ -22,6 +22,11 @@ _PRECISION = threading.RLock()
 BLOCK = 2048
 
 
+def _own_precision(mode: Any, above: Any) -> str:
+    """What a mode of torch's is set to: "none" where it follows the one above, whose setting its getter gives then."""
+    return "none" if mode.fp32_precision == above.fp32_precision else mode.fp32_precision
+
+
 @contextlib.contextmanager
 def _cpu_precision(dtype: torch.dtype) -> Iterator[None]:
     """How a CPU multiplies fp32 tensors that hold a head of this dtype, for the time being.
@@ -33,7 +38,7 @@ def _cpu_precision(dtype: torch.dtype) -> Iterator[None]:
     mkldnn: Any = torch.backends.mkldnn
     mode = mkldnn.matmul
     with _PRECISION:
-        before = mode.fp32_precision
+        before = _own_precision(mode, mkldnn)
         mode.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
         try:
             yield
@@ -49,7 +54,8 @@ def _without_tf32() -> Iterator[None]:
     """
     backends: Any = torch.backends
     with _PRECISION:
-        each = [(mode, mode.fp32_precision) for mode in (backends.cuda.matmul, backends.mkldnn.matmul)]
+        modes = ((backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn))
+        each = [(mode, _own_precision(mode, above)) for mode, above in modes]
         try:
             overall = torch.get_float32_matmul_precision()
         except RuntimeError:  # they disagree: the newer one alone was used

@@ -127,7 +127,8 @@ def linear_epsilon_dpo(
         gradient. Under autocast, hidden states and heads are taken in the autocast dtype. Where nothing at all is
         scored the loss and its gradients are zeros, and so is every vector, β included. Logits that differ from the
         reference's by a constant c, which softmax does not see, cost digits as ε·c grows: from about 10 on, steps can
-        be wrong.
+        be wrong. Where a word's logits differ by d and e^(ε·|d|) beside its probability overflows fp32, as of a word
+        that the reference alone rules out, the shifts are not finite: step is 0 and the loss NaN.
 
     Raises:
         TypeError, ValueError: name the argument, what came and what is taken.

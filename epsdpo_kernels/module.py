@@ -38,13 +38,15 @@ class EpsilonDPOLoss(nn.Module):
         max_kl: float | None = None,
     ):
         super().__init__()
+        if isinstance(beta, Tensor) and beta.numel() == 1:  # whose value a call would read with the first labels
+            beta = beta.item()
         checks.check_scalars(beta, epsilon, label_smoothing)
-        checks.check_veto(max_entropy, max_kl)
         if beta_update not in BETA_UPDATES:
             raise ValueError(f"beta_update: got {beta_update!r}, takes one of {BETA_UPDATES}")
-        self.epsilon, self.beta_update, self.label_smoothing = epsilon, beta_update, label_smoothing
-        self.max_entropy, self.max_kl = max_entropy, max_kl
-        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float32))
+        # Python's own numbers, which a record can hold, whatever kind they came as.
+        self.epsilon, self.beta_update, self.label_smoothing = float(epsilon), beta_update, float(label_smoothing)
+        self.max_entropy, self.max_kl = checks.check_veto(max_entropy, max_kl)
+        self.register_buffer("beta", torch.tensor(float(beta), dtype=torch.float32))
         # No buffer: within a module that DDP wraps, all ranks' buffers are set to the first's before each forward.
         self.counts = torch.zeros(3, dtype=torch.int64)
 
@@ -52,7 +54,8 @@ class EpsilonDPOLoss(nn.Module):
         return self.counts
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.counts.copy_(state)
+        # Not into them: they may be on meta, where load_state_dict(assign=True) has put β in its place.
+        self.counts = state.to(self.beta.device, torch.int64, copy=True)
 
     def _apply(self, fn, recurse=True):
         # β is a running product of factors near 1: a module cast to bf16 must not round it away.

@@ -75,6 +75,22 @@ BAD_TENSORS = [
 ]
 
 
+@pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats])
+@pytest.mark.parametrize("name, value, came", [
+    ("weight", torch.ones(103, 6, dtype=torch.int8), "torch.int8, takes float32"), ("weight", None, "NoneType"),
+    ("ref_weight", np.ones((103, 6)), "ndarray"), ("bias", [0.0] * 103, "list"),
+    ("ref_bias", torch.zeros(103, dtype=torch.int64), "torch.int64, takes float32"),
+], ids=["int8", "None", "numpy", "list", "int64"])  # fmt: skip
+def test_autocast_casts_no_tensor_that_is_not_taken(function, name, value, came):
+    """A quantised head would be taken for the weights that its whole numbers stand for."""
+    args, _ = make_case().arguments(torch.float32)
+    names = dict(zip(("hidden", "weight", "labels", "ref_hidden", "ref_weight"), args, strict=True))
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with pytest.raises(TypeError, match=f"^{name}: got {came if autocast else ''}"):
+                function(**names | {name: value})
+
+
 @pytest.mark.parametrize("position, change, error, message", BAD_TENSORS, ids=[b[3] for b in BAD_TENSORS])
 @pytest.mark.parametrize("function", [linear_epsilon_dpo, linear_pair_stats], ids=["loss", "stats"])
 def test_tensors(function, position, change, error, message):

@@ -1,10 +1,15 @@
 """The running β."""
 
+import copy
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
 from cases import make_case
 from epsdpo_kernels import EpsilonDPOLoss
+from epsdpo_kernels.record import Record
 
 EPSILON = 0.05
 
@@ -98,9 +103,29 @@ def test_an_output_does_not_change_when_beta_does(compiled):
     assert torch.equal(torch.autograd.grad(out.loss, args[0])[0], before)
 
 
-def test_to_empty_leaves_a_place_for_what_is_loaded():
+@pytest.mark.parametrize("assign", [False, True])
+def test_meta_leaves_a_place_for_what_is_loaded(assign):
     loss_fn = EpsilonDPOLoss(0.25, EPSILON)
-    state = loss_fn.state_dict()
-    empty = EpsilonDPOLoss(0.1, EPSILON).to("meta").to_empty(device="cpu")
-    empty.load_state_dict(state)
+    loss_fn.counts += torch.tensor([3, 0, 1])
+    empty = EpsilonDPOLoss(0.1, EPSILON).to("meta")
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(copy.deepcopy(loss_fn.state_dict()), assign=assign)
     assert empty.beta.dtype == torch.float32 and empty.beta.item() == 0.25
+    assert empty.counts.tolist() == [3, 0, 1] and empty.counts.dtype == torch.int64
+    empty.update_beta()
+    assert empty.beta.item() == pytest.approx(0.25 / (1 + EPSILON / 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("of", [np.float32, torch.tensor, Fraction, np.float64], ids=str)
+def test_numbers_of_any_kind(of, tmp_path):
+    """Are Python's own in the module: β moves by them, and a record holds them."""
+    loss_fn = EpsilonDPOLoss(of(0.25), of(0.125), label_smoothing=of(0.0625), max_entropy=of(3.5), max_kl=of(40.0))
+    settings = (loss_fn.epsilon, loss_fn.label_smoothing, loss_fn.max_entropy, loss_fn.max_kl)
+    assert settings == (0.125, 0.0625, 3.5, 40) and {type(n) for n in settings} == {float}
+    loss_fn.counts[0] = 1
+    loss_fn.update_beta()
+    assert loss_fn.beta.item() == pytest.approx(0.25 / 1.125, rel=1e-6)
+    Record(tmp_path, loss_fn).close()
+    with pytest.raises(ValueError, match="beta: got .*, takes a positive finite number"):
+        EpsilonDPOLoss(of(-0.1))

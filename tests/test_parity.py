@@ -1,5 +1,7 @@
 """linear_epsilon_dpo against the materialised reference: values and gradients, in every regime and transform."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -286,6 +288,45 @@ def test_the_precision_that_the_process_allows_decides_nothing(allowed, dtype, w
     gradients, expected = (torch.autograd.grad(o.loss, a[:2]) for o, a in ((out, args), (truth, truth_args)))
     for g, e in zip(gradients, expected, strict=True):
         assert relative_error(g, e) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_logits_that_differ_by_a_large_constant(engine):
+    """Which softmax does not see; the tenth power of it would be summed over the vocabulary."""
+    case = make_case(4, width=16, vocabulary=2003, length=9, drift=0.1)
+    args, _ = case.arguments(torch.float32)
+    options = {"bias": torch.zeros(2003), "ref_bias": torch.full((2003,), -4600.0), "epsilon": 1.5e-4}
+    out = linear_epsilon_dpo(*args, **options, engine=engine)
+    wide = [t.double() if t.is_floating_point() else t for t in args]
+    options |= {name: options[name].double() for name in ("bias", "ref_bias")}
+    truth = epsilon_dpo_reference(*wide, **options)
+    assert out.loss.item() == pytest.approx(truth.loss.item(), abs=1e-3) and truth.step.any()
+    assert torch.equal(out.step, truth.step)
+
+
+ABOVE = """
+import torch
+from epsdpo_kernels import head
+
+def follow(call):
+    torch.backends.fp32_precision = "ieee"
+    call()
+    torch.backends.fp32_precision = "tf32"
+    return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+expected = follow(lambda: None)
+with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+    x, w, out = (torch.empty(size, device="cuda") for size in ((3, 4), (7, 4), (3, 7)))
+    on_gpu = follow(lambda: head.Head(w, None, 1.0, None).project(x, out))
+x, w, out = torch.randn(3, 4), torch.randn(7, 4), torch.empty(3, 7)
+on_cpu = follow(lambda: head.Head(w, None, 1.0, None).project(x, out))
+assert expected == on_gpu == on_cpu == ("tf32", "tf32"), (expected, on_gpu, on_cpu)
+"""
+
+
+def test_the_precision_follows_the_process_after_a_call():
+    """A mode that nobody has set is not set by a call: it goes on following the one above it."""
+    subprocess.run([sys.executable, "-c", ABOVE], check=True)
 
 
 def test_threads_leave_the_precision_as_it_was():

@@ -21,8 +21,8 @@ LOG2_E = math.log2(math.e)
 # Up to which |u| Taylor's polynomials of which degree are as good as fp32: what they leave out of sinh u is below 6e-8
 # of it.
 DEGREES = {0.05: 4, 0.25: 6, 0.6: 8, 1.0: 10}
-# Its tenth power is still a number in fp32.
-LARGEST_D = 5000.0
+# Its tenth power, summed over a vocabulary, is still a number in fp32.
+LARGEST_D = 1000.0
 
 
 def _chunks(tile: Tensor) -> range:
