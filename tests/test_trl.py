@@ -828,7 +828,7 @@ def test_what_can_be_scored_is_known_before(max_length, mode):
         ids = {"prompt_ids": [1] * prompt, "chosen_ids": [2] * chosen, "rejected_ids": [3] * rejected}
         scored = collator([ids])["completion_mask"][:, 1:].sum(1).tolist() if prompt + chosen + rejected else [0, 0]
         try:
-            kept = _has_completions(*ids.values(), 7, max_length, mode, "train")
+            kept = _has_completions(*ids.values(), 7, max_length, mode, "train", "")
         except ValueError as error:
             kept = None
             side = "chosen" if "its chosen" in str(error) else "rejected"

@@ -586,7 +586,7 @@ def _refuse_adapters(model: Any, ref_model: Any) -> None:
             "without it. Load it with peft.AutoPeftModelForCausalLM.from_pretrained(…, is_trainable=True): its copy is "
             "then the reference"
         )
-    if ref_model is not None or not is_peft_model(model):
+    if ref_model is not None or isinstance(model, str) or not is_peft_model(model):
         return
     if model.active_adapters != ["default"]:
         raise ValueError(
