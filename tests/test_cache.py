@@ -134,6 +134,24 @@ def test_an_interrupted_cache_goes_on(reference, written, tmp_path, monkeypatch)
         assert (tmp_path / "cut" / name).read_bytes() == (written / name).read_bytes(), name
 
 
+def test_a_model_trains_on_where_its_cache_failed(reference, tmp_path, monkeypatch):
+    model, pairs = reference
+    modes = []
+
+    def dies(model, *inputs):
+        modes.append(model.training)
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "head_inputs", dies)
+    model.train()
+    try:
+        with pytest.raises(MemoryError):
+            cache.write(tmp_path / "cache", model, pairs, batch_size=5)
+        assert model.training and modes == [False]
+    finally:
+        model.eval()
+
+
 def test_another_model_or_data_set_is_refused(reference, written, tmp_path):
     model, pairs = reference
     fewer = pairs[:-1] + [pairs[-1] | {"chosen_ids": pairs[-1]["chosen_ids"][:-1]}]

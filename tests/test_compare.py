@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from epsdpo_kernels.record import read  # noqa: E402
 from runs import flags  # noqa: E402
 from train.__main__ import main  # noqa: E402
 from train.data import Collator, load_pairs  # noqa: E402
+from train.options import parse  # noqa: E402
 from train.studies import compare  # noqa: E402
 
 
@@ -143,7 +145,7 @@ def test_compare(tiny, tmp_path, passed_on, in_process, capsys):
     other = json.loads((elsewhere / f"{run.name}.json").read_text())
     other["settings"]["max_steps"] = 7
     (elsewhere / f"{run.name}.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="eps-dpo-0.1-5: max_steps was 7, and -1 for dpo-0.1-5; remove the file"):
+    with pytest.raises(ValueError, match="max_steps: got -1, takes 7, as .*/eps-dpo-0.1-5 was made. Give"):
         compare.main(["--out", str(elsewhere), *arguments[2:-2], "--micro-steps", "0", *passed_on])
 
 
@@ -151,7 +153,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(tmp_path, passed_on, in_proce
     """One run was cut after a checkpoint, one before it had any, and one cannot run at all: the rest is done."""
     steps = ["--save_strategy=steps", "--save_steps=3", "--num_train_epochs=2"]
     whole = compare.parse(["--out", str(tmp_path), "--seeds", "5", *passed_on, *steps])[1]
-    compare.train(tmp_path / "whole", "lsc-dpo", 5, [*whole, "--beta=0.1"])
+    compare.train(tmp_path / "whole", compare.Run("lsc-dpo", 0.1, 5).words(whole))
     shutil.copytree(tmp_path / "whole", tmp_path / "lsc-dpo-0.1-5")
     for path in (tmp_path / "lsc-dpo-0.1-5").iterdir():
         if path.name not in ("checkpoint-3", "record", "run.json", "output.txt"):
@@ -160,8 +162,8 @@ def test_a_comparison_goes_on_where_it_was_stopped(tmp_path, passed_on, in_proce
     real = compare.train
     broken = ["--model", str(tmp_path / "nothing")]
 
-    def train(run, method, seed, flags, veto):
-        return real(run, method, seed, [*flags, *(broken if method == "eps-dpo" else [])], veto)
+    def train(run, words):
+        return real(run, [*words, *(broken if run.name == "eps-dpo-0.1-5" else [])])
 
     monkeypatch.setattr(compare, "train", train)
     arguments = ["--out", str(tmp_path), "--methods", "dpo", "lsc-dpo", "eps-dpo", "--seeds", "5", "--idle"]
@@ -181,6 +183,88 @@ def test_a_comparison_goes_on_where_it_was_stopped(tmp_path, passed_on, in_proce
     compare.main([*arguments, "--micro-steps", "0", *passed_on, *steps])
     assert capsys.readouterr().out.count("done before") == 2
     assert len(cells((tmp_path / "comparison.md").read_text(), "")) == 3
+
+
+def told(folder: Path, words: list[str]) -> Path:
+    """A run that is done, as far as its settings go."""
+    options, args = parse(words)
+    folder.mkdir(parents=True)
+    facts = {"options": vars(options), "training_arguments": args.to_sanitized_dict()}
+    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def refused(folder: Path, run: compare.Run, flags: list[str], veto: str = "kl=2") -> str | None:
+    try:
+        compare.check_settings(folder, run.words(flags, [veto]))
+    except ValueError as error:
+        said, *what_to_do = str(error).split(f", as {folder} was made. ")
+        assert what_to_do == ["Give another --out, or remove that folder and its .json"]
+        return said
+    return None
+
+
+def test_other_words_than_a_run_was_told_are_refused(tiny, tmp_path, passed_on):
+    dpo, veto, lsc = (compare.Run(method, 0.1, 5) for method in ("dpo", compare.VETO, "lsc-dpo"))
+    assert refused(tmp_path / "dpo", dpo, passed_on) is None  # nothing is there
+    resumed = ["--resume_from_checkpoint=last", f"--output_dir={tmp_path}"]
+    folder = told(tmp_path / "dpo", dpo.words([*passed_on, *resumed]))
+    assert refused(folder, dpo, passed_on) is None
+    for more, said in {
+        "--learning_rate=0.1": "learning_rate: got 0.1, takes 0.001",
+        f"--model={tmp_path}": f"model: got '{tmp_path}', takes '{tiny}'",
+        "--optim=sgd --max_prompt_length=2": "max_prompt_length: got 2, takes None; optim: got 'sgd', takes "
+        "'adamw_torch_fused'",
+        "--lora_alpha=8": "lora_alpha: got 8, takes 32",
+        "--dataloader_drop_last=true": "dataloader_drop_last: got True, takes False",
+        # What only others read, what is kept and said on the way, and what a run is made on.
+        "--epsilon=0.3 --beta_update=none --lsc_eta=0.2 --sync_steps=3 --beta_dpo_keep=0.5": None,
+        "--save_strategy=steps --save_steps=9 --cache_reference=x --use_cpu=false --run_name=x": None,
+    }.items():
+        assert refused(folder, dpo, [*passed_on, *more.split()]) == said
+    assert refused(folder, dpo._replace(seed=6), passed_on) == "seed: got 6, takes 5"
+    # The best checkpoint is one of those that there are.
+    best = [*passed_on, "--load_best_model_at_end=true", "--eval_strategy=steps", "--save_strategy=steps"]
+    best += ["--eval_steps=2", "--save_steps=2"]
+    folder = told(tmp_path / "best", dpo.words(best))
+    assert refused(folder, dpo, [*best, "--save_steps=4"]) == "save_steps: got 4, takes 2"
+    # Each method's own, a veto's bounds among them.
+    folder = told(tmp_path / "veto", veto.words(passed_on, ["kl=2"]))
+    assert refused(folder, veto, passed_on) is None
+    assert refused(folder, veto, passed_on, veto="kl=3") == "veto: got ['kl=3'], takes ['kl=2']"
+    assert refused(folder, veto, [*passed_on, "--epsilon=0.3"]) == "epsilon: got 0.3, takes 0.05"
+    folder = told(tmp_path / "lsc", lsc.words(passed_on))
+    assert refused(folder, lsc, [*passed_on, "--lsc_eta=0.2"]) == "lsc_eta: got 0.2, takes 0.1"
+    # A file of figures goes before the folder, and one of an earlier version has fewer settings.
+    (tmp_path / "lsc.json").write_text(json.dumps({"settings": {"learning_rate": 0.01, "epsilon": 9}}))
+    assert refused(folder, lsc, [*passed_on, "--optim=sgd"]) == "learning_rate: got 0.001, takes 0.01"
+    assert refused(folder, lsc, [*passed_on, "--learning_rate=0.01", "--optim=sgd"]) is None
+
+
+def test_nothing_is_run_beside_what_was_told_otherwise(tmp_path, passed_on, monkeypatch):
+    """Of a later seed, of one cut short, and of micro-batches: it is said before hours of training."""
+    arguments = ["--out", str(tmp_path), "--methods", "dpo", "--seeds", "5", "6", *passed_on]
+    options, flags = compare.parse(arguments)
+    monkeypatch.setattr(compare, "train", None)
+    later = told(tmp_path / "dpo-0.1-6", compare.Run("dpo", 0.1, 6).words(flags))
+    with pytest.raises(ValueError, match="learning_rate: got 0.1, takes 0.001, as .*dpo-0.1-6 was made"):
+        compare.main([*arguments, "--learning_rate=0.1"])
+    (later / "checkpoint-3").mkdir()
+    (later / "trainer_state.json").rename(later / "checkpoint-3" / "trainer_state.json")
+    (later / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
+    with pytest.raises(ValueError, match="learning_rate: got 0.1, takes 0.001, as .*dpo-0.1-6 was made"):
+        compare.main([*arguments, "--learning_rate=0.1"])
+    shutil.rmtree(later)
+    last, words = list(compare.micro_words(options, flags).items())[-1]
+    told(last, words)
+    for more, said in (
+        ("--micro-steps=9", "max_steps: got 9, takes 12"),
+        ("--optim=sgd", "optim: got 'sgd', takes 'adamw_torch_fused'"),
+        ("--betas=0.2", "beta: got 0.2, takes 0.1"),
+    ):
+        with pytest.raises(ValueError, match=f"{said}, as .*micro-batches/beta-dpo-8x1 was made"):
+            compare.main([*arguments, more])
 
 
 def made_up(margins: list[float], kl: list[float], beta: float = 0.1) -> dict:
@@ -228,10 +312,14 @@ def test_differences_are_of_the_same_pairs():
 def test_the_committed_comparison():
     """docs/comparison.md has what is made of the figures beside it."""
     out = Path(__file__).parent.parent / "docs" / "comparison"
-    options, _ = compare.parse(["--out", str(out), "--betas", "0.1", "0.01", "0.5", "--seeds", "0", "1", "2"])
-    runs = [run for run in compare.plan(options) if compare.figures_path(out, run).exists()]
+    text = out.with_suffix(".md").read_text()
+    command = shlex.split(text.split("```")[1].replace("\\\n", " "))
+    options, flags = compare.parse([*command[command.index("--out") :], "--out", str(out)])
+    runs = [run for run in compare.plan(options) if compare.figures_path(out / run.name).exists()]
     assert len(runs) == len(list(out.iterdir())) > 20
-    assert compare.tables(compare.collect(out, runs), options.idle) in out.with_suffix(".md").read_text()
+    for run in runs:
+        compare.check_settings(out / run.name, run.words(flags))
+    assert compare.tables(compare.collect(out, runs), options.idle) in text
 
 
 def test_margins_at_equal_kl():

@@ -11,6 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
 
+from transformers.integrations import integration_utils  # noqa: E402
 from transformers.integrations.deepspeed import is_deepspeed_available  # noqa: E402
 
 from epsdpo_kernels.integrations.batches import check_kept  # noqa: E402
@@ -104,6 +105,16 @@ def test_options_that_need_another_are_refused(tiny, tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             main(flags(tiny, tmp_path, **more))
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "flyte", "paper"])
+def test_a_report_to_what_is_not_there_is_refused(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(integration_utils, f"is_{'flytekit' if name == 'flyte' else name}_available", bool, False)
+    for given in (name, ["tensorboard", name]):
+        said = re.escape(f"report_to: got {[name] if given == name else given}, takes none, all, or of ")
+        with pytest.raises(ValueError, match=f"{said}.*tensorboard.*: .*{name}.*(install|supported)"):
+            TrainingArguments(tmp_path, report_to=given, use_cpu=True)
+    assert "tensorboard" in TrainingArguments(tmp_path, report_to="all", use_cpu=True).report_to
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 
 from epsdpo_kernels.integrations.packing import Packing
 from epsdpo_kernels.integrations.sequence import Share
-from epsdpo_kernels.integrations.transformers import HeadInputs, causal_lm, head_inputs
+from epsdpo_kernels.integrations.transformers import HeadInputs, causal_lm, evaluating, head_inputs
 
 from .data import BLANK, Collator
 
@@ -97,8 +97,6 @@ def write(
             no room for it.
     """
     folder = Path(folder)
-    training = model.training
-    model.eval()
     head, _ = _states(model, [pairs[0]], autocast)
     facts = {
         "model": model_hash(model), "data": data_hash(pairs), "pairs": len(pairs), "tokens": sum(map(_tokens, pairs)),
@@ -132,7 +130,6 @@ def write(
                 hidden.flush()
                 checksums.flush()
                 _write_json(folder / PROGRESS, {"pairs": done})
-    model.train(training)
 
 
 class CachedReference:
@@ -182,12 +179,8 @@ class CachedReference:
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | Packing, row: Tensor | None) -> HeadInputs:
         if self.policy is not None:
-            training = self.policy.training
-            self.policy.eval()
-            try:
+            with evaluating(self.policy):
                 return head_inputs(self.policy, input_ids, attention_mask)
-            finally:
-                self.policy.train(training)
         if isinstance(attention_mask, Packing):
             sequences = attention_mask.rows()
         else:
@@ -278,7 +271,7 @@ def _states(
     """The head's inputs of a batch, and each pair's states as (tokens, bytes a token) uint8, chosen then rejected."""
     batch = Collator(0)(pairs)
     device = causal_lm(model).device
-    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+    with evaluating(model, autocast):
         head = head_inputs(model, batch["input_ids"].to(device), batch["attention_mask"].to(device))
     hidden = head.hidden.cpu().view(torch.uint8).numpy()
     scored = (batch["labels"] != -100).numpy()

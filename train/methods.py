@@ -203,14 +203,13 @@ class MovingReference:
         policy: Any = causal_lm(self.policy)
         modules = dict(policy.named_modules())
         for name, parameter in policy.named_parameters():
-            module = modules[name.rpartition(".")[0]]
             if ".lora_" in name:
                 continue
             if name.endswith(".base_layer.weight"):
                 layer = modules[name.removesuffix(".base_layer.weight")]
                 delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
                 yield name.replace(".base_layer.", "."), parameter + delta
-            elif parameter.requires_grad and module is not None:
+            elif parameter.requires_grad:
                 yield name, parameter
 
     def save(self, path: Path) -> None:

@@ -14,9 +14,13 @@ import transformers
 import yaml
 from accelerate import ParallelismConfig
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_available
 
 from epsdpo_kernels.integrations.checks import check_options
+from epsdpo_kernels.pair import BETA_UPDATES
+
+from .methods import METHODS
 
 
 @dataclass
@@ -68,13 +72,11 @@ class PairOptions:
     )
     method: str = field(
         default="eps-dpo",
-        metadata={"help": "see train/methods.py", "choices": ["eps-dpo", "dpo", "beta-dpo", "tr-dpo", "lsc-dpo"]},
+        metadata={"help": "see train/methods.py", "choices": list(METHODS)},
     )
     beta: float = field(default=0.1, metadata={"help": "KL penalty at the start"})
     epsilon: float = field(default=0.01, metadata={"help": "size of the perturbation; 0 is plain DPO"})
-    beta_update: str = field(
-        default="mean-step", metadata={"help": "of the running β", "choices": ["mean-step", "mean-beta", "none"]}
-    )
+    beta_update: str = field(default="mean-step", metadata={"help": "of the running β", "choices": list(BETA_UPDATES)})
     label_smoothing: float = field(default=0.0, metadata={"help": "share of labels assumed flipped, in [0, 0.5)"})
     veto: list[str] | None = field(
         default=None,
@@ -177,6 +179,12 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"train_sampling_strategy: got {self.train_sampling_strategy!r}, takes one of {SAMPLING}: the order is "
                 "by seed and epoch alone, so that all ranks and a resumed run agree on it"
             )
+        try:
+            for board in get_reporting_integration_callbacks(self.report_to):
+                board()
+        except (ImportError, RuntimeError, ValueError) as error:
+            there = ", ".join(get_available_reporting_integrations())
+            raise ValueError(f"report_to: got {self.report_to}, takes none, all, or of {there}: {error}") from None
         for name in ("split_batches", "dispatch_batches"):
             if getattr(self.accelerator_config, name):
                 raise ValueError(

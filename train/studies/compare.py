@@ -3,10 +3,10 @@
 Every run is a ``python -m train`` of its own, so that memory and time are its own. What a run has given is in one file
 beside its folder, of which alone the tables are made: it goes on, with these files, on another machine. A run that has
 one is not made again, one that was cut short goes on from its last checkpoint, and the tables are written anew after
-every run: a long comparison can be left in the background, stopped, and started again with the same words. Each final
-policy is measured against the ORIGINAL reference, also where the method's own reference has moved, and pair by pair, so
-that methods are compared on the same pairs. Short runs beside them show what the same batch, cut into other
-micro-batches, decides.
+every run: a long comparison can be left in the background, stopped, and started again with the same words. Where they
+say anything else that decides a figure, that is refused. Each final policy is measured against the ORIGINAL reference,
+also where the method's own reference has moved, and pair by pair, so that methods are compared on the same pairs. Short
+runs beside them show what the same batch, cut into other micro-batches, decides.
 """
 
 from __future__ import annotations
@@ -41,30 +41,28 @@ from ..__main__ import load_data
 from ..methods import METHODS
 from ..models import load_model
 from ..options import PairOptions
+from ..options import parse as parse_run
 from .common import LOOKS, Mean, grid, mean, plus_minus
 
 # What making a run took.
 MADE = "made.json"
-# What runs that are compared have in common; their data by the held-out pairs.
-SETTINGS = (
-    "epsilon",
-    "beta_update",
-    "label_smoothing",
-    "dtype",
-    "bf16",
-    "max_length",
-    "eval_fraction",
-    "lora_r",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-)
+# What a run is told that decides none of its figures: where it goes, what it says on the way, what it runs on. The
+# reference from a cache is the same reference.
+FREE = (
+    "output_dir", "resume_from_checkpoint", "cache_reference", "label_column", "report_to", "run_name", "project",
+    "disable_tqdm", "log_level", "log_level_replica", "save_total_limit", "save_only_model", "push_to_hub",
+    "hub_model_id", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+)  # fmt: skip
+# Nor do these, unless the best checkpoint is what a run ends with.
+SAVING = ("save_strategy", "save_steps")
+# What one method alone reads.
+OF_METHODS = {
+    "eps-dpo": ("epsilon", "beta_update", "veto"),
+    "beta-dpo": ("beta_dpo_alpha", "beta_dpo_keep"),
+    "tr-dpo": ("sync_alpha", "sync_steps"),
+    "lsc-dpo": ("lsc_z_star", "lsc_eta", "lsc_tau_start"),
+}
 # What a comparison calls eps-dpo with a veto.
 VETO = "eps-dpo-veto"
 # Those that also run from the other β₀.
@@ -88,6 +86,11 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.method}-{self.beta:g}-{self.seed}"
+
+    def words(self, flags: list[str], veto: list[str] | None = None) -> list[str]:
+        """What ``python -m train`` is told, but for the folder."""
+        method = [f"--method={self.method}"] if self.method != VETO else ["--method=eps-dpo", "--veto", *(veto or ())]
+        return [*flags, f"--beta={self.beta}", *method, f"--seed={self.seed}"]
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -128,22 +131,54 @@ def plan(options: argparse.Namespace) -> list[Run]:
     ]
 
 
-def train(run: Path, method: str, seed: int, flags: list[str], veto: list[str] | None = None) -> None:
+def settings(options: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of what a run is told, all that decides its figures."""
+    free = {*FREE, *(() if arguments["load_best_model_at_end"] else SAVING)}
+    free.update(name for method, names in OF_METHODS.items() if method != options["method"] for name in names)
+    return {name: value for name, value in (options | arguments).items() if name not in free}
+
+
+def check_settings(run: Path, words: list[str]) -> None:
+    """Runs that are held against the words of one call are held against each other.
+
+    Raises:
+        ValueError: the run that is there, done or begun, was told otherwise.
+    """
+    if figures_path(run).exists():
+        theirs = json.loads(figures_path(run).read_text())["settings"]
+    elif is_done(run) or last_checkpoint(run):
+        theirs = settings(**told(run))
+    else:
+        return
+    options, args = parse_run(words)
+    ours = settings(vars(options), args.to_sanitized_dict())
+    # Files of earlier versions, of runs and of transformers, hold fewer settings.
+    if other := [name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name]]:
+        differences = "; ".join(f"{name}: got {ours[name]!r}, takes {theirs[name]!r}" for name in sorted(other))
+        raise ValueError(f"{differences}, as {run} was made. Give another --out, or remove that folder and its .json")
+
+
+def told(run: Path) -> dict[str, dict[str, Any]]:
+    facts = json.loads((run / "run.json").read_text())
+    return {"options": facts["options"], "arguments": facts["training_arguments"]}
+
+
+def is_done(run: Path) -> bool:
+    return (run / "trainer_state.json").exists()
+
+
+def train(run: Path, words: list[str]) -> None:
     """One run, unless it is done already.
 
     Raises:
         subprocess.CalledProcessError: the run failed; its output.txt says why.
     """
-    if (run / "trainer_state.json").exists():
+    if is_done(run):
         return
     resume = ["--resume_from_checkpoint=last"] if last_checkpoint(run) else []
     if not resume:
         shutil.rmtree(run, ignore_errors=True)
-    method_flags = [f"--method={method}"] if method != VETO else ["--method=eps-dpo", "--veto", *(veto or ())]
-    command = [
-        sys.executable, "-m", "train", *flags, *method_flags, f"--seed={seed}", f"--output_dir={run}",
-        "--disable_tqdm=true", *resume,
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "train", *words, f"--output_dir={run}", "--disable_tqdm=true", *resume]
     run.mkdir(parents=True, exist_ok=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     with open(run / "output.txt", "a", encoding="utf-8") as log:
@@ -157,17 +192,16 @@ def train(run: Path, method: str, seed: int, flags: list[str], veto: list[str] |
 def figures(out: Path, run: Run) -> dict[str, Any]:
     """What a run that is done has given, from its file, which is written where it is missing.
 
-    ``settings``: those of :data:`SETTINGS`; ``steps``: the running β and the shares relaxed and tightened, a list of
+    ``settings``: see :func:`settings`; ``steps``: the running β and the shares relaxed and tightened, a list of
     steps each; ``seconds`` a step; ``made``: what making it took; and those of :func:`against_original`.
     """
-    path, folder = figures_path(out, run), out / run.name
+    folder = out / run.name
+    path = figures_path(folder)
     if not path.exists():
-        facts = json.loads((folder / "run.json").read_text())
-        flags = facts["options"] | facts["training_arguments"]
         log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         steps = [entry for entry in log if "loss" in entry]
         found = {
-            "settings": {name: flags[name] for name in SETTINGS},
+            "settings": settings(**told(folder)),
             "steps": {name: [step[f"beta/{name}"] for step in steps] for name in ("running", "relaxed", "tightened")},
             "seconds": next(entry["train_runtime"] for entry in log if "train_runtime" in entry) / len(steps),
             "made": json.loads((folder / MADE).read_text()),
@@ -178,8 +212,8 @@ def figures(out: Path, run: Run) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def figures_path(out: Path, run: Run) -> Path:
-    return out / f"{run.name}.json"
+def figures_path(run: Path) -> Path:
+    return run.parent / f"{run.name}.json"
 
 
 @torch.no_grad()
@@ -189,8 +223,7 @@ def against_original(run: Path) -> dict[str, list]:
     ``margin`` is without β, so that methods whose β differ can be compared; ``kl`` and ``reverse_kl`` are exact over
     the vocabulary and summed over the ``tokens`` of the chosen completion; ``row`` is the pair's in the data.
     """
-    facts = json.loads((run / "run.json").read_text())
-    options, arguments = facts["options"], facts["training_arguments"]
+    options, arguments = told(run).values()
     original, tokenizer = load_model(options["model"], options["dtype"])
     policy, _ = load_model(str(run), options["dtype"])
     original.eval(), policy.eval()
@@ -224,20 +257,8 @@ def discard_weights(run: Path) -> None:
 
 
 def collect(out: Path, runs: list[Run]) -> dict[Run, dict[str, Any]]:
-    """The figures of those runs that are done.
-
-    Raises:
-        ValueError: two of them were made with other settings.
-    """
-    done = {run: figures(out, run) for run in runs if figures_path(out, run).exists()}
-    for run, found in done.items():
-        first = next(iter(done))
-        for name, value in found["settings"].items():
-            if value != (theirs := done[first]["settings"][name]):
-                raise ValueError(
-                    f"{run.name}: {name} was {value}, and {theirs} for {first.name}; remove the file of one of them"
-                )
-    return done
+    """The figures of those runs that are done."""
+    return {run: figures(out, run) for run in runs if figures_path(out / run.name).exists()}
 
 
 def per_pair(found: dict[str, Any], measure: str) -> list[float]:
@@ -381,13 +402,16 @@ def micro_runs(out: Path) -> list[tuple[str, int, int, Path]]:
     ]
 
 
-def train_micro(out: Path, seed: int, steps: int, flags: list[str]) -> None:
-    for method, size, count, run in micro_runs(out):
+def micro_words(options: argparse.Namespace, flags: list[str]) -> dict[Path, list[str]]:
+    """What those runs are told, by folder."""
+    found = {}
+    for method, size, count, run in micro_runs(options.out):
         own = [
-            f"--max_steps={steps}", f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={count}",
-            "--save_strategy=no", "--eval_strategy=no", "--eval_fraction=0",
+            f"--max_steps={options.micro_steps}", f"--per_device_train_batch_size={size}",
+            f"--gradient_accumulation_steps={count}", "--save_strategy=no", "--eval_strategy=no", "--eval_fraction=0",
         ]  # fmt: skip
-        train(run, method, seed, [*flags, *own])
+        found[run] = Run(method, options.betas[0], options.seeds[0]).words([*flags, *own])
+    return found
 
 
 def micro_table(out: Path) -> str:
@@ -476,13 +500,17 @@ def write(options: argparse.Namespace, runs: list[Run]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options, flags = parse(arguments)
     runs, failed, took = plan(options), [], []
+    words = {options.out / run.name: run.words(flags, options.veto) for run in runs}
+    micro = micro_words(options, flags) if options.micro_steps else {}
+    for folder, own in (words | micro).items():
+        check_settings(folder, own)
     for i, run in enumerate(runs):
         folder, start = options.out / run.name, time.monotonic()
         print(f"{time.strftime('%H:%M:%S')} run {i + 1} of {len(runs)}, {run.name}: ", end="", flush=True)
-        done = figures_path(options.out, run).exists()
+        done = figures_path(folder).exists()
         try:
             if not done:
-                train(folder, run.method, run.seed, [*flags, f"--beta={run.beta}"], options.veto)
+                train(folder, words[folder])
         except subprocess.CalledProcessError as error:
             failed.append(run.name)
             print(f"FAILED with status {error.returncode}, see {folder / 'output.txt'}", flush=True)
@@ -495,10 +523,10 @@ def main(arguments: list[str] | None = None) -> None:
             print("done before", flush=True)
             continue
         took.append(time.monotonic() - start)
-        left = sum(took) / len(took) * sum(not figures_path(options.out, other).exists() for other in runs)
+        left = sum(took) / len(took) * sum(not figures_path(other).exists() for other in words)
         print(f"{took[-1] / 60:.1f} min; those to come, at this rate, {left / 60:.0f} min", flush=True)
-    if options.micro_steps:
-        train_micro(options.out, options.seeds[0], options.micro_steps, [*flags, f"--beta={options.betas[0]}"])
+    for folder, own in micro.items():
+        train(folder, own)
     print(write(options, runs))
     if found := collect(options.out, runs):
         picture(found, options.out / "comparison.png")
@@ -508,4 +536,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from epsdpo_kernels.pair import BETA_UPDATES
+
 from ..methods import METHODS, make_loss
 from .common import LOOKS, Mean, grid, mean
 
@@ -31,7 +33,6 @@ BETWEEN = (0.14, 0.27, 0.6, 2.8)
 PAIRS = (1 << 15, 512)
 STEPS = (100, 200, 400, 800, 1600)
 EPSILONS = (0.003, 0.01, 0.03, 0.1)
-UPDATES = ("mean-step", "mean-beta", "none")
 
 
 class Task(NamedTuple):
@@ -232,7 +233,7 @@ def over_steps() -> dict[str, list[Run]]:
 
 def over_epsilon() -> dict[str, list[Run]]:
     """ε-DPO from β₀ = 1, by its β update."""
-    return {u: [Run("eps-dpo", 1.0, epsilon=epsilon, beta_update=u) for epsilon in EPSILONS] for u in UPDATES}
+    return {u: [Run("eps-dpo", 1.0, epsilon=epsilon, beta_update=u) for epsilon in EPSILONS] for u in BETA_UPDATES}
 
 
 Results = dict[Run, list[End]]  # one entry a seed, in the order of the seeds
