@@ -111,7 +111,7 @@ def test_options_that_need_another_are_refused(tiny, tmp_path):
 def test_a_report_to_what_is_not_there_is_refused(tmp_path, name, monkeypatch):
     monkeypatch.setattr(integration_utils, f"is_{'flytekit' if name == 'flyte' else name}_available", bool, False)
     for given in (name, ["tensorboard", name]):
-        said = re.escape(f"report_to: got {[name] if given == name else given}, takes none, all, or of ")
+        said = re.escape(f"report_to: got {[name] if given == name else given}, takes none, all, or some of ")
         with pytest.raises(ValueError, match=f"{said}.*tensorboard.*: .*{name}.*(install|supported)"):
             TrainingArguments(tmp_path, report_to=given, use_cpu=True)
     assert "tensorboard" in TrainingArguments(tmp_path, report_to="all", use_cpu=True).report_to

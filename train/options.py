@@ -184,7 +184,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 board()
         except (ImportError, RuntimeError, ValueError) as error:
             there = ", ".join(get_available_reporting_integrations())
-            raise ValueError(f"report_to: got {self.report_to}, takes none, all, or of {there}: {error}") from None
+            raise ValueError(f"report_to: got {self.report_to}, takes none, all, or some of {there}: {error}") from None
         for name in ("split_batches", "dispatch_batches"):
             if getattr(self.accelerator_config, name):
                 raise ValueError(
