@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
@@ -216,6 +217,66 @@ def test_not_finite_stops_with_names(tiny, tmp_path):
     # The run that began anew saved nothing, and set aside what the one before had.
     assert last_checkpoint(tmp_path / "a") is None
     assert last_checkpoint(tmp_path / "a" / "earlier-1").name == "checkpoint-1"
+
+
+@pytest.mark.parametrize("steps", [5, 3])
+def test_a_run_that_is_done_makes_no_more_steps(tiny, tmp_path, capsys, steps):
+    """Its end is within an epoch, and at or past the last step that is asked for."""
+    more = {"save_strategy": "steps", "save_steps": 5}
+    main(flags(tiny, tmp_path / "a", max_steps=5, **more))
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.safetensors")}
+    assert len(before) > 2
+    trainer = main(flags(tiny, tmp_path / "a", max_steps=steps, **more, resume_from_checkpoint="last"))
+    assert (
+        trainer.state.global_step == 5
+        and f"has 5 steps of {steps}: nothing is left to train" in capsys.readouterr().out
+    )
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.safetensors")} == before
+    assert audit(tmp_path / "a").ok
+    trainer = main(flags(tiny, tmp_path / "a", max_steps=6, **more, resume_from_checkpoint="last"))
+    assert trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("name, value, was", [
+    ("learning_rate", 1e-5, 1e-3), ("weight_decay", 0.3, 0.0), ("optim", "sgd", "adamw_torch_fused"),
+    ("bf16", True, False), ("lr_scheduler_type", "linear", "cosine"), ("max_grad_norm", 0.5, 1.0),
+])  # fmt: skip
+def test_steps_are_what_the_checkpoint_was_made_with(tiny, tmp_path, name, value, was):
+    """Of optimizer and schedule the checkpoint's would go on, and run.json would hold the others."""
+    more = {"save_strategy": "steps", "save_steps": 2}
+    main(flags(tiny, tmp_path / "a", max_steps=2, **more))
+    record = {path: path.read_bytes() for path in (tmp_path / "a" / "record").iterdir()}
+    with pytest.raises(ValueError, match=rf"with other settings \({name} was .*, is "):
+        main(flags(tiny, tmp_path / "a", max_steps=4, **more | {name: value}, resume_from_checkpoint="last"))
+    assert {path: path.read_bytes() for path in (tmp_path / "a" / "record").iterdir()} == record
+
+
+@pytest.mark.parametrize("own", [{}, {"lora_r": 4}], ids=["a second model", "the base"])
+def test_a_reference_that_has_changed_is_refused(tiny, tmp_path, own):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    more = {"model": model, "save_strategy": "steps", "save_steps": 2} | own
+    main(flags(tiny, tmp_path / "a", max_steps=2, **more))
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 4] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"with other settings \(frozen_weights was '[0-9a-f]{16}', is '[0-9a-f]{16}'\)"
+    ):
+        main(flags(tiny, tmp_path / "a", max_steps=4, **more, resume_from_checkpoint="last"))
+    with pytest.raises(ValueError, match="output_dir: got .*model, the folder of model, takes another"):
+        main(flags(tiny, model, max_steps=2, **more))
+
+
+def test_weights_in_16_bits(tiny, tmp_path, capsys):
+    main(flags(tiny, tmp_path / "a", max_steps=1, dtype="bfloat16"))
+    said = "weights: in bfloat16, which keeps 8 bits: a step of learning_rate=0.001 is lost in weights above 0.3."
+    assert said in capsys.readouterr().out
+    main(flags(tiny, tmp_path / "b", max_steps=1, bf16=True))
+    assert "weights: in" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="model: got weights in float16 that train, takes float32"):
+        main(flags(tiny, tmp_path / "c", max_steps=1, dtype="float16"))
+    with pytest.raises(ValueError, match="fp16: got True on a CPU, takes bf16"):
+        main(flags(tiny, tmp_path / "d", max_steps=1, fp16=True))
 
 
 def test_a_gradient_that_is_not_finite_stops(tiny, tmp_path):

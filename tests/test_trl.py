@@ -987,6 +987,39 @@ def test_a_loss_scaler_leaves_steps_out_by_itself(tiny, tmp_path):
     assert log[1]["kl/chosen"] == 0 and log[2]["kl/chosen"] > 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_run_that_is_done_makes_no_more_steps(tiny, tmp_path, stream):
+    data = trl_runs.pairs(tiny)
+    data = data.to_iterable_dataset() if stream else data
+    run = {"train_dataset": data, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    make(tiny, tmp_path, **run).train()
+    trainer = make(tiny, tmp_path, **run)
+    trainer.train(resume_from_checkpoint=True)
+    done = make(tiny, tmp_path / "again", **run | {"save_strategy": "no"})
+    done.train()
+    assert trainer.state.global_step == 3 and trainer.loss_fn.beta == done.loss_fn.beta
+    for p, q in zip(trainer.model.parameters(), done.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["an adapter's base", "a second model"])
+def test_a_run_goes_on_with_its_own_reference_and_steps(tiny, tmp_path, own):
+    run = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    adapter = {"peft_config": peft.LoraConfig(**LORA)} if own else {}
+    make(tiny, tmp_path, **run, **adapter).train()
+    other = trl_runs.model(tiny)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[3, 4] += 1
+    models = adapter | {"model": other} if own else {"ref_model": other}
+    with pytest.raises(ValueError, match=r"other settings \(frozen_weights was '[0-9a-f]{16}', is '[0-9a-f]{16}'\)"):
+        make(tiny, tmp_path, **run, **models).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate was 0.001, is 0.002\)"):
+        make(tiny, tmp_path, **run, **adapter, learning_rate=2e-3).train(resume_from_checkpoint=True)
+    make(tiny, tmp_path, **run | {"max_steps": 3}, **adapter).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="output_dir: got .*, the folder of model, takes another"):
+        make(tiny, tiny, max_steps=1)
+
+
 def test_the_card_cites_the_method(tiny, tmp_path):
     trainer = make(tiny, tmp_path)
     trainer.create_model_card(model_name="mine")

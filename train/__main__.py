@@ -14,14 +14,17 @@ import datasets
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from epsdpo_kernels.integrations.batches import check_fits, check_rows_alone
 from epsdpo_kernels.integrations.checkpoints import (
     adapter_settings,
+    check_output,
     check_settings,
     checkpoint_of,
     checkpoint_step,
+    frozen_weights,
     last_checkpoint,
     run_settings,
 )
@@ -113,6 +116,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
     """Everything of a run, ready to train; ``resume`` is the checkpoint that it will go on from."""
     if args.fsdp and options.method == "tr-dpo":
         raise ValueError("fsdp: tr-dpo mixes whole weights into its reference, takes a policy that is not sharded")
+    check_output(args.output_dir, model=options.model, ref_model=options.ref_model)
     refuse_under_deepspeed(options, args)
     refuse_under_tensor_parallelism(options, args)
     if options.cache_reference and options.method == "tr-dpo":
@@ -151,6 +155,7 @@ def build(options: PairOptions, args: TrainingArguments, resume: Path | None = N
         lsc_dpo={"z_star": options.lsc_z_star, "eta": options.lsc_eta, "tau_start": options.lsc_tau_start},
     )  # fmt: skip
     own = {name: value for name, value in vars(options).items() if name not in FREE}
+    own["frozen_weights"] = frozen_weights(*(one for one in (model, ref_model) if one is not None))
     settings = run_settings(
         args, {"dataset": pairs, "eval_dataset": held_out}, "pair_id", **own, **adapter_settings(model)
     )
@@ -285,5 +290,8 @@ if __name__ == "__main__":
     try:
         main()
         leave_process_group()
-    except (ValueError, TypeError, OSError, ImportError, NotFiniteError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotFiniteError, SafetensorError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; --resume_from_checkpoint last goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -127,6 +127,7 @@ class PackedBatches(SharedRows):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         check_resume(self, resume_from_checkpoint)
+        self._check_weights()
         self._say_memory()
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
@@ -148,6 +149,27 @@ class PackedBatches(SharedRows):
         check_any(pairs, name, max_length)
         if self.args.dataloader_drop_last and hasattr(pairs, "__len__"):
             check_kept(len(pairs), name, batch_size, self.data_ranks)
+
+    def _check_weights(self) -> None:
+        """Says what 16 bits of a weight keep of its steps.
+
+        Raises:
+            ValueError: weights in float16 train.
+        """
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"):
+            return  # which step in float32
+        dtypes = {p.dtype for p in self._models[0].parameters() if p.requires_grad}
+        if torch.float16 in dtypes:
+            raise ValueError(
+                "model: got weights in float16 that train, takes float32, under fp16=True, or bfloat16: the squares of "
+                "gradients that AdamW keeps in their dtype are 0 below 2e-4 of a gradient, and it divides by them"
+            )
+        if torch.bfloat16 in dtypes:
+            self.accelerator.print(
+                f"weights: in bfloat16, which keeps 8 bits: a step of learning_rate={self.args.learning_rate:g} is "
+                f"lost in weights above {256 * self.args.learning_rate:.1g}. In float32, under bf16=True, none is",
+                flush=True,
+            )  # fmt: skip
 
     def _say_memory(self) -> None:
         """Prints what the run expects to need and, on CUDA, what is there."""

@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..record.run import free_folder
 from .sequence import sequence_ranks
 
 STATE = "trainer_state.json"
-# What of a run's arguments decides which pairs are in which step.
-ORDER = (
+# What of a run's arguments decides which pairs are in which step, and what a step does: the optimizer's and the
+# schedule's part comes out of the checkpoint, whatever is asked for then.
+KEPT = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "dataloader_drop_last", "seed",
     "data_seed", "train_sampling_strategy",
+    "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16",
 )  # fmt: skip
 SETTINGS = "settings"  # in the metadata of a checkpoint's β
 # What of an adapter's configuration says where it is from, and not what it does.
@@ -70,7 +76,7 @@ def checkpoint_of(asked: str | os.PathLike | None, run: str | os.PathLike) -> Pa
 
 
 def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> dict[str, Any]:
-    """What a run has to keep when it goes on from a checkpoint: its loss, its pairs, and their order.
+    """What a run has to keep when it goes on from a checkpoint: its loss, its pairs, their order, and its steps.
 
     Args:
         args: transformers' arguments.
@@ -78,7 +84,7 @@ def run_settings(args: Any, data: Mapping[str, Any], ids: str, **own: Any) -> di
         ids: the column of them that holds the pairs' ids.
         own: everything else.
     """
-    found = own | {name: getattr(args, name, None) for name in ORDER} | {"sp_size": sequence_ranks(args)}
+    found = own | {name: getattr(args, name, None) for name in KEPT} | {"sp_size": sequence_ranks(args)}
     for name, one in data.items():
         if isinstance(one, datasets.IterableDataset):
             found[name] = f"a stream of {one.num_shards} shards that begins with {beginning(one, ids)}"
@@ -96,6 +102,36 @@ def adapter_settings(model: Any, argument: str = "peft_config") -> dict[str, Any
         return {argument: None}
     fields = {f"{argument}.{name}": value for name, value in config.to_dict().items() if name not in ELSEWHERE}
     return {argument: type(config).__name__} | fields
+
+
+def frozen_weights(*models: Any) -> str:
+    """A checksum of the weights that no step changes, the reference's among them, of the first rank; the same for all.
+
+    Sums of whole numbers, which no order or device rounds. What FSDP or ZeRO has split is left out, and the adapter in
+    use, which checkpoints hold.
+    """
+    total = 0
+    for model in models:
+        active = getattr(model, "active_adapter", None)
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if p.requires_grad or p.is_meta or isinstance(p, DTensor) or active in name.split("."):
+                continue
+            bits = p.detach().reshape(-1).view(_BITS[p.dtype.itemsize])
+            total += (i + 1) * sum(int(part.sum(dtype=torch.int64)) for part in bits.split(1 << 24))
+    return broadcast_object_list([f"{total % 2**64:016x}"])[0]
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_output(output_dir: str, **models: str | None) -> None:
+    """Raises ValueError where a run would write its model over one that it is made of, its reference."""
+    for name, path in models.items():
+        if path and Path(path).is_dir() and Path(path).resolve() == Path(output_dir).resolve():
+            raise ValueError(
+                f"output_dir: got {output_dir}, the folder of {name}, takes another: the trained model would be "
+                "written over the one that is the reference"
+            )
 
 
 def _digest(dataset: Any, column: str) -> str:

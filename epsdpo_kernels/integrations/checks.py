@@ -352,6 +352,8 @@ def check_options(args: Any) -> None:
     backend, known = args.torch_compile_backend, torch.compiler.list_backends(exclude_tags=())
     if args.torch_compile and backend not in known:
         raise ValueError(f"torch_compile_backend: got {backend!r}, takes one of {', '.join(known)}")
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16: got True on a CPU, takes bf16: accelerate would train in float32 without a word")
     sizes = args.parallelism_config
     # Of sp_size sequence.py says it.
     together = 1 if sizes is None else sizes.total_size // sizes.sp_size

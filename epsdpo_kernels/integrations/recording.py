@@ -52,6 +52,7 @@ class Recorded:
     """
 
     args: Any
+    accelerator: Any
     state: Any
     record: Any = None  # a Record, a RecordElsewhere, or None
     _best_step: int | None = None  # in the best checkpoint, where its policy and β are in the last step's place
@@ -65,6 +66,21 @@ class Recorded:
             if self.record:
                 self.record.flush()
             raise
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        begun = super()._init_training_state(  # type: ignore[misc]
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or self.state.global_step < max_steps:
+            return begun
+        # transformers sees that a run is at its end after a step alone.
+        self.accelerator.print(
+            f"resume_from_checkpoint: {resume_from_checkpoint} has {self.state.global_step} steps of {max_steps}: "
+            "nothing is left to train", flush=True,
+        )  # fmt: skip
+        return num_train_epochs, 0
 
     def save_own(self, checkpoint: Path) -> None:
         """Writes what belongs to a checkpoint beside transformers' files."""
@@ -100,7 +116,6 @@ class RecordedTRL(Recorded):
     """
 
     model: Any
-    accelerator: Any
     loss_fn: Any
     data_collator: Any
     train_dataset: Any
@@ -250,7 +265,8 @@ class RecordedTRL(Recorded):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         state = Path(resume_from_checkpoint or "", TRAINER_STATE_NAME)
-        if isinstance(self.train_dataset, datasets.IterableDataset) and state.is_file():
+        left = self.state.global_step < max_steps
+        if left and isinstance(self.train_dataset, datasets.IterableDataset) and state.is_file():
             saved = TrainerState.load_from_json(str(state))
             passes = math.ceil(saved.epoch) - 1
             # An epoch is a pass, and in it every step the share 1 / max_steps.

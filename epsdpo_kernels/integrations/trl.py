@@ -34,7 +34,7 @@ from trl import DPOConfig, DPOTrainer
 from ..linear import EpsilonDPOOutput
 from ..module import BETA_UPDATES, EpsilonDPOLoss
 from .batches import PackedBatches, SeededSampler, check_any, named_sets
-from .checkpoints import adapter_settings, as_metadata, run_settings
+from .checkpoints import adapter_settings, as_metadata, check_output, frozen_weights, run_settings
 from .checks import (
     check_adapter,
     check_causal,
@@ -184,6 +184,9 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         super().__init__(model, ref_model, args, *rest, **kwargs)
         self.data_collator = PaddedRight(self.data_collator)
         _refuse_launch(self)
+        for name, one in (("model", self.model), ("ref_model", self.ref_model)):
+            if one is not None:
+                check_output(str(self.args.output_dir), **{name: one.config._name_or_path})
         keep_figures(self.accelerator)
         check_prompt_learning(self.model, self.args)
         self.loss_fn = loss_fn.to(self.args.device)
@@ -202,6 +205,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         run_loss_in_forward(self.model, self._reference(autocast, batch), self.loss_fn)
         self.add_callback(AfterStep(self._move_beta))
         models = [self.model] if self.ref_model is None else [self.model, self._plain(self.ref_model)]
+        self._frozen = frozen_weights(*models)
         self.set_layout(models, config.packed, config.max_tokens_per_batch, images=self._is_vision_dataset)
         if self._is_vision_dataset:
             self.train_dataset = self.numbered(self.train_dataset, "train")
@@ -252,7 +256,8 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         return run_settings(
             self.args, {"train_dataset": self.train_dataset}, PAIR_ID, epsilon=self.loss_fn.epsilon,
             beta_update=self.loss_fn.beta_update, model=self.model.config._name_or_path,
-            ref_model=reference.config._name_or_path, **{name: getattr(self.args, name) for name in names},
+            ref_model=reference.config._name_or_path, frozen_weights=self._frozen,
+            **{name: getattr(self.args, name) for name in names},
             **adapter_settings(self.model), **adapter_settings(reference, "ref_model.peft_config"),
         )  # fmt: skip
 
