@@ -575,6 +575,24 @@ def test_a_kill_between_a_part_and_its_end_is_no_forgery(tmp_path):
     assert [column for _, column, *_ in chained(run)] == ["SHA-256"]
 
 
+def test_an_end_is_of_the_last_part_by_name_and_digest(tmp_path):
+    """And one that was closed knows of all parts: one more was added, or the last ones were taken for others."""
+    run = write_run(tmp_path, rows_per_part=8)
+    first, *_, before, last = parts(run / "record")
+    end = run / "record" / "end-000.json"
+    of = {part: hashlib.sha256(part.read_bytes()).hexdigest() for part in (first, before, last)}
+    for named, held in ((before, before), (before, last)):
+        write_end(end, named.name, of[held], True)
+        assert chained(run) == [(end.name, "end", last.name, named.name)]
+    for named, held in ((before, last), (first, before)):
+        write_end(end, named.name, of[held], False)
+        assert chained(run) == [(end.name, "end", last.name, named.name)]
+    write_end(end, last.name, of[before], False)
+    assert chained(run) == [(last.name, "SHA-256", of[last][:16], of[before][:16])]
+    write_end(end, last.name, of[last], True)
+    assert not limits(run)
+
+
 def forge(run: Path, step: int, epsilon: float) -> None:
     """The consistent forgery: one decision of a step turned round, and all that follows from it, to the end."""
     from epsdpo_kernels.pair import losses_and_coefficients, pair_beta
