@@ -222,8 +222,9 @@ def test_what_is_missing_and_what_is_twice(tmp_path):
     run = fresh("end")
     (run / "checkpoint-23").mkdir()
     (run / "checkpoint-23" / "trainer_state.json").write_text('{"global_step": 23}')
-    (run / "checkpoint-99").mkdir()
-    (run / "checkpoint-99" / "trainer_state.json").write_text('{"global_step": 9')
+    for n, cut in enumerate(('{"global_step": 9', '{"global_step": 1e999}')):
+        (run / f"checkpoint-{99 - n}").mkdir()
+        (run / f"checkpoint-{99 - n}" / "trainer_state.json").write_text(cut)
     (finding,) = audit(run).findings
     assert (finding.kind, finding.holds, finding.follows) == ("end", "20", "23")
 
@@ -304,6 +305,7 @@ def refused(run: Path, capsys, *named: str) -> None:
         (FACT + "states_of_others", 3, "got 3, takes a list of files"),
         (FACT + "training_arguments", None, "got None, takes an object"),
         ("training_arguments.per_device_train_batch_size", "4", "got '4', takes a number of pairs"),
+        ("training_arguments.per_device_eval_batch_size", "2", "got '2', takes a number of pairs"),
     ],
 )  # fmt: skip
 def test_a_run_json_with_what_no_run_writes(tmp_path, capsys, place, value, taken):

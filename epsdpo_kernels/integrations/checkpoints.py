@@ -15,10 +15,9 @@ import datasets
 from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..record.run import free_folder
+from ..record.run import STATE, free_folder, state_step
 from .sequence import sequence_ranks
 
-STATE = "trainer_state.json"
 # What of a run's arguments decides which pairs are in which step.
 ORDER = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "dataloader_drop_last", "seed",
@@ -31,10 +30,7 @@ ELSEWHERE = ("base_model_name_or_path", "inference_mode", "peft_version", "revis
 
 def checkpoint_step(folder: str | os.PathLike) -> int | None:
     """Optimizer steps in a complete checkpoint; None where a kill cut it short, or it is something else."""
-    try:
-        return int(json.loads(Path(folder, STATE).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return state_step(Path(folder, STATE))
 
 
 def _checkpoints(run: str | os.PathLike) -> dict[Path, int | None]:
