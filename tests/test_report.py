@@ -11,6 +11,7 @@ import pytest
 
 pa = pytest.importorskip("pyarrow", reason="the trainer's extra is not installed")
 pytest.importorskip("matplotlib", reason="the trainer's extra is not installed")
+regex = pytest.importorskip("regex")  # comes with transformers
 
 from epsdpo_kernels.__main__ import main  # noqa: E402
 from epsdpo_kernels.record import figures  # noqa: E402
@@ -240,6 +241,16 @@ def test_hostile_text(tmp_path, monkeypatch):
     monkeypatch.setattr(report_module, "TEXT_BUDGET", 100)
     (shown,) = data_of(report([run], tmp_path / "few", texts=True))["runs"]
     assert 0 < len(shown["texts"]) < 3
+
+
+def test_what_no_font_draws_is_spelt_out():
+    """All of Unicode's Default_Ignorable_Code_Point and its noncharacters, as another library has them."""
+    assert visible("ad\u3164min\u034f\u115f") == "ad⟨U+3164⟩min⟨U+034F⟩⟨U+115F⟩"
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    hidden = regex.findall(r"[\p{Default_Ignorable_Code_Point}\p{Noncharacter_Code_Point}\p{Bidi_Control}]", every)
+    assert len(hidden) > 4000 and [mark for mark in hidden if visible(mark) == mark] == []
+    drawn = regex.findall(r"[\p{L}\p{M}\p{N}\p{P}\p{S}--\p{Default_Ignorable_Code_Point}]", every, regex.VERSION1)
+    assert len(drawn) > 100_000 and visible("".join(drawn)) == "".join(drawn)
 
 
 def test_visible_and_embed():
