@@ -85,7 +85,7 @@ DECIDERS: dict[str, tuple[Callable[[Inputs], tuple[Tensor, ...]], torch.dtype]] 
 
 def fp32_bound(inputs: Inputs) -> Tensor:
     """(B,) |shift| below which fp32 may decide otherwise: half a dozen roundings a token, of random sign."""
-    largest = max(float((h @ w.t()).abs().max()) for h, w in ((inputs.hidden, inputs.weight),) if h.numel())
+    largest = float((inputs.hidden @ inputs.weight.t()).abs().max())
     tokens = (inputs.labels != -100).sum(1).view(2, -1).sum(0).double()
     return 6 * EPSILON * 2**-24 * largest * tokens.sqrt()
 

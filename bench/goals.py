@@ -49,7 +49,7 @@ def gpu_goal_rows(run: Run) -> list[list[str]]:
 def rival_takes(run: Run, case: Case, variant: str, least: float) -> list[str]:
     goal = f"the same: {variant} takes ≥ {least:.2f} × our time"
     found = _ratio(run, case, variant, "to_ours")
-    return _row(goal, spread(found), found["ratio"] >= least) if found else _row(goal, "", None)
+    return _row(goal, spread(found, 3), found["ratio"] >= least) if found else _row(goal, "", None)
 
 
 def working_memory(run: Run, case: Case, gib: float) -> list[str]:
@@ -104,7 +104,7 @@ def faster(run: Run, goal: str, rival: str, masked: float) -> list[str]:
 def faster_than_materialised(run: Run, case: Case, least: float) -> list[str]:
     found = _ratio(run, case, "materialised", "to_ours")
     goal = f"the same: ≥ {least} × faster than with all logits in memory"
-    return _row(goal, spread(found), found["ratio"] >= least) if found else _row(goal, "", None)
+    return _row(goal, spread(found, 3), found["ratio"] >= least) if found else _row(goal, "", None)
 
 
 def least_memory(run: Run) -> list[str]:
@@ -142,7 +142,7 @@ def faster_step(run: Run, case: str, least: float, model: str | None = None) -> 
     goal = f"{model + ', ' if model else ''}{case}: ≥ {least} × faster than TRL's plain DPO"
     measured = [r for r in run.all(kind="step", model=model, case=case) if "seconds" in r]
     found = steps.faster(measured, "trl") if measured else None
-    return _row(goal, spread(found), found["ratio"] >= least) if found else _row(goal, "", None)
+    return _row(goal, spread(found, 3), found["ratio"] >= least) if found else _row(goal, "", None)
 
 
 def whole_step_rows(run: Run) -> list[list[str]]:
@@ -155,7 +155,7 @@ def whole_step_rows(run: Run) -> list[list[str]]:
     goal = "hh: peak memory of the step ≤ 0.6 × TRL's"
     if ours and theirs:
         share = ours["bytes"] / theirs["bytes"]
-        rows.append(_row(goal, f"{share:.2f}", share <= 0.6))
+        rows.append(_row(goal, f"{share:.3f}", share <= 0.6))
     else:
         rows.append(_row(goal, "", None))
     return rows

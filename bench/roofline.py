@@ -43,10 +43,6 @@ class Device:
     gradient_bytes: int = 4  # of an element of the gradient tile: 2 where a 16-bit product gives fp32
     hidden_stores: float = 1.0  # share of the shorter of a product's operations and its stores that hides in the longer
 
-    @property
-    def is_gpu(self) -> bool:
-        return isinstance(self, GPU)
-
     def elementwise(self, kernel: str, softcap: float | None) -> float:
         """Seconds of a stage's work on one pair of logits, memory aside."""
         raise NotImplementedError

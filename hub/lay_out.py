@@ -18,7 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "epsdpo_kernels"
 BACKENDS = ("cpu", "cuda", "rocm")
 NAME = "epsdpo-kernels"
@@ -48,8 +48,9 @@ def ops_module(namespace: str) -> str:
 
 def lay_out(folder: Path) -> None:
     """Writes the package into ``folder``, whose former contents go."""
-    if folder.exists() and not (folder / "build.toml").exists() and any(folder.iterdir()):
-        raise FileExistsError(f"folder: {folder} holds something else, takes an empty folder or one made before")
+    earlier = (folder / "torch-ext" / "epsdpo_kernels").is_dir()
+    if HERE.is_relative_to(folder.resolve()) or folder.exists() and not earlier and any(folder.iterdir()):
+        raise FileExistsError(f"folder: got {folder}, with something else in it, takes an empty one or one made before")
     shutil.rmtree(folder, ignore_errors=True)
     source = folder / "torch-ext" / "epsdpo_kernels"
     source.mkdir(parents=True)

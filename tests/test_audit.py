@@ -222,8 +222,9 @@ def test_what_is_missing_and_what_is_twice(tmp_path):
     run = fresh("end")
     (run / "checkpoint-23").mkdir()
     (run / "checkpoint-23" / "trainer_state.json").write_text('{"global_step": 23}')
-    (run / "checkpoint-99").mkdir()
-    (run / "checkpoint-99" / "trainer_state.json").write_text('{"global_step": 9')
+    for n, cut in enumerate(('{"global_step": 9', '{"global_step": 1e999}')):
+        (run / f"checkpoint-{99 - n}").mkdir()
+        (run / f"checkpoint-{99 - n}" / "trainer_state.json").write_text(cut)
     (finding,) = audit(run).findings
     assert (finding.kind, finding.holds, finding.follows) == ("end", "20", "23")
 
@@ -304,6 +305,7 @@ def refused(run: Path, capsys, *named: str) -> None:
         (FACT + "states_of_others", 3, "got 3, takes a list of files"),
         (FACT + "training_arguments", None, "got None, takes an object"),
         ("training_arguments.per_device_train_batch_size", "4", "got '4', takes a number of pairs"),
+        ("training_arguments.per_device_eval_batch_size", "2", "got '2', takes a number of pairs"),
     ],
 )  # fmt: skip
 def test_a_run_json_with_what_no_run_writes(tmp_path, capsys, place, value, taken):
@@ -573,6 +575,24 @@ def test_a_kill_between_a_part_and_its_end_is_no_forgery(tmp_path):
     assert audit(run).ok and [name for name, _ in audit(run).limits] == ["open"]
     write_end(run / "record" / "end-000.json", before.name, "0" * 64, True)
     assert [column for _, column, *_ in chained(run)] == ["SHA-256"]
+
+
+def test_an_end_is_of_the_last_part_by_name_and_digest(tmp_path):
+    """And one that was closed knows of all parts: one more was added, or the last ones were taken for others."""
+    run = write_run(tmp_path, rows_per_part=8)
+    first, *_, before, last = parts(run / "record")
+    end = run / "record" / "end-000.json"
+    of = {part: hashlib.sha256(part.read_bytes()).hexdigest() for part in (first, before, last)}
+    for named, held in ((before, before), (before, last)):
+        write_end(end, named.name, of[held], True)
+        assert chained(run) == [(end.name, "end", last.name, named.name)]
+    for named, held in ((before, last), (first, before)):
+        write_end(end, named.name, of[held], False)
+        assert chained(run) == [(end.name, "end", last.name, named.name)]
+    write_end(end, last.name, of[before], False)
+    assert chained(run) == [(last.name, "SHA-256", of[last][:16], of[before][:16])]
+    write_end(end, last.name, of[last], True)
+    assert not limits(run)
 
 
 def forge(run: Path, step: int, epsilon: float) -> None:

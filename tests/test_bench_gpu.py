@@ -151,12 +151,23 @@ def test_tables_of_a_gpu(tmp_path):
     run = Run(folder)
     verdicts = [(figure, verdict) for _, figure, verdict in goals.goal_rows(run)]
     assert [verdict for _, verdict in verdicts] == ["met"] * 6 + ["not measured", "met", "met", "**missed**"]
-    assert ("1,536 MiB", "met") in verdicts and ("1.40", "**missed**") in verdicts
+    assert ("1,536 MiB", "met") in verdicts and ("1.400", "**missed**") in verdicts
     assert "| SmolLM2-135M, hh, 16 pairs | TRL, plain DPO | 300 | 1.60 s |" in tables.steps(run)
     assert "long prompts" not in tables.steps(run)
     llama, smollm = tables.lengths(run).split("\n\n")
     assert llama.endswith("| **ours** | 9,216 MiB, 1.80 s |") and smollm.endswith("| trl | out of memory |")
     assert "| llama3, 1 pair of 2 × 4096 (bfloat16) | **ours** |" in tables.speed(run)
+
+
+@pytest.mark.parametrize(("took", "figure", "verdict"), [(0.98, "0.980", "**missed**"), (0.981, "0.981", "met")])
+def test_a_figure_beside_its_goal_says_why(tmp_path, took, figure, verdict):
+    """1 / 1.02 is 0.9804: what would round to the goal may miss it."""
+    main, folder = Case("llama3", 4096, dtype="bfloat16"), tmp_path / "card"
+    record = {"kind": "time", "variant": "trl", **main.as_dict(), "to_ours": measure.ratio([took], [1.0])}
+    folder.mkdir()
+    (folder / "speed.json").write_text(json.dumps({"records": [record]}))
+    goal, *found = goals.rival_takes(Run(folder), main, "trl", 1 / 1.02)
+    assert "0.98 × our time" in goal and found == [figure, verdict]
 
 
 def test_a_number_is_set_for_a_call_and_set_back(monkeypatch):

@@ -14,7 +14,13 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import trl_runs  # noqa: E402
-from epsdpo_kernels.integrations.checkpoints import as_metadata, check_settings, run_settings  # noqa: E402
+from epsdpo_kernels.integrations.checkpoints import (  # noqa: E402
+    as_metadata,
+    check_settings,
+    checkpoint_of,
+    checkpoint_step,
+    run_settings,
+)
 from epsdpo_kernels.integrations.trl import EpsilonDPOConfig, EpsilonDPOTrainer  # noqa: E402
 from epsdpo_kernels.record import read  # noqa: E402
 from epsdpo_kernels.record.audit import audit  # noqa: E402
@@ -216,6 +222,14 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tiny, tmp_path, train
     assert again.state.global_step == 6 and read(run / "record").equals(record)
     for p, q in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("state", ['{"global_step": 9', '{"global_step": 1e999}', "[" * 100_000, "[9]", "{}"])
+def test_a_state_that_counts_no_steps_is_of_no_checkpoint(tmp_path, state):
+    (tmp_path / "trainer_state.json").write_text(state)
+    assert checkpoint_step(tmp_path) is None
+    with pytest.raises(ValueError, match=f"got {tmp_path}, which is no complete checkpoint"):
+        checkpoint_of(tmp_path, tmp_path)
 
 
 def test_trl_without_a_complete_checkpoint_nothing_is_resumed(tiny, tmp_path):

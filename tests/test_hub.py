@@ -1,6 +1,7 @@
 """`make hub`: the folder loads with the kernels library from disk, and computes what the package computes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,5 +118,26 @@ def test_an_import_that_the_hub_forbids_is_named(tmp_path):
         (tmp_path / "bad.py").write_text(line + "\n")
         with pytest.raises(ImportError, match=r"bad.py: imports \w+"):
             check_imports(tmp_path / "bad.py")
-    with pytest.raises(FileExistsError, match="holds something else"):
+    with pytest.raises(FileExistsError, match="folder: got .* with something else in it"):
         lay_out(tmp_path)
+
+
+def test_only_what_it_made_itself_is_replaced(tmp_path):
+    """A build.toml is no sign of that: the source holds one, and so does any other kernel."""
+    for name in ("hub", "epsdpo_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    source, out, foreign, around = tmp_path / "hub", tmp_path / "out", tmp_path / "foreign", tmp_path
+    foreign.mkdir()
+    (foreign / "build.toml").write_text("mine")
+    for _ in range(2):
+        subprocess.run([sys.executable, source / "lay_out.py", out], check=True)
+        assert sorted(path.name for path in out.iterdir()) == sorted(
+            ["CARD.md", "build", "build.toml", "flake.nix", "tests", "torch-ext"]
+        )
+        (out / "old").write_text("goes")
+    (around / "torch-ext" / "epsdpo_kernels").mkdir(parents=True)
+    for folder in (foreign, around, source):
+        before = sorted(folder.rglob("*"))
+        done = subprocess.run([sys.executable, source / "lay_out.py", folder], capture_output=True, text=True)
+        assert f"FileExistsError: folder: got {folder}, with something else in it, takes an empty" in done.stderr
+        assert sorted(folder.rglob("*")) == before

@@ -94,6 +94,8 @@ def test_parts_close_at_the_end_of_steps(tmp_path):
         ({"policy_step": np.array([4, -1])}, "policy_step holds -1 in row 1, takes an integer from 0"),
         ({"beta": np.inf}, "beta holds inf in row 0, takes a positive finite number"),
         ({"row": np.array([None, -3], object)}, "row holds -3 in row 1, takes an integer from 0, or null"),
+        ({"step": np.array([5, 1])}, r"step: got \[5, 1\], takes one"),
+        ({"split": np.array(["train", "eval"])}, r"split: got \['train', 'eval'\], takes one"),
     ],
 )
 def test_refusals(tmp_path, columns, named):
@@ -102,6 +104,18 @@ def test_refusals(tmp_path, columns, named):
     with pytest.raises(ValueError, match=named):
         recorder.append(batch(1) | columns)
     recorder.close()  # what was refused has left nothing
+    assert read(tmp_path)["row"].to_pylist() == [100, 101]
+
+
+def test_no_pairs_leave_nothing(tmp_path):
+    recorder = Recorder(tmp_path)
+    none = {"pair_id": np.array([], object)}
+    recorder.append(batch(1, pairs=0, **none))
+    recorder.close()
+    assert not parts(tmp_path)
+    recorder.append(batch(2, pairs=0, **none) | {"step": np.array([], int)})
+    recorder.append(batch(1))
+    recorder.close()
     assert read(tmp_path)["row"].to_pylist() == [100, 101]
 
 
@@ -180,6 +194,36 @@ def test_resume_has_no_gap_and_no_double(tmp_path, resume_step):
         assert end == {"part": part.name, "sha256": before, "closed": True}
 
 
+@pytest.mark.parametrize("there", [0, 6])
+def test_a_resumed_recorder_takes_what_comes_after_its_checkpoint(tmp_path, there):
+    """Whether or not the record has the steps before it; an evaluation may come at the checkpoint's own step."""
+    first = Recorder(tmp_path)
+    for step in range(1, there + 1):
+        first.append(batch(step))
+    first.close()
+    again = Recorder(tmp_path, resume_step=6)
+    for step, split, least in ((2, "train", 7), (6, "train", 7), (5, "eval", 6)):
+        with pytest.raises(ValueError, match=f"step: got {step} after 6, takes steps of '{split}' from {least}"):
+            again.append(batch(step, split=split))
+    again.append(batch(6, split="eval"))
+    with pytest.raises(ValueError, match="step: got 6 after 6, takes steps of 'train' from 7"):
+        again.append(batch(6))
+    again.append(batch(7))
+    with pytest.raises(ValueError, match="step: got 6 after 7, takes steps of 'eval' from 7"):
+        again.append(batch(6, split="eval"))
+    again.close()
+    found = [(row["split"], row["step"]) for row in read(tmp_path).to_pylist()[::2]]
+    assert found == [*(("train", step) for step in range(1, there + 1)), ("train", 7), ("eval", 6)]
+
+
+def test_a_recorder_resumed_at_the_start_takes_all(tmp_path):
+    recorder = Recorder(tmp_path, resume_step=0)
+    recorder.append(batch(0, split="eval"))
+    recorder.append(batch(1))
+    recorder.close()
+    assert read(tmp_path)["step"].to_pylist() == [1, 1, 0, 0]
+
+
 def test_a_part_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     recorder = Recorder(tmp_path)
     recorder.append(batch(1))
@@ -202,12 +246,15 @@ def test_what_cannot_be_read_is_said(tmp_path):
     recorder.close()
     (whole,) = parts(tmp_path)
     other = tmp_path / "part-001-00000001-0000.parquet"
-    pq.write_table(read(tmp_path).drop_columns(["beta_used"]), other)
-    with pytest.raises(ValueError, match="part-001.*beta_used"):
-        read(tmp_path)
-    other.write_bytes(whole.read_bytes()[:500])
-    with pytest.raises(ValueError, match="part-001.*can't be read"):
-        read(tmp_path)
+    # Resumed, too: nothing of what can't be read is removed.
+    for reader in (read, lambda folder: Recorder(folder, rank=1, resume_step=0)):
+        pq.write_table(pq.read_table(whole).drop_columns(["beta_used"]), other)
+        with pytest.raises(ValueError, match="part-001.*beta_used"):
+            reader(tmp_path)
+        other.write_bytes(whole.read_bytes()[:500])
+        with pytest.raises(ValueError, match="part-001.*: can't be read"):
+            reader(tmp_path)
+    assert other.read_bytes() == whole.read_bytes()[:500]
 
 
 def test_cost(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 pa = pytest.importorskip("pyarrow", reason="the trainer's extra is not installed")
 pytest.importorskip("matplotlib", reason="the trainer's extra is not installed")
+regex = pytest.importorskip("regex")  # comes with transformers
 
 from epsdpo_kernels.__main__ import main  # noqa: E402
 from epsdpo_kernels.record import figures  # noqa: E402
@@ -236,10 +237,54 @@ def test_hostile_text(tmp_path, monkeypatch):
     # Without --texts, none of them is in the file.
     page = report([run], tmp_path / "without")
     (shown,) = data_of(page)["runs"]
-    assert shown["texts"] == {} and "xxxxxxxx" not in page.read_text(encoding="utf-8")
+    assert shown["texts"] is None and "xxxxxxxx" not in page.read_text(encoding="utf-8")
     monkeypatch.setattr(report_module, "TEXT_BUDGET", 100)
     (shown,) = data_of(report([run], tmp_path / "few", texts=True))["runs"]
     assert 0 < len(shown["texts"]) < 3
+
+
+def data_set(path: Path, pairs: int) -> list[str]:
+    """Writes a file of pairs; their ids."""
+    from epsdpo_kernels.record.sources import pair_of
+
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(pairs)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [pair_of(row).id() for row in rows]
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_pairs_without_an_id_are_told_from_pairs_that_are_gone(tmp_path, language):
+    ids = data_set(source := tmp_path / "pairs.jsonl", 6)
+    notes = words("notes", language)
+    for name, own, found, gone, unknown in (
+        ("some", [None, None, "0" * 16, *ids[3:]], 3, 1, 2), ("none", [None] * 6, 0, 0, 6), ("all", ids, 6, 0, 0),
+    ):  # fmt: skip
+        run = write_run(tmp_path / name, pairs=6, eval_pairs=0, ids=own, dataset=str(source))
+        (shown,) = data_of(report([run], language=language, texts=True))["runs"]
+        assert len(shown["texts"]) == found
+        for note, n in (("texts_changed", gone), ("texts_no_id", unknown)):
+            assert (notes[note].format(n=n) in shown["notes"]) == (n > 0), (name, note)
+            assert sum(notes[note].split("}")[1] in line for line in shown["notes"]) == (n > 0), (name, note)
+
+
+def test_the_budget_is_of_the_texts_of_all_runs(tmp_path, monkeypatch):
+    ids = data_set(source := tmp_path / "pairs.jsonl", 40)
+    runs = [write_run(tmp_path / name, eval_pairs=0, ids=ids, dataset=str(source)) for name in ("one", "two", "three")]
+    monkeypatch.setattr(report_module, "TEXT_BUDGET", 90)
+    for several in (runs[:1], runs):
+        shown = data_of(report(several, tmp_path / "out", texts=True))["runs"]
+        sizes = [sum(map(len, texts)) for run in shown for texts in run["texts"].values()]
+        assert 90 - 8 * len(several) < sum(sizes) <= 90 and all(run["texts"] for run in shown)
+
+
+def test_what_no_font_draws_is_spelt_out():
+    """All of Unicode's Default_Ignorable_Code_Point and its noncharacters, as another library has them."""
+    assert visible("ad\u3164min\u034f\u115f") == "ad⟨U+3164⟩min⟨U+034F⟩⟨U+115F⟩"
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    hidden = regex.findall(r"[\p{Default_Ignorable_Code_Point}\p{Noncharacter_Code_Point}\p{Bidi_Control}]", every)
+    assert len(hidden) > 4000 and [mark for mark in hidden if visible(mark) == mark] == []
+    drawn = regex.findall(r"[\p{L}\p{M}\p{N}\p{P}\p{S}--\p{Default_Ignorable_Code_Point}]", every, regex.VERSION1)
+    assert len(drawn) > 100_000 and visible("".join(drawn)) == "".join(drawn)
 
 
 def test_visible_and_embed():
@@ -341,7 +386,7 @@ def test_every_name_is_in_the_legend(tmp_path):
 
     names = ["_a", "$x^2$"]
     runs = [write_run(tmp_path / name, pairs=4, epochs=1, eval_sets=("_e", "eval_b")) for name in names]
-    shown = [report_module.describe(audit(run), run.name, "en", 100, False) for run in runs]
+    shown = [report_module.describe(audit(run), run.name, "en", 100, 0) for run in runs]
     figure = plots._curves(shown, words("page", "en"))
     texts = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
     pyplot.close(figure)

@@ -1,6 +1,7 @@
 """The report in a real browser: no error, no element out of text, and everything works by mouse and by keyboard."""
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -133,6 +134,34 @@ def test_sorts_and_filters(browser, page):
     form.find_element(By.NAME, "search").send_keys(one[:12])
     assert cells(browser, 0) == [one]
     assert browser.find_element(By.CSS_SELECTOR, "output.count").text == "1 of 36 pairs"
+
+
+def test_what_is_not_finite_passes_no_bound(browser, tmp_path):
+    """Its place in the table is "–", which JavaScript would take for 0."""
+    run = write_run(tmp_path, epochs=1, eval_pairs=0)
+    alter(run, 3, margin=math.nan)
+    alter(run, 4, row=None)
+    look(browser, report([run]))
+    at, form = columns(browser), browser.find_element(By.CSS_SELECTOR, "form.filter")
+    assert cells(browser, at["margin"]).count("–") == 1
+    for name, bound in (("least", "0"), ("most", "0"), ("least", "-1e9"), ("most", "1e9")):
+        form.find_element(By.NAME, f"margin_{name}").send_keys(bound)
+        found = numbers(browser, at["margin"])
+        assert found and all(margin >= float(bound) if name == "least" else margin <= float(bound) for margin in found)
+        assert "–" not in cells(browser, at["margin"]) and (len(found) == 39) == (bound != "0")
+        form.find_element(By.CSS_SELECTOR, "[type=reset]").click()
+        WebDriverWait(browser, 5).until(lambda b: len(cells(b, 0)) == 40)
+    assert cells(browser, at["row"]).count("–") == 1
+    form.find_element(By.NAME, "search").send_keys("null")
+    assert cells(browser, 0) == ["Nothing here."]
+
+
+def test_texts_not_asked_for_are_told_from_texts_not_to_be_had(browser, tmp_path):
+    run = write_run(tmp_path, epochs=1, eval_pairs=0, dataset=[])  # made in memory
+    for asked, said in ((False, "made without --texts"), (True, "is not carried")):
+        look(browser, report([run], texts=asked))
+        browser.find_element(By.CSS_SELECTOR, "#pairs tbody button").click()
+        assert said in browser.find_element(By.CSS_SELECTOR, "dialog div > .note").text
 
 
 def test_opens_a_pair(browser, page):

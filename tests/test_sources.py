@@ -51,6 +51,20 @@ def test_json_array(tmp_path, name):
     assert texts(path, [2, 0]) == [pair(chosen="yep"), pair()]
 
 
+@pytest.mark.parametrize("blanks", [0, 62, 65, 5000, 3 << 20])
+@pytest.mark.parametrize("name", ["a.jsonl.fixed.json", "a.jsonl.fixed.json.gz", "data.json", "data.json.gz"])
+def test_an_array_in_any_json_file_behind_any_blanks(tmp_path, name, blanks):
+    rows = [pair(), pair(chosen="yep")]
+    for mark in (b"", b"\xef\xbb\xbf"):
+        content = mark + b" \r\n\t"[:blanks] * (blanks // 4 or 1) + json.dumps(rows).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        assert list(source_rows.read_rows(str(tmp_path / name), "train")) == list(enumerate(rows))
+    # As lines they keep their numbers.
+    content = b"\n" * blanks + json.dumps(pair()).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert list(source_rows.read_rows(str(tmp_path / name), "train")) == [(blanks, pair())]
+
+
 def test_parquet(tmp_path):
     rows = [pair(topic="a"), pair(None), pair("x", "1", "2", topic="b")]
     path = tmp_path / "data.parquet"

@@ -18,10 +18,9 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..record.run import free_folder
+from ..record.run import STATE, free_folder, state_step
 from .sequence import sequence_ranks
 
-STATE = "trainer_state.json"
 # What of a run's arguments decides which pairs are in which step, and what a step does: the optimizer's and the
 # schedule's part comes out of the checkpoint, whatever is asked for then.
 KEPT = (
@@ -37,10 +36,7 @@ ELSEWHERE = ("base_model_name_or_path", "inference_mode", "peft_version", "revis
 
 def checkpoint_step(folder: str | os.PathLike) -> int | None:
     """Optimizer steps in a complete checkpoint; None where a kill cut it short, or it is something else."""
-    try:
-        return int(json.loads(Path(folder, STATE).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return state_step(Path(folder, STATE))
 
 
 def _checkpoints(run: str | os.PathLike) -> dict[Path, int | None]:

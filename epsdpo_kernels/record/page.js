@@ -343,12 +343,13 @@ function pairTable(run) {
 
   function update() {
     const value = (name) => form.elements[name].value.trim();
-    const bounds = ["margin", "kl_difference"].map((name) => [p[name], value(name + "_least"), value(name + "_most")]);
+    // What is not finite passes no bound, where null would pass as 0.
+    const bounds = ["margin", "kl_difference"].map((name) => [p[name].map((v) => v ?? NaN), value(name + "_least"), value(name + "_most")]);
     const kind = value("decision"), search = value("search").toLowerCase();
     shown = every.filter((i) =>
       (kind === "" || (kind === "flips" || kind === "vetoed" ? p[kind][i] > 0 : p.decision[i] === Number(kind))) &&
       bounds.every(([values, least, most]) => (least === "" || values[i] >= Number(least)) && (most === "" || values[i] <= Number(most))) &&
-      (search === "" || p.id[i].toLowerCase().includes(search) || String(p.row[i]) === search || (p.label[i] || "").toLowerCase().includes(search)));
+      (search === "" || p.id[i].toLowerCase().includes(search) || String(p.row[i] ?? "") === search || (p.label[i] || "").toLowerCase().includes(search)));
     const [name, way] = sorted, values = p[name];
     shown.sort((i, j) => {
       const [a, b] = [values[i], values[j]];
@@ -393,10 +394,9 @@ function openPair(run, i) {
   const show = (name, value) => name === "decision" ? decision(value) : name === "vetoed" ? (value ? "✓" : "–") : number(value, 5);
   const history = table(names.map((name) => th(words.history[name], "number")),
     places.map((k) => el("tr", null, names.map((name) => td(show(name, run.visits[name][k]), "number")))), { "aria-label": W.history });
-  const texts = run.texts[i];
-  const joined = Object.keys(run.texts).length > 0;
+  const texts = run.texts && run.texts[i];
   const body = texts ? ["prompt", "chosen", "rejected"].flatMap((name, k) => [el("h3", null, W[name]),
-    el("pre", { class: "text", dir: "auto", tabindex: "0" }, texts[k])]) : [note(joined ? W.no_text_of_pair : W.no_texts)];
+    el("pre", { class: "text", dir: "auto", tabindex: "0" }, texts[k])]) : [note(run.texts ? W.no_text_of_pair : W.no_texts)];
   const facts = [[W.run, foreign(run.name)], [W.row, number(p.row[i])], [W.label, p.label[i] === null ? null : foreign(p.label[i])],
     [W.last_decision, decision(p.decision[i])], [W.visits, number(p.visits[i])], [W.changes, number(p.flips[i])], [W.lean, number(p.lean[i])]];
   const dialog = el("dialog", { "aria-labelledby": "pair-title", onclose: () => dialog.remove(),

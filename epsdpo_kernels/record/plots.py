@@ -25,9 +25,10 @@ CURVES = ("reward_margin", "accuracy", "kl_chosen", "kl_rejected", "entropy_chos
 
 
 def draw(runs: list[dict[str, Any]], language: str, out: Path) -> list[Path]:
-    """Writes margin-NAME.png, beta-NAME.png and decisions-NAME.png of every run and curves.png of all; their paths.
+    """Writes margin.png, beta.png and decisions.png, with the run's number where there are several, and curves.png.
 
-    Japanese labels need a font that has them; where there is none, the pictures (not the page) are in English.
+    Returns their paths. Japanese labels need a font that has them; where there is none, the pictures (not the page) are
+    in English.
     """
     matplotlib.use("Agg")
     if language == "ja":

@@ -99,7 +99,8 @@ class Recorder:
             they will come again. −1 removes them all. A run resumes with the ranks it had.
 
     Raises:
-        FileExistsError: the folder holds parts of this rank and ``resume_step`` was not given.
+        FileExistsError: the folder holds parts of this rank and ``resume_step`` was not given. ValueError: one of them
+            that is to be cut can't be read.
     """
 
     def __init__(
@@ -109,7 +110,8 @@ class Recorder:
         self._end = self.folder / f"end-{rank:03d}.json"
         self._rows: list[pa.Table] = []
         self._count, self._steps = 0, 0
-        self._step: int | None = None
+        # Of the last pairs, and of the checkpoint, whose training is done; its evaluation may be to come.
+        self._step = self._done = -1 if resume_step is None else resume_step
         self._closed = False
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*self.folder.glob(f".part-{rank:03d}-*.tmp"), *self.folder.glob(f".{self._end.name}.tmp")):
@@ -132,11 +134,11 @@ class Recorder:
 
         Args:
             columns: a (B,) array or a scalar for every name in ``SCHEMA``; ``rank`` is not given, and what may be null
-                may be left out. One step, one split.
+                may be left out. One step, one split. No pairs at all leave nothing.
 
         Raises:
             ValueError: a column that is missing, unknown or of another length, or holds what the record does not take;
-                a step before the last one.
+                a step before the last one, or one that a resumed run has done.
         """
         given = columns.keys() | {field.name for field in SCHEMA if field.nullable} | {"rank"}
         if given != set(SCHEMA.names):
@@ -145,14 +147,18 @@ class Recorder:
         lengths = {len(array) for array in arrays.values() if array.ndim}
         if len(lengths) != 1:
             raise ValueError(f"columns: got arrays of {sorted(lengths)} rows, takes arrays of one length")
-        pairs = lengths.pop()
+        if not (pairs := lengths.pop()):
+            return
         arrays["rank"] = np.array(self.rank)
         whole = {name: array if array.ndim else np.full(pairs, array) for name, array in arrays.items()}
         table = pa.table([pa.array(whole.get(f.name, [None] * pairs), f.type) for f in SCHEMA], schema=SCHEMA)
         check_columns(table, self.rank)
-        step = int(arrays["step"].flat[0])
-        if self._step is not None and step < self._step:
-            raise ValueError(f"step: got {step} after {self._step}, takes steps in their order")
+        for name in ("step", "split"):
+            if len(several := table[name].unique().to_pylist()) > 1:
+                raise ValueError(f"{name}: got {several!r:.80}, takes one for all pairs of a micro-batch")
+        step, split = table["step"][0].as_py(), table["split"][0].as_py()
+        if step < (least := max(self._step, self._done + (split == TRAIN))):
+            raise ValueError(f"step: got {step} after {self._step}, takes steps of {split!r} from {least}")
         if self._closed:
             self._closed = False
             self._write_end()
@@ -204,17 +210,19 @@ def read(folder: str | os.PathLike) -> pa.Table:
     found = parts(Path(folder))
     if not found:
         raise FileNotFoundError(f"folder: {folder} holds no part of a record")
-    tables = []
-    for part in found:
-        try:
-            table = pq.read_table(part)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{part}: can't be read ({error})") from None
-        if not table.schema.equals(SCHEMA):
-            names = sorted({field.name for field in set(table.schema) ^ set(SCHEMA)})
-            raise ValueError(f"{part}: columns {names or 'in their order'} differ from the record's schema")
-        tables.append(table.cast(SCHEMA))
-    return in_order(pa.concat_tables(tables))
+    return in_order(pa.concat_tables([_read_part(part).cast(SCHEMA) for part in found]))
+
+
+def _read_part(part: Path) -> pa.Table:
+    """A part with its own metadata."""
+    try:
+        table = pq.read_table(part)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{part}: can't be read ({error})") from None
+    if not table.schema.equals(SCHEMA):
+        names = sorted({field.name for field in set(table.schema) ^ set(SCHEMA)})
+        raise ValueError(f"{part}: columns {names or 'in their order'} differ from the record's schema")
+    return table
 
 
 def in_order(table: pa.Table) -> pa.Table:
@@ -259,12 +267,12 @@ def write_end(end: Path, part: str, sha256: str, closed: bool) -> None:
 
 def _cut(part: Path, step: int | None) -> bool:
     """Removes the rows past a step, and the part where none is left; whether there were any."""
-    table = pq.read_table(part)
+    table = _read_part(part)
     kept = table.filter(table["step"].to_numpy() <= step)
     if not len(kept):
         part.unlink()
     elif len(kept) < len(table):
-        write_part(kept, part, table.schema.metadata.get(BEFORE, b"").decode())
+        write_part(kept, part, (table.schema.metadata or {}).get(BEFORE, b"").decode())
     return len(kept) < len(table)
 
 

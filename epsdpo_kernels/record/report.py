@@ -25,7 +25,7 @@ from .shown import visible
 from .words import LANGUAGES, words
 
 VISITS = 16_000  # that the page carries, over all runs
-TEXT_CUT, TEXT_BUDGET = 2000, 3_000_000  # characters: of a text, and of all of them
+TEXT_CUT, TEXT_BUDGET = 2000, 3_000_000  # characters: of a text, and of all of them over all runs
 PAGE = Path(__file__).parent
 
 
@@ -44,8 +44,8 @@ def percent(value: float) -> str:
     return f"{value:.1%}" if 0 < value < 0.1 else f"{value:.0%}"
 
 
-def describe(found: Audit, name: str, language: str, visits: int, texts: bool) -> dict[str, Any]:
-    """Everything that the page and the pictures show of a run.
+def describe(found: Audit, name: str, language: str, visits: int, texts: int) -> dict[str, Any]:
+    """Everything that the page and the pictures show of a run: at most so many visits, and characters of texts.
 
     Raises:
         ValueError: the record has no row of training; or, with ``texts``, the data set can't be read.
@@ -69,8 +69,8 @@ def describe(found: Audit, name: str, language: str, visits: int, texts: bool) -
     drawn = figures.dots(train)
     drawn["pair"] = [place.get(one, -1) for one in drawn["pair"]]
     curves = figures.series(train)
-    joined, joined_notes = _join(found, pairs, wanted, language) if texts else ({}, [])
     notes = words("notes", language)
+    joined, joined_notes = _join(found, pairs, wanted, language, texts) if texts else (None, [notes["no_texts"]])
     dots = notes["dots_all" if len(drawn["x"]) == drawn["of"] else "dots_some"]
     dots = dots.format(n=f"{len(drawn['x']):,}", of=f"{drawn['of']:,}")
     table = notes["pairs_all" if len(wanted) == len(pairs["row"]) else "pairs_some"]
@@ -82,7 +82,7 @@ def describe(found: Audit, name: str, language: str, visits: int, texts: bool) -
         dots,
         table,
         *([notes["binned"].format(n=curves["steps_a_point"])] if curves["steps_a_point"] > 1 else []),
-        *(joined_notes or [notes["no_texts"]]),
+        *joined_notes,
     ]
     return {
         "name": visible(name, 120),
@@ -217,7 +217,9 @@ def _settings(facts: dict[str, Any]) -> list[list[str]]:
     return [[visible(k, 64), visible(v, 200)] for k, v in found.items() if v is not None]
 
 
-def _join(found: Audit, pairs: Columns, wanted: np.ndarray, language: str) -> tuple[dict[str, Any], list[str]]:
+def _join(
+    found: Audit, pairs: Columns, wanted: np.ndarray, language: str, budget: int
+) -> tuple[dict[str, Any], list[str]]:
     """Texts of pairs by their place in the page, up to the budget, and what there is to say of it."""
     from .texts import find
 
@@ -232,13 +234,13 @@ def _join(found: Audit, pairs: Columns, wanted: np.ndarray, language: str) -> tu
     joined, spent = {}, 0
     for place in sorted(texts):  # the telling ones come first
         spent += sum(map(len, texts[place]))
-        if spent > TEXT_BUDGET:
+        if spent > budget:
             break
         joined[str(place)] = texts[place]
     name = source if isinstance(source, str) else ", ".join(Path(one).name for one in source)
     told = [notes["texts"].format(source=inside(name), n=f"{len(joined):,}", cut=f"{TEXT_CUT:,}")]
-    changed = len(wanted) - len(texts)
-    return joined, told + ([notes["texts_changed"].format(n=f"{changed:,}")] if changed else [])
+    left_out = {"texts_changed": len(places) - len(texts), "texts_no_id": len(wanted) - len(places)}
+    return joined, told + [notes[why].format(n=f"{n:,}") for why, n in left_out.items() if n]
 
 
 def page(runs: list[dict[str, Any]], language: str) -> str:
@@ -275,8 +277,8 @@ def report(runs: list[Path], out: Path | None = None, language: str = "en", text
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
-    limit = VISITS // len(runs)
-    described = [describe(audit(run), name, language, limit, texts) for run, name in zip(runs, names, strict=True)]
+    room = VISITS // len(runs), TEXT_BUDGET // len(runs) if texts else 0
+    described = [describe(audit(run), name, language, *room) for run, name in zip(runs, names, strict=True)]
     out = out or runs[0] / "report"
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -101,8 +101,7 @@ def lines(source: str) -> Iterator[tuple[int, bytes]]:
     path = _file(source)
     try:
         with gzip.open(path) if source.endswith(".gz") else path.open("rb") as file:
-            start = file.peek(PEEK)[:PEEK].removeprefix(codecs.BOM_UTF8).lstrip()  # type: ignore[union-attr]
-            if ".jsonl" not in path.name and start.startswith(b"["):
+            if not path.name.endswith((".jsonl", ".jsonl.gz")) and _is_array(file):
                 yield from enumerate(_elements(file))
                 return
             for row, line in enumerate(file):
@@ -113,12 +112,22 @@ def lines(source: str) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"source: {source} can't be read: {error}") from error
 
 
+def _is_array(file: Any) -> bool:
+    """Whether a file begins with a bracket, behind any blanks; it is left at its start."""
+    start = file.read(PEEK).removeprefix(codecs.BOM_UTF8).lstrip()
+    while not start and (more := file.read(BLOCK)):
+        start = more.lstrip()
+    file.seek(0)
+    return start.startswith(b"[")
+
+
 def _elements(file: Any) -> Iterator[bytes]:
     """The elements of a JSON array, one after the other; one that is no object is an empty one."""
     decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     stream = io.TextIOWrapper(file, "utf-8-sig")
-    text = stream.read(PEEK)
-    at = text.index("[") + 1
+    while not (text := stream.read(PEEK).lstrip()):
+        pass
+    at = 1  # behind the bracket
     while True:
         at = between.match(text, at).end()  # type: ignore[union-attr]
         if text.startswith("]", at):

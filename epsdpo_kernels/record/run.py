@@ -24,6 +24,8 @@ from .schema import check_facts, read_facts
 if TYPE_CHECKING:
     from ..linear import EpsilonDPOOutput
 
+STATE = "trainer_state.json"
+
 
 class Record:
     """Writes ``run/record/`` and ``run/run.json``, which ``epsdpo audit`` and ``epsdpo report`` read.
@@ -314,18 +316,18 @@ def free_folder(run: Path) -> Path:
 
 def _states(run: Path) -> list[Path]:
     """The states of a run that count its steps: the last one's, and one a checkpoint."""
-    name = "trainer_state.json"
-    return [path for path in (run / name, *sorted(run.glob(f"checkpoint-*/{name}"))) if path.is_file()]
+    return [path for path in (run / STATE, *sorted(run.glob(f"checkpoint-*/{STATE}"))) if path.is_file()]
 
 
 def steps_done(run: Path, states_of_others: Sequence[str] = ()) -> int:
-    """The most optimizer steps that a state of the run counts; a state that a kill cut short counts none."""
-    done = 0
-    for state in _states(run):
-        if str(state.relative_to(run)) in states_of_others:
-            continue
-        try:
-            done = max(done, int(json.loads(state.read_text(encoding="utf-8"))["global_step"]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-    return done
+    """The most optimizer steps that a state of the run counts."""
+    own = (state for state in _states(run) if str(state.relative_to(run)) not in states_of_others)
+    return max((state_step(state) or 0 for state in own), default=0)
+
+
+def state_step(state: Path) -> int | None:
+    """Optimizer steps that a state counts; None where a kill cut it short, or it is something else."""
+    try:
+        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None

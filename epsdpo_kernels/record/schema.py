@@ -84,7 +84,7 @@ FACTS: dict[str, Takes] = {
     "states_of_others": (_strings, "a list of files"),
     "training_arguments": (lambda v: isinstance(v, dict), "an object"),
 }
-ARGUMENTS: dict[str, Takes] = {"per_device_train_batch_size": (_count, "a number of pairs")}
+ARGUMENTS: dict[str, Takes] = {f"per_device_{of}_batch_size": (_count, "a number of pairs") for of in ("train", "eval")}
 COLUMNS: dict[str, Takes] = {
     "step": (lambda v: (v >= 0) & (v < 2**31), "an integer from 0, below 2^31"),
     "policy_step": (lambda v: (v >= 0) & (v < 2**31), "an integer from 0, below 2^31"),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# C0 and C1 controls but newline and tab; soft hyphen, zero-width, line, paragraph and direction marks; byte order and
-# annotation marks; lone surrogates; tags; noncharacters.
-HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e0fff]"
+# All of Unicode's Default_Ignorable_Code_Point: direction marks, tags, fillers, and the joiners and variation selectors
+# of emoji and some scripts, for a message can be hidden in those too.
+IGNORABLE = (
+    "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
+NONCHARACTERS = "\ufdd0-\ufdef" + "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
+# And C0 and C1 controls but newline and tab; line and paragraph separators; annotation marks; lone surrogates.
+HIDDEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufff9-\ufffb\ud800-\udfff{IGNORABLE}{NONCHARACTERS}]")
 
 
 def visible(text: Any, cut: int | None = None, more: str = " …") -> str:

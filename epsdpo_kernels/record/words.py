@@ -82,8 +82,9 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
             "本文はこのファイルに含まれていません(--texts なしで作成)。",
         ),
         "no_text_of_pair": (
-            "The text of this pair is not carried: the budget for texts was used up, or the data set has changed.",
-            "このペアの本文は収録されていません(容量の上限、またはデータの変更による)。",
+            "The text of this pair is not carried: the budget for texts was used up, the record has no id of the pair, "
+            "or the data set has changed or can't be read again.",
+            "このペアの本文は収録されていません(容量の上限、ID の欠落、データの変更、または再読み込み不可による)。",
         ),
         "open": ("Open pair", "ペアを開く"),
         "close": ("Close", "閉じる"),
@@ -406,6 +407,10 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
         "texts_changed": (
             "{n} pairs are not in the data set with the texts that they were trained on; their texts are left out.",
             "{n} ペアは学習時の本文がデータにないため、本文を載せていません。",
+        ),
+        "texts_no_id": (
+            "{n} pairs have no id in the record, by which their texts could be found.",
+            "{n} ペアは記録に ID がないため、本文を照合できません。",
         ),
         "no_source": (
             "run.json names no file of the data set, which came as a stream or was made in memory: no text of it is in "
