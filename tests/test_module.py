@@ -117,7 +117,9 @@ def test_meta_leaves_a_place_for_what_is_loaded(assign):
     assert empty.beta.item() == pytest.approx(0.25 / (1 + EPSILON / 2), rel=1e-6)
 
 
-@pytest.mark.parametrize("of", [np.float32, torch.tensor, Fraction, np.float64], ids=str)
+@pytest.mark.parametrize(
+    "of", [np.float32, torch.tensor, Fraction, np.float64], ids=["numpy, 32", "tensor", "fraction", "numpy"]
+)
 def test_numbers_of_any_kind(of, tmp_path):
     """Are Python's own in the module: β moves by them, and a record holds them."""
     loss_fn = EpsilonDPOLoss(of(0.25), of(0.125), label_smoothing=of(0.0625), max_entropy=of(3.5), max_kl=of(40.0))
