@@ -74,8 +74,8 @@ def killed_after(step, monkeypatch, run):
 
 @BOTH
 def test_the_last_checkpoint_is_of_the_run_that_goes_on(tiny, tmp_path, monkeypatch, train):
-    """Not of one that was given up: begun again at step 2 with another learning rate, and killed before its own 4."""
-    run, other = tmp_path / "run", {"learning_rate": 1e-2}
+    """Not of one that was given up: begun again at step 2 with another log, and killed before its own 4."""
+    run, other = tmp_path / "run", {"logging_steps": 2}
     train(tiny, run)
     later = [f"checkpoint-{step}" for step in (4, 6, 8)]
     with pytest.warns(UserWarning, match=f"{later[0]}, {later[1]}, {later[2]}, .* of steps past 2, .* in .*earlier-1"):
@@ -192,7 +192,7 @@ def test_an_adapter_that_was_changed_in_its_folder_is_not_gone_on_with(tiny, tmp
 @BOTH
 def test_what_does_not_change_a_pairs_figures_may_change(tiny, tmp_path, train):
     train(tiny, tmp_path, max_steps=2)
-    more = {"max_steps": 4, "learning_rate": 1e-2, "packed": False, "max_tokens_per_batch": 64, "save_steps": 1}
+    more = {"max_steps": 4, "packed": False, "max_tokens_per_batch": 64, "save_steps": 1}
     assert train(tiny, tmp_path, "last", **more).state.global_step == 4
     found = audit(tmp_path)
     assert found.ok and found.steps == 4, str(found)

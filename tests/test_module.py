@@ -9,7 +9,6 @@ import torch
 
 from cases import make_case
 from epsdpo_kernels import EpsilonDPOLoss
-from epsdpo_kernels.record import Record
 
 EPSILON = 0.05
 
@@ -128,6 +127,9 @@ def test_numbers_of_any_kind(of, tmp_path):
     loss_fn.counts[0] = 1
     loss_fn.update_beta()
     assert loss_fn.beta.item() == pytest.approx(0.25 / 1.125, rel=1e-6)
+    pytest.importorskip("pyarrow", reason="the record's extra is not installed")
+    from epsdpo_kernels.record import Record
+
     Record(tmp_path, loss_fn).close()
     with pytest.raises(ValueError, match="beta: got .*, takes a positive finite number"):
         EpsilonDPOLoss(of(-0.1))

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", reason="the trainer's extra is not installed")
 pytest.importorskip("datasets", reason="the trainer's extra is not installed")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from epsdpo_kernels import epsilon_dpo_reference  # noqa: E402
 from epsdpo_kernels.integrations.checkpoints import last_checkpoint  # noqa: E402
