@@ -119,17 +119,13 @@ def test_meta_leaves_a_place_for_what_is_loaded(assign):
 @pytest.mark.parametrize(
     "of", [np.float32, torch.tensor, Fraction, np.float64], ids=["numpy, 32", "tensor", "fraction", "numpy"]
 )
-def test_numbers_of_any_kind(of, tmp_path):
-    """Are Python's own in the module: β moves by them, and a record holds them."""
+def test_numbers_of_any_kind(of):
+    """Are Python's own in the module: β moves by them."""
     loss_fn = EpsilonDPOLoss(of(0.25), of(0.125), label_smoothing=of(0.0625), max_entropy=of(3.5), max_kl=of(40.0))
     settings = (loss_fn.epsilon, loss_fn.label_smoothing, loss_fn.max_entropy, loss_fn.max_kl)
     assert settings == (0.125, 0.0625, 3.5, 40) and {type(n) for n in settings} == {float}
     loss_fn.counts[0] = 1
     loss_fn.update_beta()
     assert loss_fn.beta.item() == pytest.approx(0.25 / 1.125, rel=1e-6)
-    pytest.importorskip("pyarrow", reason="the record's extra is not installed")
-    from epsdpo_kernels.record import Record
-
-    Record(tmp_path, loss_fn).close()
     with pytest.raises(ValueError, match="beta: got .*, takes a positive finite number"):
         EpsilonDPOLoss(of(-0.1))

@@ -70,6 +70,12 @@ def test_a_row_is_what_the_loss_returned(tmp_path):
     assert facts["mine"] == 1 and audit(tmp_path).ok, str(audit(tmp_path))
 
 
+def test_a_loss_whose_numbers_are_numpys(tmp_path):
+    Record(tmp_path, EpsilonDPOLoss(np.float32(0.25), np.float32(0.125))).close()
+    facts = json.loads((tmp_path / "run.json").read_text())["options"]
+    assert (facts["beta"], facts["epsilon"]) == (0.25, 0.125)
+
+
 def test_a_batch_of_nothing_has_no_rows(tmp_path):
     loss_fn = EpsilonDPOLoss(0.1, 0.05)
     record = Record(tmp_path, loss_fn)

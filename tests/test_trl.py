@@ -574,6 +574,8 @@ SETTINGS = [
     ({"beta": -1.0}, "beta"),
     ({"label_smoothing": 0.5}, "label_smoothing"),
     ({"beta_update": "often"}, "beta_update: got 'often'"),
+    ({"activation_offloading": True}, "activation_offloading: got True on a CPU, takes False"),
+    ({"fp16": True}, "fp16: got True on a CPU, takes bf16"),
 ]
 
 

@@ -161,8 +161,9 @@ class PackedBatches(SharedRows):
         dtypes = {p.dtype for p in self._models[0].parameters() if p.requires_grad}
         if torch.float16 in dtypes:
             raise ValueError(
-                "model: got weights in float16 that train, takes float32, under fp16=True, or bfloat16: the squares of "
-                "gradients that AdamW keeps in their dtype are 0 below 2e-4 of a gradient, and it divides by them"
+                "model: got weights in float16 that train, takes float32, under fp16=True, or bfloat16: AdamW "
+                "keeps squares of gradients in the weights' dtype, where those of gradients below 2e-4 are 0, and "
+                "divides by them"
             )
         if torch.bfloat16 in dtypes:
             self.accelerator.print(

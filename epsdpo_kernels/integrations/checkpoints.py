@@ -30,6 +30,7 @@ KEPT = (
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16",
 )  # fmt: skip
 SETTINGS = "settings"  # in the metadata of a checkpoint's β
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # whole numbers by their bytes
 # What of an adapter's configuration says where it is from, and not what it does.
 ELSEWHERE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 
@@ -115,9 +116,6 @@ def frozen_weights(*models: Any) -> str:
             bits = p.detach().reshape(-1).view(_BITS[p.dtype.itemsize])
             total += (i + 1) * sum(int(part.sum(dtype=torch.int64)) for part in bits.split(1 << 24))
     return broadcast_object_list([f"{total % 2**64:016x}"])[0]
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_output(output_dir: str, **models: str | None) -> None:
