@@ -186,7 +186,7 @@ class EpsilonDPOTrainer(RecordedTRL, PackedBatches, DPOTrainer):
         _refuse_launch(self)
         for name, one in (("model", self.model), ("ref_model", self.ref_model)):
             if one is not None:
-                check_output(str(self.args.output_dir), **{name: one.config._name_or_path})
+                check_output(str(self.args.output_dir), **{name: self._plain(one).config._name_or_path})
         keep_figures(self.accelerator)
         check_prompt_learning(self.model, self.args)
         self.loss_fn = loss_fn.to(self.args.device)
